@@ -1,0 +1,156 @@
+"""ShapesOnScenes: a spurious-correlation benchmark that renders itself, in Waterbirds' form.
+
+The class is a shape, the spurious attribute the scene behind it. In ``train`` class i lies on scene i with
+probability CORRELATION (else on another scene, evenly); ``val`` and ``test`` have equally many images of every group.
+Files: ``<ROOT>/shapes_on_scenes/<key>/{metadata.csv, images/*.png}`` with Waterbirds' columns (img_id, img_filename,
+y, split, place); ``<key>`` names the settings that made them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from oodprompt.datasets.metadata import read_metadata
+from oodprompt.datasets.rendering import SCENES, SHAPES, Difficulty, render, visible_colours
+from oodprompt.engine.config import declare
+from oodprompt.engine.data import DatasetBase
+from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.errors import UserError, nearest
+
+declare(
+    "DATASET.SHAPES",
+    {
+        "CORRELATION": (0.95, "Share of training images of a class that lie on the scene of that class."),
+        "CLASSES": (("circle", "diamond"), "Shapes to tell apart: " + ", ".join(SHAPES) + "."),
+        "SCENES": (("water", "land"), "Scenes, as many as classes or more: " + ", ".join(SCENES) + "."),
+        "NUM_TRAIN": (2000, "Training images."),
+        "NUM_VAL": (800, "Validation images, the same number of each group."),
+        "NUM_TEST": (2000, "Test images, the same number of each group."),
+        "RADIUS": ((0.10, 0.20), "Range of the shape's radius as a share of the image side."),
+        "OPACITY": ((0.35, 0.80), "Range of how much the shape covers the scene."),
+        "NOISE": (14.0, "Standard deviation of pixel noise, in grey levels."),
+        "OCCLUSION": (0.2, "Chance that a strip of scene covers part of the shape."),
+        "RENDER_SEED": (0, "Seed of the images; SEED of the run does not change them."),
+    },
+)
+
+_SIZE = 48
+_PROMPTS = {
+    "water": ("a photo of water.", "a lake", "the sea", "water background"),
+    "land": ("a photo of land.", "a field", "grass", "land background"),
+    "sky": ("a photo of the sky.", "clouds", "sky background"),
+    "sand": ("a photo of sand.", "a desert", "a beach", "sand background"),
+    "snow": ("a photo of snow.", "ice", "snow background"),
+    "night": ("a photo of night.", "the night sky", "darkness"),
+    "forest": ("a photo of a forest.", "the woods", "trees", "forest background"),
+    "brick": ("a photo of a brick wall.", "bricks", "brick background"),
+}
+
+
+@DATASET_REGISTRY.register()
+class ShapesOnScenes(DatasetBase):
+    """Shapes (class) on scenes (spurious attribute), rendered on first use; no download."""
+
+    dataset_dir = "shapes_on_scenes"
+
+    def __init__(self, cfg: CfgNode) -> None:
+        keys = cfg.DATASET.SHAPES
+        _check(keys)
+        self.attribute_names = tuple(keys.SCENES)
+        self.attribute_prompts = [_PROMPTS[scene] for scene in keys.SCENES]
+        root = Path(cfg.DATASET.ROOT or "data").expanduser()
+        folder = render_once(root / self.dataset_dir, keys)
+        super().__init__(cfg, *read_metadata(folder / "metadata.csv", folder, tuple(keys.CLASSES)))
+
+
+def _check(keys: CfgNode) -> None:
+    for key, known in (("CLASSES", SHAPES), ("SCENES", SCENES)):
+        for name in keys[key]:
+            if name not in known:
+                raise UserError(f"DATASET.SHAPES.{key}: there is no {name!r}: {nearest(name, known)}")
+        if len(set(keys[key])) < max(2, len(keys[key])):
+            raise UserError(f"DATASET.SHAPES.{key}: {keys[key]} must hold two or more different names")
+    if len(keys.SCENES) < len(keys.CLASSES):
+        raise UserError("DATASET.SHAPES.SCENES must hold at least as many names as DATASET.SHAPES.CLASSES")
+    if not 0 <= keys.CORRELATION <= 1:
+        raise UserError(f"DATASET.SHAPES.CORRELATION is a share between 0 and 1, not {keys.CORRELATION}")
+    groups = len(keys.SCENES) * len(keys.CLASSES)
+    for key in ("NUM_TRAIN", "NUM_VAL", "NUM_TEST"):
+        if keys[key] < groups:
+            raise UserError(f"DATASET.SHAPES.{key} is {keys[key]}; there are {groups} groups, give each an image")
+
+
+def render_once(parent: Path, keys: CfgNode) -> Path:
+    """The folder of the images that ``keys`` describe; rendered into a temporary folder and renamed when missing.
+
+    Runs that start at the same time may render twice; one result stays.
+    """
+    settings = json.dumps(dict(keys), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    folder = parent / f"correlation{keys.CORRELATION:g}-{digest}"
+    if (folder / "metadata.csv").is_file():
+        return folder
+    temporary = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".rendering-"))
+        os.chmod(temporary, 0o755)
+        _render_all(temporary, keys)
+        (temporary / "settings.json").write_text(settings + "\n")
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "metadata.csv").is_file():
+                raise
+    except OSError as error:
+        raise UserError(f"cannot render ShapesOnScenes into {folder}: {error.strerror or error}; choose another --root") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def groups_of(split: str, keys: CfgNode) -> list[tuple[int, int]]:
+    """(class, scene) of every image of a split, in file order."""
+    classes, scenes = len(keys.CLASSES), len(keys.SCENES)
+    total = {"train": keys.NUM_TRAIN, "val": keys.NUM_VAL, "test": keys.NUM_TEST}[split]
+    if split != "train":
+        return [(i % classes, i // classes % scenes) for i in range(total // (classes * scenes) * classes * scenes)]
+    pairs = []
+    for y in range(classes):
+        count = total // classes + (y < total % classes)
+        own = round(keys.CORRELATION * count)
+        others = [a for a in range(scenes) if a != y]
+        pairs += [(y, y)] * own + [(y, others[i % len(others)]) for i in range(count - own)]
+    return pairs
+
+
+def _render_all(folder: Path, keys: CfgNode) -> None:
+    (folder / "images").mkdir()
+    difficulty = Difficulty(tuple(keys.RADIUS), tuple(keys.OPACITY), keys.NOISE, rotation=20.0, occlusion=keys.OCCLUSION)
+    colours = visible_colours(tuple(keys.SCENES))  # the same for all scenes: colour tells nothing of class or scene
+    images = [(split, *pair) for split in ("train", "val", "test") for pair in groups_of(split, keys)]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["img_id", "img_filename", "y", "split", "place"])
+    split_number = {"train": 0, "val": 1, "test": 2}
+    bar = tqdm(images, desc="Rendering ShapesOnScenes", unit="image", disable=None, leave=False)
+    for i, (split, y, a) in enumerate(bar):
+        rng = np.random.default_rng([keys.RENDER_SEED, i])
+        pixels = render(rng, keys.CLASSES[y], str(rng.choice(colours)), keys.SCENES[a], _SIZE, difficulty)
+        name = f"images/{split}_{i:06d}_{keys.CLASSES[y]}_{keys.SCENES[a]}.png"
+        Image.fromarray(pixels).save(folder / name, compress_level=1)
+        writer.writerow([i, name, y, split_number[split], a])
+    (folder / "metadata.csv").write_text(table.getvalue())

@@ -1,0 +1,7 @@
+"""CLIP in: weights -> image encoder, text encoder, tokenizer."""
+
+from oodprompt.backbones.model import CLIP, CLIPShape
+from oodprompt.backbones.tokenizer import encode, tokenize
+from oodprompt.backbones.weights import BACKBONES, load_backbone
+
+__all__ = ["BACKBONES", "CLIP", "CLIPShape", "encode", "load_backbone", "tokenize"]

@@ -1,0 +1,155 @@
+"""The two contracts that carry everything: a *prompt learner* makes an alignment, a *debiaser* adds to its objective.
+
+Prompt learners know nothing of debiasers, debiasers nothing of which prompt learner they wrap; the engine combines
+them, so any of one goes with any of the other, and debiasers stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a prompt learner makes of a batch.
+
+    ``image_features`` [B, d] and ``text_features`` [C, d] (or [B, C, d] when prompts depend on the image), both
+    L2-normalised; ``logit_scale`` is the exp of CLIP's parameter.
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+
+    def compare(self, image_features: Tensor) -> Tensor:
+        """``logit_scale * <image, text>`` for other normalised image features [B, d] -> [B, C]."""
+        if self.text_features.ndim == 2:
+            return self.logit_scale * image_features @ self.text_features.T
+        return self.logit_scale * (self.text_features @ image_features.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, C]."""
+        return self.compare(self.image_features)
+
+
+class PromptLearner(nn.Module):
+    """Base of prompt learners. Parameters and buffers are what its checkpoint holds; the frozen CLIP is neither.
+
+    Class attributes: ``model_name``, the folder of its checkpoints (upstream's registered name); ``not_loaded``,
+    state-dict keys that depend on the class names and are made anew instead of loaded; ``trains_image_tower``,
+    whether image features change during training (so that they must not be cached).
+    """
+
+    model_name = "prompt_learner"
+    not_loaded: tuple[str, ...] = ()
+    trains_image_tower = False
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
+        super().__init__()
+        self.classnames = [name.replace("_", " ") for name in classnames]
+        self.__dict__["clip"] = clip  # not registered: neither trained nor saved with the learner
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Preprocessed images [B, 3, R, R] -> L2-normalised features [B, d]."""
+        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+
+    def forward(self, image_features: Tensor) -> Alignment:
+        """L2-normalised image features [B, d] -> alignment."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def penalty(self, alignment: Alignment) -> Tensor | None:
+        """A scalar that the learner itself adds to the loss, or None."""
+        return None
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        """The PREC key of this learner."""
+        return "fp32"
+
+
+@dataclass
+class Step:
+    """One training step as a debiaser sees it, over the whole batch of all processes.
+
+    ``alignment`` of the batch; ``logits`` [B, C] of the prediction in force (a debiaser's, else the alignment's);
+    ``label`` [B]; ``attribute`` [B] true attributes (-1: unknown) for methods that may see them; ``index`` [B] into
+    the training split.
+    """
+
+    alignment: Alignment
+    logits: Tensor
+    label: Tensor
+    attribute: Tensor
+    index: Tensor
+
+
+@dataclass
+class Contribution:
+    """What a debiaser adds to the objective  mean(weight * (CE + per_sample_loss)) + penalty.
+
+    ``per_sample_loss`` [B] is added to the cross-entropy of the prediction, ``sample_weights`` [B] multiply it,
+    ``penalty`` is a scalar; ``log`` holds scalars to print.
+    """
+
+    per_sample_loss: Tensor | None = None
+    sample_weights: Tensor | None = None
+    penalty: Tensor | None = None
+    log: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a debiaser is built from, besides the configuration.
+
+    ``train_labels`` [N]; ``train_features()`` gives the frozen CLIP's normalised features [N, d] of the training
+    images, computed once; ``attribute_names`` and ``attribute_prompts`` name the values of the spurious attribute.
+    """
+
+    clip: CLIP
+    classnames: Sequence[str]
+    attribute_names: Sequence[str]
+    attribute_prompts: Sequence[Sequence[str]]
+    train_labels: Tensor
+    train_features: Callable[[], Tensor]
+
+
+class Debiaser(nn.Module):
+    """Base of debiasers. Its parameters (trained with their own rate) and buffers are in its checkpoint."""
+
+    model_name = "debiaser"
+    predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
+
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__()
+
+    @classmethod
+    def learning_rate(cls, cfg: CfgNode) -> float:
+        """Base learning rate of the debiaser's own parameters."""
+        return cfg.OPTIM.LR
+
+    def before_train(self) -> None:
+        """Called once, before the first epoch (also after a resume)."""
+
+    def before_epoch(self, epoch: int) -> None: ...
+
+    def after_epoch(self, epoch: int) -> None: ...
+
+    def predict(self, alignment: Alignment) -> Tensor:
+        """Logits [B, C]; used when ``predicts``."""
+        return alignment.logits
+
+    def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
+        """Further logits [B, C] by name, reported beside the prediction."""
+        return {}
+
+    def contribute(self, step: Step) -> Contribution:
+        """Losses, weights and penalties of one step."""
+        return Contribution()

@@ -1,0 +1,15 @@
+"""Config, registries, data, training loop, checkpoints, evaluation, reports."""
+
+from oodprompt.engine.data import DatasetBase, Datum
+from oodprompt.engine.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from oodprompt.engine.trainer import PromptTrainer, build_trainer
+
+__all__ = [
+    "DATASET_REGISTRY",
+    "EVALUATOR_REGISTRY",
+    "TRAINER_REGISTRY",
+    "DatasetBase",
+    "Datum",
+    "PromptTrainer",
+    "build_trainer",
+]

@@ -1,0 +1,136 @@
+"""Checkpoints in Dassl's layout: ``<dir>/<model name>/model.pth.tar-<epoch>``, ``model-best.pth.tar``, ``checkpoint``.
+
+Dict keys are Dassl's (state_dict, epoch, optimizer, scheduler, val_result); ours adds ``oodprompt``, the engine's own
+state. Only tensors and plain Python values are stored, so files load with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodprompt.errors import UserError
+from oodprompt.files import write_atomically
+
+BEST = "model-best.pth.tar"
+
+
+def file_of(directory: str | Path, name: str, epoch: int | None) -> Path:
+    """The checkpoint of model ``name`` after ``epoch`` epochs, or the best one for None."""
+    return Path(directory) / name / (BEST if epoch is None else f"model.pth.tar-{epoch}")
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Dassl's own files are read too, their pickled schedulers left out.
+
+    Raises ``UserError`` for a missing or unreadable file.
+    """
+    if not path.is_file():
+        found = sorted(p.name for p in path.parent.glob("model*")) if path.parent.is_dir() else []
+        where = f"{path.parent} has {', '.join(found)}" if found else f"there is no checkpoint in {path.parent}"
+        raise UserError(f"no model at {path}; {where}: check --model-dir and --load-epoch")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return _load_foreign(path)
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; is the file complete?") from error
+
+
+class _Ignored:
+    """Stands for any object of a foreign checkpoint that is neither a tensor nor plain data; it is never run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Unpickles tensors and plain containers; every other class becomes ``_Ignored``, so no foreign code runs."""
+
+    _ALLOWED = frozenset({"collections", "torch._utils", "torch.storage", "torch"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module == "collections" and name == "OrderedDict") or (
+            module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter")
+        ):
+            return super().find_class(module, name)
+        if module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if module == "torch.storage" and name == "UntypedStorage":
+            return super().find_class(module, name)
+        return _Ignored
+
+
+class _PickleModule:
+    """What ``torch.load`` asks of a pickle module, with the restricted unpickler in it."""
+
+    Unpickler = _TensorsOnly
+    __name__ = "oodprompt.tensors_only"
+
+    @staticmethod
+    def load(file: Any, **kwargs: Any) -> Any:
+        return _TensorsOnly(file, **kwargs).load()
+
+
+def _load_foreign(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule)
+    except Exception as error:
+        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_weights(module: nn.Module, state_dict: dict[str, Tensor], source: Path, skip: tuple[str, ...] = ()) -> None:
+    """Fill ``module`` from ``state_dict``; keys in ``skip`` are left as they are.
+
+    Raises ``UserError`` that names keys which are missing, unknown or of another shape; then nothing is loaded.
+    """
+    own = {key: value for key, value in module.state_dict().items() if key not in skip}
+    given = {key: value for key, value in state_dict.items() if key not in skip}
+    problems = [f"{key} is missing" for key in own if key not in given]
+    problems += [f"{key} is unknown" for key in given if key not in own]
+    problems += [
+        f"{key} has shape {tuple(given[key].shape)}, the model {tuple(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    if problems:
+        raise UserError(
+            f"{source} does not fit the model: {'; '.join(problems[:4])}"
+            + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+            + "; was it trained with another backbone, N_CTX, CSC or trainer?"
+        )
+    module.load_state_dict({**module.state_dict(), **given})
+
+
+def newest_epoch(directory: str | Path, names: list[str]) -> int | None:
+    """The newest epoch of which every model in ``names`` has a checkpoint under ``directory``; None if there is none."""
+    epochs = []
+    for name in names:
+        pointer = Path(directory) / name / "checkpoint"
+        if not pointer.is_file():
+            return None
+        target = pointer.read_text().strip()
+        if not target.startswith("model.pth.tar-") or not target.rsplit("-", 1)[1].isdigit():
+            raise UserError(f"{pointer} names {target!r}, not a model.pth.tar-<epoch>; delete it to start anew")
+        epochs.append(int(target.rsplit("-", 1)[1]))
+    return min(epochs, default=None)
+
+
+def write_pointer(file: Path) -> None:
+    """Make ``file`` the newest checkpoint of its folder."""
+    write_atomically(file.parent / "checkpoint", f"{file.name}\n")

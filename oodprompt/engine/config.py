@@ -1,0 +1,292 @@
+"""The configuration tree: Dassl's keys and defaults, ours beside them, and errors that name the nearest key.
+
+Every key is declared once, with its default and a line of documentation. Methods and data sets declare their own
+beside their code with ``declare``; ``docs/config.md`` is written from these lines.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from oodprompt.errors import UserError, nearest
+
+_KEYS: dict[str, tuple[Any, str]] = {}
+
+
+def declare(section: str, keys: dict[str, tuple[Any, str]]) -> None:
+    """Add keys under ``section`` (dotted, "" for the top): name -> (default, one line of documentation)."""
+    for name, (default, doc) in keys.items():
+        _KEYS[f"{section}.{name}" if section else name] = (default, doc)
+
+
+def declared_keys() -> dict[str, tuple[Any, str]]:
+    """All keys: dotted name -> (default, documentation)."""
+    _import_methods()
+    return dict(_KEYS)
+
+
+def _import_methods() -> None:
+    import oodprompt.datasets  # noqa: F401  (importing them declares their keys)
+    import oodprompt.trainers  # noqa: F401
+
+
+def get_cfg_default() -> CfgNode:
+    """A fresh tree with every declared key at its default."""
+    cfg = CfgNode()
+    for name, (default, _) in declared_keys().items():
+        *parents, leaf = name.split(".")
+        node = cfg
+        for parent in parents:
+            node = node.setdefault(parent, CfgNode())
+        node[leaf] = default
+    return cfg
+
+
+def leaves(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """The tree as a flat dict: dotted name -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat.update(leaves(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
+    """Set the dotted key ``name``; ``source`` (a file, "command line") is named in errors.
+
+    Strings are read as Python literals where they are one ("1e-5", "(48, 48)"); the value must have the type of the
+    default, where an int may stand for a float and a list for a tuple.
+    """
+    known = leaves(cfg)
+    if name not in known:
+        if any(key.startswith(f"{name}.") for key in known):
+            raise UserError(f"{source}: {name!r} is a section, not a key")
+        raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, known)}")
+    value, default = _literal(raw), known[name]
+    if isinstance(default, tuple) and isinstance(value, (list, str, int, float)):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    elif isinstance(default, list) and isinstance(value, tuple):
+        value = list(value)
+    elif isinstance(default, float) and type(value) is int:
+        value = float(value)
+    elif isinstance(default, str) and type(value) in (int, float):
+        value = str(raw)
+    elif isinstance(default, str) and value is None:
+        value = ""
+    if type(value) is not type(default):
+        raise UserError(
+            f"{source}: {name} takes a value of type {type(default).__name__} (default {default!r}), "
+            f"not {raw!r} of type {type(value).__name__}"
+        )
+    *parents, leaf = name.split(".")
+    node = cfg
+    for parent in parents:
+        node = node[parent]
+    node[leaf] = value
+
+
+def _nearest_key(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    section = name.rsplit(".", 1)[0] + "."
+    siblings = [key for key in known if key.startswith(section)]
+    hint = nearest(name, known).split("(known")[0]
+    return f"{hint}({section[:-1]} has: {', '.join(k[len(section) :] for k in siblings)})" if siblings else hint or "see docs/config.md"
+
+
+def _literal(raw: Any) -> Any:
+    if isinstance(raw, str):
+        try:
+            return ast.literal_eval(raw)
+        except (ValueError, SyntaxError):
+            return raw
+    return raw
+
+
+def merge_file(cfg: CfgNode, path: str | Path) -> None:
+    """Merge a yaml file, key by key. ``UserError`` for a missing or malformed file, unknown keys, wrong types."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"no config file at {path}" + (f"; that folder has: {', '.join(near)}" if near else ""))
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid yaml: {' '.join(str(error).split())[:300]}") from error
+    if tree is None:
+        return
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the top of the file must be a mapping of sections, not a {type(tree).__name__}")
+    for name, value in _walk(tree):
+        set_key(cfg, name, value, str(path))
+
+
+def _walk(tree: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merge ``KEY VALUE KEY VALUE ...`` from the command line."""
+    if len(opts) % 2:
+        raise UserError(f"command line: KEY VALUE pairs expected, but {opts[-1]!r} stands alone")
+    for name, raw in zip(opts[::2], opts[1::2], strict=True):
+        set_key(cfg, name, raw, "command line")
+
+
+declare(
+    "",
+    {
+        "VERSION": (1, "Version of the configuration tree (Dassl's)."),
+        "OUTPUT_DIR": ("", "Folder of this run; empty: output/<data set>/<trainer>[-<base>]/<config name>/seed<seed>."),
+        "RESUME": ("", "Folder of the run to go on with; empty: OUTPUT_DIR, where it holds a checkpoint."),
+        "SEED": (-1, "Seed of everything (0 counts); negative: drawn at random and written to config.yaml."),
+        "USE_CUDA": (True, "Use a GPU when there is one."),
+        "VERBOSE": (True, "Print the config and a summary of the data set."),
+    },
+)
+declare(
+    "INPUT",
+    {
+        "SIZE": ((224, 224), "Height and width that the backbone takes, in pixels; tiny: (48, 48)."),
+        "INTERPOLATION": ("bilinear", "bilinear, bicubic (CLIP's own) or nearest."),
+        "TRANSFORMS": ((), "Names of transforms in training; 'normalize' among them counts for testing too."),
+        "NO_TRANSFORM": (False, "Apply none of the transforms but resizing and conversion to a tensor."),
+        "PIXEL_MEAN": ([0.485, 0.456, 0.406], "Mean of 'normalize' (Dassl's default is ImageNet's; configs set CLIP's)."),
+        "PIXEL_STD": ([0.229, 0.224, 0.225], "Standard deviation of 'normalize'."),
+        "CROP_PADDING": (4, "random_crop: padding in pixels."),
+        "RRCROP_SCALE": ((0.08, 1.0), "random_resized_crop: range of the area kept."),
+        "COLORJITTER_B": (0.4, "colorjitter: brightness."),
+        "COLORJITTER_C": (0.4, "colorjitter: contrast."),
+        "COLORJITTER_S": (0.4, "colorjitter: saturation."),
+        "COLORJITTER_H": (0.1, "colorjitter: hue."),
+        "RGS_P": (0.2, "randomgrayscale: probability."),
+        "GB_P": (0.5, "gaussian_blur: probability."),
+        "GB_K": (21, "gaussian_blur: kernel size, odd."),
+        "GN_MEAN": (0.0, "gaussian_noise: mean, on normalised pixels."),
+        "GN_STD": (0.15, "gaussian_noise: standard deviation."),
+        "CUTOUT_N": (1, "cutout: number of holes."),
+        "CUTOUT_LEN": (16, "cutout: side of a hole in pixels."),
+        "RANDAUGMENT_N": (2, "randaugment: operations per image."),
+        "RANDAUGMENT_M": (10, "randaugment: magnitude."),
+        "VIEWS": (
+            0,
+            "Views of each training image that the feature cache keeps: 1 = the test transform, K > 1 = K draws of the "
+            "training transform, 0 = one if the training transform has nothing random, else no cache.",
+        ),
+    },
+)
+declare(
+    "DATASET",
+    {
+        "ROOT": ("", "Folder that holds the data sets; empty: ./data for data sets that make themselves."),
+        "NAME": ("", "Registered name of the data set."),
+        "SOURCE_DOMAINS": ((), "Domains to train on, for data sets that have domains."),
+        "TARGET_DOMAINS": ((), "Domains to test on."),
+        "NUM_LABELED": (-1, "Labelled instances in total, for semi-supervised data sets."),
+        "NUM_SHOTS": (-1, "Training images per class, drawn with SEED; -1: all. Validation and test stay whole."),
+        "VAL_PERCENT": (0.1, "Share of validation data, for data sets that split themselves."),
+        "SUBSAMPLE_CLASSES": ("all", "all, base (the first half of the classes) or new (the rest)."),
+        "TEMPLATE": ("", "Prompt of zero-shot classification, with {} for the class name; empty: the data set's."),
+        "ATTRIBUTE_NAMES": ((), "Names of the spurious attribute's values; empty: the data set's."),
+        "ATTRIBUTE_PROMPTS": (
+            (),
+            "One entry per attribute value, prompts separated by '|', whose text features are averaged; "
+            "empty: the data set's.",
+        ),
+    },
+)
+declare(
+    "DATALOADER",
+    {
+        "NUM_WORKERS": (4, "Processes that read images; 0: the main process."),
+        "FEATURE_CACHE": (
+            "auto",
+            "Keep image features instead of encoding images at every step, where the image tower is not trained: "
+            "memory (insist), off, or auto (where it changes nothing, see INPUT.VIEWS). Evaluation uses it too.",
+        ),
+        "TRAIN_X.SAMPLER": ("RandomSampler", "RandomSampler, SequentialSampler, RandomClassSampler or RandomDomainSampler."),
+        "TRAIN_X.BATCH_SIZE": (32, "Images per step and process."),
+        "TRAIN_X.N_DOMAIN": (0, "RandomDomainSampler: domains per batch; 0: all."),
+        "TRAIN_X.N_INS": (16, "RandomClassSampler: images per class in a batch."),
+        "TEST.SAMPLER": ("SequentialSampler", "Order of test images."),
+        "TEST.BATCH_SIZE": (32, "Images per batch in evaluation and feature extraction."),
+    },
+)
+declare(
+    "MODEL",
+    {
+        "INIT_WEIGHTS": ("", "Checkpoint of the prompt learner to start from."),
+        "BACKBONE.NAME": ("", "tiny, or one of OpenAI's: RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px."),
+        "BACKBONE.PATH": ("", "A checkpoint file (OpenAI's archive or a plain state dict); wins over NAME."),
+        "BACKBONE.PRETRAINED": (True, "Kept for Dassl's files; CLIP is always pretrained."),
+        "HEAD.NAME": ("", "Kept for Dassl's command line; CLIP has no head."),
+    },
+)
+declare(
+    "OPTIM",
+    {
+        "NAME": ("adam", "sgd, adam, adamw, amsgrad, rmsprop or radam."),
+        "LR": (0.0003, "Learning rate of the prompt learner."),
+        "WEIGHT_DECAY": (5e-4, "Weight decay."),
+        "MOMENTUM": (0.9, "sgd, rmsprop: momentum."),
+        "SGD_DAMPNING": (0.0, "sgd: dampening (Dassl's spelling)."),
+        "SGD_NESTEROV": (False, "sgd: Nesterov momentum."),
+        "RMSPROP_ALPHA": (0.99, "rmsprop: smoothing."),
+        "ADAM_BETA1": (0.9, "adam and its kin: beta 1."),
+        "ADAM_BETA2": (0.999, "adam and its kin: beta 2."),
+        "LR_SCHEDULER": ("single_step", "single_step, multi_step or cosine, stepped once per epoch."),
+        "STEPSIZE": ((-1,), "Epochs of the steps; -1: no step before MAX_EPOCH."),
+        "GAMMA": (0.1, "Factor of each step."),
+        "MAX_EPOCH": (10, "Epochs of training."),
+        "WARMUP_EPOCH": (-1, "Epochs of warm-up; -1: none."),
+        "WARMUP_TYPE": ("linear", "constant or linear."),
+        "WARMUP_CONS_LR": (1e-5, "Learning rate of constant warm-up."),
+        "WARMUP_MIN_LR": (1e-5, "Learning rate of the first epoch of linear warm-up."),
+        "WARMUP_RECOUNT": (True, "After the warm-up the schedule starts at its own epoch 0 (else at WARMUP_EPOCH)."),
+    },
+)
+declare(
+    "TRAIN",
+    {
+        "CHECKPOINT_FREQ": (0, "Epochs between checkpoints that are kept; 0: the last one. The newest is always there to resume from."),
+        "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
+        "COUNT_ITER": ("train_x", "Kept for Dassl's files."),
+        "VAL_FREQ": (0, "Epochs between passes over validation data for training.png; 0: only where best_val needs them."),
+    },
+)
+declare(
+    "TEST",
+    {
+        "EVALUATOR": ("Classification", "Registered name of the evaluator."),
+        "PER_CLASS_RESULT": (False, "Print accuracy per class."),
+        "COMPUTE_CMAT": (False, "Write the row-normalised confusion matrix to cmat.pt."),
+        "NO_TEST": (False, "Do not test after training."),
+        "SPLIT": ("test", "Split of the final evaluation: test or val."),
+        "FINAL_MODEL": ("last_step", "Which model is tested after training: last_step or best_val."),
+        "SELECTION": (
+            "auto",
+            "What best_val maximises: accuracy, worst_group_accuracy (needs attributes in validation data), or auto: "
+            "worst_group_accuracy where validation data have attributes, else accuracy.",
+        ),
+    },
+)
+declare(
+    "TRAINER",
+    {
+        "NAME": ("", "Registered name of the trainer: a prompt learner, or a debiaser over BASE."),
+        "BASE": ("CoOp", "Prompt learner that a debiaser wraps."),
+        "STACK": ((), "Debiasers to add to the trainer's own."),
+        "PREC": ("", "fp32, bf16, amp or fp16 (both: fp16 autocast with loss scaling); empty: the base's own PREC key."),
+    },
+)

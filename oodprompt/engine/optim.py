@@ -1,0 +1,97 @@
+"""Optimisers and learning-rate schedules, by Dassl's names, with Dassl's values at every epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from oodprompt.errors import UserError, nearest
+
+
+def build_optimizer(
+    params: nn.Module | Iterable[nn.Parameter], optim_cfg: CfgNode, lr: float | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of ``OPTIM.NAME`` over the parameters that take gradients; ``lr`` overrides ``OPTIM.LR``."""
+    params = params.parameters() if isinstance(params, nn.Module) else params
+    params = [p for p in params if p.requires_grad]
+    lr = optim_cfg.LR if lr is None else lr
+    common = {"lr": lr, "weight_decay": optim_cfg.WEIGHT_DECAY}
+    betas = {"betas": (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2)}
+    momentum = {"momentum": optim_cfg.MOMENTUM}
+    makers = {
+        "sgd": lambda: torch.optim.SGD(
+            params, **common, **momentum, dampening=optim_cfg.SGD_DAMPNING, nesterov=optim_cfg.SGD_NESTEROV
+        ),
+        "adam": lambda: torch.optim.Adam(params, **common, **betas),
+        "amsgrad": lambda: torch.optim.Adam(params, **common, **betas, amsgrad=True),
+        "adamw": lambda: torch.optim.AdamW(params, **common, **betas),
+        "radam": lambda: torch.optim.RAdam(params, **common, **betas),
+        "rmsprop": lambda: torch.optim.RMSprop(params, **common, **momentum, alpha=optim_cfg.RMSPROP_ALPHA),
+    }
+    if optim_cfg.NAME not in makers:
+        raise UserError(f"OPTIM.NAME: unknown optimiser {optim_cfg.NAME!r}: {nearest(optim_cfg.NAME, makers)}")
+    return makers[optim_cfg.NAME]()
+
+
+def learning_rate(epoch: int, base_lr: float, optim_cfg: CfgNode) -> float:
+    """The learning rate of epoch ``epoch`` (0-based), as Dassl's schedulers give it.
+
+    cosine: base (1 + cos(pi t / MAX_EPOCH)) / 2; single_step and multi_step: base GAMMA^(steps up to t), with t the
+    epoch counted by the schedule. During the warm-up (epoch < W) the rate is WARMUP_CONS_LR, or base epoch / W with
+    WARMUP_MIN_LR at epoch 0. After it t = epoch - W with WARMUP_RECOUNT; without, t = epoch and the rate is scaled
+    to be ``base_lr`` at epoch W, because torch's schedulers multiply on from there.
+
+    Source: Dassl.pytorch, dassl/optim/lr_scheduler.py.
+    """
+    warmup = max(optim_cfg.WARMUP_EPOCH, 0)
+    if epoch < warmup:
+        if optim_cfg.WARMUP_TYPE == "constant":
+            return optim_cfg.WARMUP_CONS_LR
+        if optim_cfg.WARMUP_TYPE == "linear":
+            return optim_cfg.WARMUP_MIN_LR if epoch == 0 else base_lr * epoch / warmup
+        raise UserError(f"OPTIM.WARMUP_TYPE: {optim_cfg.WARMUP_TYPE!r} is neither constant nor linear")
+    if optim_cfg.WARMUP_RECOUNT:
+        return base_lr * _decay(epoch - warmup, optim_cfg)
+    start = _decay(warmup, optim_cfg)
+    return base_lr * _decay(epoch, optim_cfg) / start if start else 0.0
+
+
+def _decay(t: int, optim_cfg: CfgNode) -> float:
+    name, steps = optim_cfg.LR_SCHEDULER, tuple(optim_cfg.STEPSIZE)
+    if name == "cosine":
+        return (1 + math.cos(math.pi * t / optim_cfg.MAX_EPOCH)) / 2
+    if name == "single_step":
+        size = steps[-1] if steps[-1] > 0 else optim_cfg.MAX_EPOCH
+        return optim_cfg.GAMMA ** (t // size)
+    if name == "multi_step":
+        return optim_cfg.GAMMA ** sum(t >= step for step in steps)
+    known = ["cosine", "single_step", "multi_step"]
+    raise UserError(f"OPTIM.LR_SCHEDULER: unknown schedule {name!r}: {nearest(name, known)}")
+
+
+class LRScheduler:
+    """Sets the optimiser's rate to ``learning_rate(epoch)``; ``step()`` once at the end of every epoch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, optim_cfg: CfgNode) -> None:
+        self.optimizer, self.optim_cfg, self.last_epoch = optimizer, optim_cfg, 0
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = learning_rate(self.last_epoch, base, self.optim_cfg)
+
+    def step(self) -> None:
+        self.last_epoch += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.last_epoch = state["last_epoch"]
+        self._apply()

@@ -1,0 +1,148 @@
+"""The one place where results are written: results.json, results.md, groups.png, training.png."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from oodprompt.files import write_atomically
+
+_BLUE, _RED, _GREY, _GREEN = "#3465a4", "#cc3333", "#888888", "#4e9a06"
+
+
+def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
+    """Write ``results.json``, ``results.md`` and ``groups.png``; returns their paths."""
+    directory = Path(directory)
+    files = [directory / "results.json", directory / "results.md"]
+    write_atomically(files[0], json.dumps(results, indent=2) + "\n")
+    write_atomically(files[1], results_markdown(results))
+    rows = results["groups"] or results["classes"]
+    if len(rows) <= 60:
+        files.append(directory / "groups.png")
+        write_atomically(files[-1], _png(groups_figure(results)))
+    return files
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """The results as tables that a person reads."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    stack = "".join(f" + {name}" for name in results["stack"])
+    title = results["trainer"] + (f" over {results['base']}" if results["base"] not in ("", results["trainer"]) else "")
+    head = [
+        ("data set", f"{results['dataset']} ({results['split']}, {results['num_samples']:,} images)"),
+        ("backbone", results["backbone"]),
+        ("seed", results["seed"]),
+        ("accuracy", percent(results["accuracy"])),
+        ("worst-group accuracy", percent(results["worst_group_accuracy"])),
+        ("gap", percent(results["gap"])),
+        ("adjusted average accuracy", percent(results["adjusted_average_accuracy"])),
+        ("macro F1", percent(results["macro_f1"])),
+        ("checkpoint", results["checkpoint"] or "none"),
+    ]
+    parts = [f"# {title}{stack}\n", tabulate(head, headers=("", ""), tablefmt="github", disable_numparse=True)]
+    if results["groups"]:
+        rows = [
+            (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", percent(g["accuracy"]))
+            for g in results["groups"]
+        ]
+        header = ("class", "attribute", "training images", "images", "accuracy")
+        parts += ["\n## Groups\n", tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)]
+    rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
+    parts += ["\n## Classes\n", tabulate(rows, headers=("class", "images", "accuracy"), tablefmt="github", disable_numparse=True)]
+    if results.get("other_predictions"):
+        rows = [
+            (name, percent(m["accuracy"]), percent(m["worst_group_accuracy"]))
+            for name, m in results["other_predictions"].items()
+        ]
+        header = ("prediction", "accuracy", "worst-group accuracy")
+        parts += ["\n## Other predictions of the same model\n", tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)]
+    return "\n".join(parts) + "\n"
+
+
+def groups_figure(results: dict[str, Any]) -> Figure:
+    """Accuracy per group (or per class without attributes) as bars; the worst one in red, the average as a line."""
+    rows = results["groups"] or results["classes"]
+    names = [f"{r['class']} / {r['attribute']}" if "attribute" in r else r["class"] for r in rows]
+    if results["groups"]:
+        names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
+    values = [100 * r["accuracy"] for r in rows]
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    worst = min(values)
+    bars = axes.barh(names, values, color=[_RED if v == worst else _BLUE for v in values])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.axvline(100 * results["accuracy"], color=_GREY, linestyle="--", label=f"average {100 * results['accuracy']:.1f}")
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("accuracy, %")
+    axes.invert_yaxis()
+    axes.set_title(f"{results['trainer']} on {results['dataset']} ({results['split']}, seed {results['seed']})")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.5 * len(rows) + 0.4)), frameon=False)
+    return figure
+
+
+def write_training_curves(history: list[dict[str, float]], directory: str | Path) -> Path:
+    """Write ``training.png``: loss, learning rate, and accuracies by epoch."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+
+    def draw(axes: Any, key: str, label: str, colour: str, factor: float = 1.0) -> None:
+        points = [(row["epoch"], factor * row[key]) for row in history if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(points) < 60 else None)
+
+    losses, rates, accuracies = figure.subplots(1, 3)
+    draw(losses, "loss", "total loss", _BLUE)
+    losses.set_ylabel("loss")
+    draw(rates, "lr", "learning rate", _GREY)
+    rates.set_ylabel("learning rate")
+    draw(accuracies, "acc", "training batches", _GREY)
+    draw(accuracies, "val_accuracy", "validation", _BLUE, 100)
+    draw(accuracies, "val_worst_group_accuracy", "validation, worst group", _RED, 100)
+    accuracies.set_ylabel("accuracy, %")
+    accuracies.set_ylim(0, 103)
+    accuracies.legend()
+    for axes in (losses, rates, accuracies):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if len(epochs) == 1:
+            axes.set_xlim(0, 2)
+    path = Path(directory) / "training.png"
+    write_atomically(path, _png(figure))
+    return path
+
+
+def comparison_figure(rows: list[tuple[str, float, float]], title: str) -> Figure:
+    """Average and worst-group accuracy of several methods side by side; rows of (name, average, worst), in [0, 1]."""
+    figure = Figure(figsize=(7, 1.2 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    for offset, column, colour, label in ((-0.2, 1, _BLUE, "average"), (0.2, 2, _RED, "worst group")):
+        bars = axes.barh([p + offset for p in places], [100 * r[column] for r in rows], 0.38, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_yticks(list(places), [r[0] for r in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 110)
+    axes.set_xlabel("test accuracy, %")
+    axes.set_title(title)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """Save a figure as PNG, atomically."""
+    write_atomically(path, _png(figure))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

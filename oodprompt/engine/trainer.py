@@ -1,0 +1,677 @@
+"""The engine: trains any prompt learner with any debiasers, evaluates, checkpoints, resumes.
+
+The vocabulary is Dassl's (``register_model``, ``before_epoch``, ``forward_backward``, ``load_model``, ...). A method's
+file defines a ``PromptLearner`` or a ``Debiaser`` and a two-line trainer that names it:
+
+    @TRAINER_REGISTRY.register()
+    class CoOp(PromptTrainer):
+        learner_class = ContextLearner
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+import oodprompt
+from oodprompt.backbones import load_backbone
+from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step
+from oodprompt.engine import checkpoint, evaluation, features, report, seeding  # noqa: F401 (evaluation registers)
+from oodprompt.engine.config import leaves
+from oodprompt.engine.data import Batch, DataManager
+from oodprompt.engine.distributed import average_gradients, gather_rows
+from oodprompt.engine.optim import LRScheduler, build_optimizer
+from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from oodprompt.errors import UserError, nearest
+
+# Keys that may differ between a run and the run that resumes it: they do not change what is computed.
+_FREE_KEYS = (
+    "OUTPUT_DIR",
+    "RESUME",
+    "VERBOSE",
+    "DATASET.ROOT",
+    "DATALOADER.NUM_WORKERS",
+    "TRAIN.CHECKPOINT_FREQ",
+    "TRAIN.PRINT_FREQ",
+    "TRAIN.VAL_FREQ",
+    "TEST.SPLIT",
+    "TEST.PER_CLASS_RESULT",
+    "TEST.COMPUTE_CMAT",
+    "TEST.NO_TEST",
+)
+_PRECISIONS = ("fp32", "bf16", "amp", "fp16")
+
+
+class PromptTrainer:
+    """Trains a prompt learner, alone or with debiasers: ``trainer = Cls(cfg); trainer.train()``.
+
+    A subclass sets ``learner_class`` (it is a prompt learner, usable as ``TRAINER.BASE``) or ``debiaser_class`` (it
+    goes over ``TRAINER.BASE``). Debiasers named in ``TRAINER.STACK`` are added to either. The objective is
+
+        mean(weights * (CE(prediction, y) + sum of per-sample losses)) + sum of penalties.
+    """
+
+    learner_class: ClassVar[type[PromptLearner] | None] = None
+    debiaser_class: ClassVar[type[Debiaser] | None] = None
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self._models: OrderedDict[str, nn.Module] = OrderedDict()
+        self._optims: OrderedDict[str, torch.optim.Optimizer | None] = OrderedDict()
+        self._scheds: OrderedDict[str, LRScheduler | None] = OrderedDict()
+        self._writer: SummaryWriter | None = None
+        self.base_name, self.learner_type, self.debiaser_types = resolve_methods(cfg)
+        self.check_cfg(cfg)
+        self.state = PartialState(cpu=not cfg.USE_CUDA)
+        self.device = self.state.device
+        self.precision = self._precision()
+        self.start_epoch = self.epoch = 0
+        self.max_epoch = cfg.OPTIM.MAX_EPOCH
+        self.output_dir = Path(cfg.OUTPUT_DIR)
+        self.history: list[dict[str, Any]] = []
+        self.best_result, self.best_epoch = -math.inf, 0
+        self.evaluated_checkpoint = ""
+        self.train_seconds = 0.0
+        self._step_times: list[float] = []
+        self.build_data_loader()
+        self.build_model()
+        self.evaluator = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR, "TEST.EVALUATOR")(cfg, self.dataset)
+
+    # --- building ----------------------------------------------------------------------------------------------
+
+    def check_cfg(self, cfg: CfgNode) -> None:
+        """Refuse values that would fail later."""
+        choices = {
+            "TEST.FINAL_MODEL": (cfg.TEST.FINAL_MODEL, ("last_step", "best_val")),
+            "TEST.SPLIT": (cfg.TEST.SPLIT, ("test", "val")),
+            "TEST.SELECTION": (cfg.TEST.SELECTION, ("auto", "accuracy", "worst_group_accuracy")),
+        }
+        for key, (value, known) in choices.items():
+            if value not in known:
+                raise UserError(f"{key}: unknown choice {value!r}: {nearest(value, known)}")
+
+    def _precision(self) -> str:
+        cfg = self.cfg
+        key, choice = ("TRAINER.PREC", cfg.TRAINER.PREC) if cfg.TRAINER.PREC else (
+            f"PREC of {self.base_name}", self.learner_type.precision(cfg))  # fmt: skip
+        if choice not in _PRECISIONS:
+            raise UserError(f"{key}: unknown precision {choice!r}: {nearest(choice, _PRECISIONS)}")
+        if choice in ("amp", "fp16") and self.device.type == "cpu":
+            self.print(f"Precision {choice} needs a GPU; on the CPU this run computes in fp32")
+            return "fp32"
+        return choice
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision for the towers; losses are computed in fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def build_data_loader(self) -> None:
+        with self.state.main_process_first():
+            self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes)
+        self.dataset, self.num_classes, self.lab2cname = self.dm.dataset, self.dm.num_classes, self.dm.lab2cname
+        self.train_loader_x = self.dm.train_loader_x
+        self.val_loader, self.test_loader = self.dm.val_loader, self.dm.test_loader
+        if self.cfg.VERBOSE:
+            for name, value in self.dm.summary():
+                self.print(f"  {name:<32} {value}")
+
+    def build_model(self) -> None:
+        cfg = self.cfg
+        self.print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME})")
+        with self.state.main_process_first():
+            self.clip = load_backbone(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.PATH).to(self.device)
+        takes = self.clip.visual.input_resolution
+        if tuple(cfg.INPUT.SIZE) != (takes, takes):
+            raise UserError(
+                f"INPUT.SIZE is {tuple(cfg.INPUT.SIZE)}, but the backbone takes {takes} x {takes} pixels: "
+                f'add INPUT.SIZE "({takes}, {takes})"'
+            )
+        seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, 0))
+        self.learner = self.learner_type(cfg, self.dataset.classnames, self.dataset.template, self.clip)
+        if cfg.MODEL.INIT_WEIGHTS:
+            path = Path(cfg.MODEL.INIT_WEIGHTS)
+            checkpoint.load_weights(self.learner, checkpoint.load(path)["state_dict"], path, self.learner.not_loaded)
+        self._register(self.learner, cfg.OPTIM.LR)
+        views = features.views_to_cache(cfg, self.learner.trains_image_tower)
+        self._cached: dict[str, features.FeatureLoader] = {}
+        self.views, self._frozen_train_features = views, None
+        context = Context(
+            clip=self.clip,
+            classnames=self.learner.classnames,
+            attribute_names=self.dataset.attribute_names,
+            attribute_prompts=self.dataset.attribute_prompts,
+            train_labels=torch.tensor([datum.label for datum in self.dataset.train_x], device=self.device),
+            train_features=self.frozen_train_features,
+        )
+        self.debiasers: list[Debiaser] = []
+        for i, debiaser_type in enumerate(self.debiaser_types, 1):
+            seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, i))
+            debiaser = debiaser_type(cfg, context)
+            self.debiasers.append(debiaser)
+            self._register(debiaser, debiaser_type.learning_rate(cfg))
+        predictors = [d for d in self.debiasers if d.predicts]
+        if len(predictors) > 1:
+            names = " and ".join(type(d).__name__ for d in predictors)
+            raise UserError(f"TRAINER.STACK: {names} each replace the prediction; only one of a stack can")
+        self.predictor = predictors[0] if predictors else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision in ("amp", "fp16"))
+
+    def _register(self, module: nn.Module, lr: float) -> None:
+        module.to(self.device)
+        optim = build_optimizer(module, self.cfg.OPTIM, lr) if any(p.requires_grad for p in module.parameters()) else None
+        self.register_model(module.model_name, module, optim, LRScheduler(optim, self.cfg.OPTIM) if optim else None)
+
+    def register_model(
+        self,
+        name: str = "model",
+        model: nn.Module | None = None,
+        optim: torch.optim.Optimizer | None = None,
+        sched: LRScheduler | None = None,
+    ) -> None:
+        """Name a model for checkpoints, with its optimiser and schedule."""
+        if name in self._models:
+            raise UserError(f"two models are named {name!r}; is a debiaser given twice in TRAINER.STACK?")
+        self._models[name], self._optims[name], self._scheds[name] = model, optim, sched
+
+    def get_model_names(self) -> list[str]:
+        return list(self._models)
+
+    # --- printing ----------------------------------------------------------------------------------------------
+
+    def print(self, *lines: str) -> None:
+        """Print on the main process only, without breaking a progress bar."""
+        if self.state.is_main_process:
+            for line in lines:
+                tqdm.write(line, file=sys.stdout)
+
+    # --- features and alignment --------------------------------------------------------------------------------
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised image features of the learner, fp32."""
+        with self.autocast():
+            return self.learner.encode_image(images.to(self.device, non_blocking=True)).float()
+
+    @torch.no_grad()
+    def frozen_train_features(self) -> Tensor:
+        """Normalised features [N, d] of the training images from CLIP as it was released, by the test transform."""
+        if self._frozen_train_features is None:
+            if "train" in self._cached and self.views == 1:
+                return self._cached["train"].features[0]
+
+            def encode(images: Tensor) -> Tensor:
+                with self.autocast():
+                    return F.normalize(self.clip.encode_image(images.to(self.device)).float(), dim=-1)
+
+            loader = self.dm.loader(self.dataset.train_x)
+            self._frozen_train_features = features.extract(encode, loader, "Features of training images", self._shows)
+        return self._frozen_train_features
+
+    @property
+    def _shows(self) -> bool:
+        return self.state.is_main_process
+
+    def loader(self, split: str) -> Any:
+        """Batches of a split, from cached features where the learner allows; None when the split is empty."""
+        images = {"train": self.train_loader_x, "val": self.val_loader, "test": self.test_loader}[split]
+        if images is None or not self.views:
+            return images
+        if split not in self._cached:
+            self.learner.eval()
+            if split == "train":
+                values = features.train_views(self.dm, self.encode_image, self.views, self._shows)
+            else:
+                values = features.extract(self.encode_image, images, f"Features of {split} images", self._shows)[None]
+            self._cached[split] = features.FeatureLoader(values, images.dataset.data_source, images.batches)
+        return self._cached[split]
+
+    def align(self, batch: Batch) -> Alignment:
+        """The alignment of a batch of images or of cached image features."""
+        z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"])
+        with self.autocast():
+            alignment = self.learner(z)
+        return Alignment(alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float())
+
+    def predict(self, alignment: Alignment) -> Tensor:
+        """Logits [B, C]: the predicting debiaser's, else the alignment's."""
+        return self.predictor.predict(alignment) if self.predictor else alignment.logits
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train from where the output folder stands, then test."""
+        self.before_train()
+        for self.epoch in range(self.start_epoch, self.max_epoch):
+            self.before_epoch()
+            self.run_epoch()
+            self.after_epoch()
+        self.after_train()
+
+    def before_train(self) -> None:
+        self._test_output()
+        self.trainable = any(optim is not None for optim in self._optims.values())
+        if not self.trainable:
+            self.max_epoch = 0
+        directory = self.cfg.RESUME or self.cfg.OUTPUT_DIR
+        self.start_epoch = self.resume_model_if_exist(directory)
+        if self.cfg.RESUME and not self.start_epoch:
+            raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
+        cached = f"cache of {self.views} view{'s' if self.views > 1 else ''}" if self.views else "computed at every step"
+        self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
+        self.print(f"Image features: {cached}")
+        self.time_start = time.time()
+        if self.state.is_main_process and self.trainable:
+            steps = self.start_epoch * len(self.train_loader_x)
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=steps or None)
+        if self.start_epoch < self.max_epoch:
+            self.loader("train")
+            for debiaser in self.debiasers:
+                debiaser.before_train()
+        self._bar = tqdm(
+            total=self.max_epoch * len(self.train_loader_x),
+            initial=self.start_epoch * len(self.train_loader_x),
+            desc=self.cfg.TRAINER.NAME,
+            unit="step",
+            disable=None if self._shows else True,
+            leave=False,
+        )
+
+    def _test_output(self) -> None:
+        """Fail now, not after hours, when results cannot be written."""
+        from oodprompt.files import write_atomically
+
+        if self.state.is_main_process:
+            write_atomically(self.output_dir / "config.yaml", self.cfg.dump())
+
+    def before_epoch(self) -> None:
+        # Every random number of an epoch comes from (seed, epoch), so a resumed run draws what the unbroken one drew.
+        seeding.set_random_seed(seeding.derive_seed(self.cfg.SEED, seeding.EPOCH, self.epoch))
+        for model in self._models.values():
+            model.train()
+        for debiaser in self.debiasers:
+            debiaser.before_epoch(self.epoch)
+
+    def run_epoch(self) -> None:
+        loader = self.loader("train")
+        loader.set_epoch(self.epoch)
+        self.num_batches = len(loader)
+        sums: dict[str, Tensor] = {}
+        samples = 0
+        end = time.time()
+        for self.batch_idx, batch in enumerate(loader):
+            data_seconds = time.time() - end
+            summary = self.forward_backward(batch)
+            for key, value in summary.items():
+                sums[key] = sums.get(key, 0.0) + value.detach()
+            samples += 1
+            self._step_times.append(time.time() - end)
+            self.train_seconds += self._step_times[-1]
+            self._bar.update()
+            frequency = self.cfg.TRAIN.PRINT_FREQ
+            if frequency > 0 and ((self.batch_idx + 1) % frequency == 0 or self.num_batches < frequency):
+                self._print_step(summary, {k: v / samples for k, v in sums.items()}, data_seconds)
+            end = time.time()
+        self._epoch_means = {key: float(value) / samples for key, value in sums.items()}
+
+    def _print_step(self, now: dict[str, Tensor], mean: dict[str, Tensor], data_seconds: float) -> None:
+        seconds = statistics.fmean(self._step_times[-50:])
+        left = self.num_batches * (self.max_epoch - self.epoch) - self.batch_idx - 1
+        values = " ".join(f"{key} {float(now[key]):.4f} ({float(mean[key]):.4f})" for key in now)
+        self.print(
+            f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}] "
+            f"time {self._step_times[-1]:.3f} ({seconds:.3f}) data {data_seconds:.3f} {values} "
+            f"lr {self.get_current_lr():.4e} eta {datetime.timedelta(seconds=int(seconds * left))}"
+        )
+        step = self.epoch * self.num_batches + self.batch_idx
+        for key, value in now.items():
+            self.write_scalar(f"train/{key}", float(value), step)
+        self.write_scalar("train/lr", self.get_current_lr(), step)
+
+    def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on one batch; returns scalars to print. The schedule advances after the epoch's last batch."""
+        loss, summary = self.objective(self.align(batch), batch)
+        self.detect_anomaly(loss)
+        optims = [optim for optim in self._optims.values() if optim is not None]
+        for optim in optims:
+            optim.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        average_gradients(p for model in self._models.values() for p in model.parameters())
+        for optim in optims:
+            self.scaler.step(optim)
+        self.scaler.update()
+        if self.batch_idx + 1 == self.num_batches:
+            self._last_lr = self.get_current_lr()
+            self.update_lr()
+        return summary
+
+    def objective(self, alignment: Alignment, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """mean(weights * (CE(prediction, y) + per-sample losses)) + penalties, over the batch of all processes."""
+        text = alignment.text_features
+        alignment = Alignment(
+            gather_rows(alignment.image_features), gather_rows(text) if text.ndim == 3 else text, alignment.logit_scale
+        )
+        label, attribute, index = (
+            gather_rows(batch[key].to(self.device)) for key in ("label", "attribute", "index")
+        )
+        logits = self.predict(alignment)
+        step = Step(alignment, logits, label, attribute, index)
+        per_sample = F.cross_entropy(logits, label, reduction="none")
+        weights = torch.ones_like(per_sample)
+        penalties = [p for p in [self.learner.penalty(alignment)] if p is not None]
+        log: dict[str, Tensor] = {}
+        for debiaser in self.debiasers:
+            contribution = debiaser.contribute(step)
+            if contribution.per_sample_loss is not None:
+                per_sample = per_sample + contribution.per_sample_loss
+            if contribution.sample_weights is not None:
+                weights = weights * contribution.sample_weights
+            if contribution.penalty is not None:
+                penalties.append(contribution.penalty)
+            log.update(contribution.log)
+        loss = (weights * per_sample).mean() + sum(penalties)
+        accuracy = 100 * (logits.argmax(1) == label).float().mean()
+        return loss, {"loss": loss.detach(), "acc": accuracy, **{k: v.detach() for k, v in log.items()}}
+
+    def detect_anomaly(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            last = f"the last whole checkpoint is of epoch {self.epoch}" if self.epoch else "no epoch was finished"
+            raise UserError(
+                f"the loss became {float(loss)} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}; {last}. "
+                f"Lower OPTIM.LR (now {self.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {self.precision})"
+            )
+
+    def update_lr(self) -> None:
+        for sched in self._scheds.values():
+            if sched is not None:
+                sched.step()
+
+    def get_current_lr(self) -> float:
+        """Learning rate of the first model that trains."""
+        optim = next((optim for optim in self._optims.values() if optim is not None), None)
+        return optim.param_groups[0]["lr"] if optim else 0.0
+
+    def write_scalar(self, tag: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)
+
+    def after_epoch(self) -> None:
+        for debiaser in self.debiasers:
+            debiaser.after_epoch(self.epoch)
+        done = self.epoch + 1
+        row: dict[str, Any] = {"epoch": done, "lr": self._last_lr, **self._epoch_means}
+        best_val = self.cfg.TEST.FINAL_MODEL == "best_val"
+        every = self.cfg.TRAIN.VAL_FREQ
+        is_best = False
+        if best_val or (every > 0 and (done % every == 0 or done == self.max_epoch) and self.val_loader):
+            metrics = self.evaluate("val" if self.val_loader else "test")
+            for key in ("accuracy", "worst_group_accuracy"):
+                row[f"val_{key}"] = metrics[key]
+                if metrics[key] is not None:
+                    self.write_scalar(f"val/{key}", metrics[key], done * self.num_batches)
+            if best_val:
+                is_best = self._selection_value(metrics) > self.best_result
+                if is_best:
+                    self.best_result, self.best_epoch = self._selection_value(metrics), done
+        self.history.append(row)
+        if self.cfg.TRAIN.PRINT_FREQ <= 0:
+            values = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "epoch" and value is not None)
+            self.print(f"epoch [{done}/{self.max_epoch}] {values}")
+        self.save_model(done, is_best)
+
+    def _selection_value(self, metrics: dict[str, Any]) -> float:
+        choice = self.cfg.TEST.SELECTION
+        if choice == "worst_group_accuracy" and metrics["worst_group_accuracy"] is None:
+            raise UserError("TEST.SELECTION worst_group_accuracy: the validation data have no attributes; use accuracy")
+        if choice == "auto":
+            choice = "accuracy" if metrics["worst_group_accuracy"] is None else "worst_group_accuracy"
+        self.selection = choice
+        return metrics[choice]
+
+    def after_train(self) -> None:
+        self._bar.close()
+        self.print("Finish training")
+        if self.history and self.state.is_main_process:
+            report.write_training_curves(self.history, self.output_dir)
+        if not self.cfg.TEST.NO_TEST:
+            if not self.trainable:
+                pass
+            elif self.cfg.TEST.FINAL_MODEL == "best_val":
+                by = f" by {self.selection} on validation data" if hasattr(self, "selection") else ""
+                self.print(f"Deploy the model with the best validation performance{by}")
+                self.load_model(self.output_dir)
+            else:
+                self.print("Deploy the last-epoch model")
+                self.evaluated_checkpoint = str(self._checkpoint_files(self.max_epoch)[0])
+            self.test()
+        elapsed = datetime.timedelta(seconds=round(time.time() - self.time_start))
+        self.print(f"Elapsed: {elapsed}")
+        if self._writer is not None:
+            self._writer.close()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def _checkpoint_files(self, epoch: int | None) -> list[Path]:
+        return [checkpoint.file_of(self.output_dir, name, epoch) for name in self._models]
+
+    def save_model(self, epoch: int, is_best: bool = False) -> None:
+        """Write the checkpoint after ``epoch`` epochs; the previous one goes unless CHECKPOINT_FREQ keeps it.
+
+        All files of an epoch are written before any pointer names them and before any older file goes, so that a
+        kill at any moment leaves one whole checkpoint of all models.
+        """
+        if not self.state.is_main_process:
+            return
+        engine = {
+            "config": {key: value for key, value in leaves(self.cfg).items() if key not in _FREE_KEYS},
+            "history": self.history,
+            "best_result": self.best_result,
+            "best_epoch": self.best_epoch,
+            "train_seconds": self.train_seconds,
+        }
+        val_result = self.history[-1].get("val_accuracy")
+        for name, model in self._models.items():
+            optim, sched = self._optims[name], self._scheds[name]
+            state = {
+                "state_dict": model.state_dict(),
+                "epoch": epoch,
+                "optimizer": optim.state_dict() if optim else None,
+                "scheduler": sched.state_dict() if sched else None,
+                "val_result": None if val_result is None else 100 * val_result,
+                "oodprompt": {**engine, "scaler": self.scaler.state_dict()},
+            }
+            checkpoint.save(state, checkpoint.file_of(self.output_dir, name, epoch))
+            if is_best:
+                checkpoint.save(state, checkpoint.file_of(self.output_dir, name, None))
+        previous = checkpoint.newest_epoch(self.output_dir, self.get_model_names())
+        for file in self._checkpoint_files(epoch):
+            checkpoint.write_pointer(file)
+        every = self.cfg.TRAIN.CHECKPOINT_FREQ
+        if previous is not None and previous < epoch and not (every > 0 and previous % every == 0):
+            for file in self._checkpoint_files(previous):
+                file.unlink(missing_ok=True)
+
+    def resume_model_if_exist(self, directory: str | Path) -> int:
+        """Load the newest whole checkpoint under ``directory``; returns the number of finished epochs (0: none).
+
+        Raises ``UserError`` when that checkpoint was trained with other keys.
+        """
+        epoch = checkpoint.newest_epoch(directory, self.get_model_names()) if self.trainable else None
+        if epoch is None:
+            return 0
+        for name, model in self._models.items():
+            path = checkpoint.file_of(directory, name, epoch)
+            state = checkpoint.load(path)
+            if "oodprompt" not in state:
+                raise UserError(f"{path} was not written by OODPrompt; evaluate it with --eval-only --model-dir {directory}")
+            self._check_same_run(state["oodprompt"]["config"], path)
+            checkpoint.load_weights(model, state["state_dict"], path)
+            if self._optims[name] is not None:
+                self._optims[name].load_state_dict(state["optimizer"])
+                self._scheds[name].load_state_dict(state["scheduler"])
+        engine = state["oodprompt"]
+        self.history, self.train_seconds = engine["history"], engine["train_seconds"]
+        self.best_result, self.best_epoch = engine["best_result"], engine["best_epoch"]
+        self.scaler.load_state_dict(engine["scaler"])
+        self.print(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {self.max_epoch}")
+        return epoch
+
+    def _check_same_run(self, old: dict[str, Any], path: Path) -> None:
+        new = leaves(self.cfg)
+        changed = [
+            f"{key} was {old[key]!r}, now {new[key]!r}"
+            for key in old
+            if key in new and old[key] != new[key] and key not in _FREE_KEYS
+        ]
+        if changed:
+            raise UserError(
+                f"{path} is of another run: {'; '.join(changed[:3])}"
+                + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+                + ". Choose another --output-dir, or delete the folder to train anew"
+            )
+
+    def load_model(self, directory: str | Path, epoch: int | None = None) -> None:
+        """Load every model from ``directory``: the one of ``epoch``, else the best, else the newest."""
+        if not directory:
+            self.print("Note: no --model-dir is given, so the untrained model is evaluated")
+            return
+        for name, model in self._models.items():
+            if self._optims[name] is None and not model.state_dict():
+                continue
+            path = checkpoint.file_of(directory, name, epoch)
+            if epoch is None and not path.is_file():
+                newest = checkpoint.newest_epoch(directory, [name])
+                path = checkpoint.file_of(directory, name, newest)
+            state = checkpoint.load(path)
+            not_loaded = getattr(model, "not_loaded", ())
+            checkpoint.load_weights(model, state["state_dict"], path, not_loaded)
+            self.evaluated_checkpoint = self.evaluated_checkpoint or str(path)
+            self.print(f"Loaded {name} from {path} (epoch {state['epoch']})")
+
+    # --- evaluation --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Metrics of a split; other predictions of the debiasers under ``other_predictions``."""
+        for model in self._models.values():
+            model.eval()
+        evaluators = {"": self.evaluator}
+        self.evaluator.reset()
+        for batch in self.loader(split):
+            alignment = self.align(batch)
+            label, attribute = (gather_rows(batch[key].to(self.device)) for key in ("label", "attribute"))
+            predictions = {"": self.predict(alignment)}
+            for debiaser in self.debiasers:
+                predictions.update(debiaser.other_predictions(alignment))
+            for name, logits in predictions.items():
+                if name not in evaluators:
+                    evaluators[name] = type(self.evaluator)(self.cfg, self.dataset)
+                evaluators[name].process(gather_rows(logits), label, attribute)
+        metrics = {name: evaluator.evaluate(self.dataset.train_x) for name, evaluator in evaluators.items()}
+        result = metrics.pop("")
+        keys = ("accuracy", "worst_group_accuracy", "gap")
+        result["other_predictions"] = {name: {key: m[key] for key in keys} for name, m in metrics.items()}
+        return result
+
+    def test(self, split: str | None = None) -> float:
+        """Evaluate, print, and write the results; returns the accuracy in [0, 1]."""
+        split = split or self.cfg.TEST.SPLIT
+        if split == "val" and self.val_loader is None:
+            self.print("There are no validation data: the test split is evaluated")
+            split = "test"
+        began = time.time()
+        self.print(f"Evaluate on the *{split}* set")
+        metrics = self.evaluate(split)
+        seconds = time.time() - began
+        if self.state.is_main_process:
+            self.evaluator.report(metrics, split)
+            for name, other in metrics["other_predictions"].items():
+                worst = other["worst_group_accuracy"]
+                worst_text = "" if worst is None else f", worst group {100 * worst:.1f}%"
+                print(f"* {name}: accuracy {100 * other['accuracy']:.1f}%{worst_text}")
+            files = report.write_results(self.results(metrics, split, seconds), self.output_dir)
+            if self.cfg.TEST.COMPUTE_CMAT:
+                files.append(self.output_dir / "cmat.pt")
+                checkpoint.save(self.evaluator.confusion_matrix(), files[-1])
+            if self.history:
+                files.append(self.output_dir / "training.png")
+            self.print("Wrote " + ", ".join(str(file) for file in files))
+        return metrics["accuracy"]
+
+    def results(self, metrics: dict[str, Any], split: str, test_seconds: float) -> dict[str, Any]:
+        """The content of results.json."""
+        cfg = self.cfg
+        cuda = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else _peak_memory_mib()
+        keys = ("num_samples", "accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
+        return {
+            "trainer": cfg.TRAINER.NAME,
+            "base": self.base_name,
+            "stack": list(cfg.TRAINER.STACK),
+            "dataset": cfg.DATASET.NAME,
+            "backbone": cfg.MODEL.BACKBONE.NAME or cfg.MODEL.BACKBONE.PATH,
+            "seed": cfg.SEED,
+            "split": split,
+            **{key: metrics[key] for key in keys},
+            "groups": metrics["groups"],
+            "classes": metrics["classes"],
+            "other_predictions": metrics["other_predictions"],
+            "best_epoch": self.best_epoch if cfg.TEST.FINAL_MODEL == "best_val" else None,
+            "time": {
+                "train_s": self.train_seconds,
+                "step_ms_median": 1000 * statistics.median(self._step_times) if self._step_times else 0.0,
+                "test_s": test_seconds,
+            },
+            "peak_memory_mib": memory,
+            "environment": {
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
+                "oodprompt": oodprompt.__version__,
+            },
+            "checkpoint": self.evaluated_checkpoint,
+        }
+
+
+def _peak_memory_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[Debiaser]]]:
+    """From TRAINER.NAME, BASE and STACK: the base's name, its learner, and the debiasers in order."""
+    main = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer")
+    bases = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.learner_class]
+    others = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.debiaser_class]
+    debiasers = [main.debiaser_class] if main.debiaser_class else []
+    base_name = cfg.TRAINER.BASE if debiasers else cfg.TRAINER.NAME
+    base = TRAINER_REGISTRY.get(base_name, "TRAINER.BASE")
+    if base.learner_class is None:
+        raise UserError(f"TRAINER.BASE: {base_name} is a debiaser, not a prompt learner; bases are: {', '.join(bases)}")
+    for name in cfg.TRAINER.STACK:
+        extra = TRAINER_REGISTRY.get(name, "TRAINER.STACK")
+        if extra.debiaser_class is None:
+            raise UserError(f"TRAINER.STACK: {name} is a prompt learner; debiasers are: {', '.join(others)}")
+        debiasers.append(extra.debiaser_class)
+    return base_name, base.learner_class, debiasers
+
+
+def build_trainer(cfg: CfgNode) -> PromptTrainer:
+    """The trainer named by ``TRAINER.NAME``."""
+    return TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer")(cfg)

@@ -1,0 +1,23 @@
+"""The one exception for what a user can mend, and the suggestion of the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. ``str(error)`` says in one line what is wrong, where, and what to do.
+
+    The command line prints that line without a traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the known name nearest to ``name``, and lists all when there are few."""
+    known = sorted(known)
+    lowered = {k.lower(): k for k in known}
+    match = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    hint = f"did you mean {lowered[match[0]]!r}? " if match else ""
+    listing = ", ".join(known) if len(known) <= 40 else f"{len(known)} names, see `python train.py --list`"
+    return f"{hint}(known: {listing})"

@@ -1,0 +1,41 @@
+"""Installs ``oodprompt``; the folders ``trainers/`` and ``datasets/`` become its subpackages of these names."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "oodprompt" / "__init__.py").read_text()).group(1)
+readme = here / "README.md"
+
+setup(
+    name="oodprompt",
+    version=version,
+    description="Any prompt learner with any debiaser, on CLIP, with worst-group accuracy reported",
+    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["oodprompt", "oodprompt.backbones", "oodprompt.engine", "oodprompt.trainers", "oodprompt.datasets"],
+    package_dir={"oodprompt.trainers": "trainers", "oodprompt.datasets": "datasets"},
+    package_data={"oodprompt.backbones": ["tiny.pt.gz"]},
+    install_requires=[
+        "accelerate>=1.0",
+        "clip-anytorch>=2.6",  # OpenAI's tokenizer and vocabulary
+        "ftfy",
+        "matplotlib>=3.6",
+        "numpy>=1.24",
+        "pillow>=9.4",
+        "pyyaml>=6",
+        "regex",
+        "scikit-learn>=1.3",
+        "tabulate>=0.9",
+        "tensorboard>=2.12",
+        "torch>=2.2",
+        "torchvision>=0.17",
+        "tqdm>=4.64",
+        "yacs>=0.1.8",
+    ],
+    extras_require={"test": ["pytest>=7", "pytest-timeout", "ruff>=0.6"]},
+)

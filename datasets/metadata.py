@@ -21,12 +21,13 @@ def read_metadata(path: Path, folder: Path, classnames: Sequence[str]) -> tuple[
         raise UserError(f"no file list at {path}; expected a csv with the columns {', '.join(_COLUMNS)}")
     splits: tuple[list[Datum], list[Datum], list[Datum]] = ([], [], [])
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise UserError(f"{path}: column {', '.join(missing)} is missing; expected {', '.join(_COLUMNS)}")
-            for line, row in enumerate(reader, 2):
+            for row in reader:
+                line = reader.line_num
                 try:
                     label, split, place = (int(row[key]) for key in ("y", "split", "place"))
                 except (TypeError, ValueError):
@@ -40,6 +41,6 @@ def read_metadata(path: Path, folder: Path, classnames: Sequence[str]) -> tuple[
                 if not image.is_file():
                     raise UserError(f"{path}, line {line} names {image}, which is missing; restore it or take the line out")
                 splits[split].append(Datum(str(image), label, place, classnames[label], place))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file: {error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a csv file: {error}") from error
     return splits

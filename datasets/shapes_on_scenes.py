@@ -86,6 +86,14 @@ def _check(keys: CfgNode) -> None:
         raise UserError("DATASET.SHAPES.SCENES must hold at least as many names as DATASET.SHAPES.CLASSES")
     if not 0 <= keys.CORRELATION <= 1:
         raise UserError(f"DATASET.SHAPES.CORRELATION is a share between 0 and 1, not {keys.CORRELATION}")
+    for key, largest in (("RADIUS", 0.48), ("OPACITY", 1)):
+        bounds = keys[key]
+        numbers = len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds)
+        if not (numbers and 0 < bounds[0] <= bounds[1] <= largest):
+            raise UserError(f"DATASET.SHAPES.{key} is a range (low, high) above 0 and up to {largest}, not {bounds}")
+    for key in ("NOISE", "RENDER_SEED"):
+        if keys[key] < 0:
+            raise UserError(f"DATASET.SHAPES.{key} cannot be negative: {keys[key]}")
     groups = len(keys.SCENES) * len(keys.CLASSES)
     for key in ("NUM_TRAIN", "NUM_VAL", "NUM_TEST"):
         if keys[key] < groups:

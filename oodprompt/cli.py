@@ -7,15 +7,16 @@ import contextlib
 import inspect
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from yacs.config import CfgNode
 
-from oodprompt.errors import UserError
+from oodprompt.errors import UserError, nearest
 
 # flag -> key
 _FLAG_KEYS = {
@@ -33,8 +34,17 @@ _FLAG_KEYS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see train.py --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
         description="Train and evaluate prompt learners and debiasers on CLIP.",
         epilog="All keys with their defaults are in docs/config.md.",
@@ -84,7 +94,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
             set_key(cfg, key, tuple(value) if isinstance(value, list) else value, f"--{flag.replace('_', '-')}")
     merge_opts(cfg, opts)
     if cfg.SEED < 0:
-        cfg.SEED = _seed_of_run(cfg) or random.SystemRandom().randrange(1, 2**31)
+        seed = _seed_of_run(cfg)
+        cfg.SEED = random.SystemRandom().randrange(1, 2**31) if seed is None else seed
     if not cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = _output_dir(cfg, args)
     cfg.freeze()
@@ -204,6 +215,9 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 success, 2 a user's error (one line on stderr), 1 anything else."""
+    # Threads that wait for work sleep instead of spinning: steps of a few milliseconds would otherwise take a hundred
+    # times as long as soon as another program uses a core. Read by OpenMP when torch is first imported, below.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         run(argv)
     except UserError as error:

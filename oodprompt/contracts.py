@@ -110,7 +110,7 @@ class Context:
     """What a debiaser is built from, besides the configuration.
 
     ``train_labels`` [N]; ``train_features()`` gives the frozen CLIP's normalised features [N, d] of the training
-    images, computed once; ``attribute_names`` and ``attribute_prompts`` name the values of the spurious attribute.
+    images, computed once; ``features_are_frozen`` says whether image features stay those; ``attribute_names`` and ``attribute_prompts`` name the values of the spurious attribute.
     """
 
     clip: CLIP
@@ -119,6 +119,7 @@ class Context:
     attribute_prompts: Sequence[Sequence[str]]
     train_labels: Tensor
     train_features: Callable[[], Tensor]
+    features_are_frozen: bool
 
 
 class Debiaser(nn.Module):

@@ -9,26 +9,52 @@ from torch import Tensor, nn
 
 
 def within_classes(
-    dependence: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    label: Tensor,
-    min_per_class: int = 4,
-    reduction: str = "mean",
+    dependence: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, label: Tensor, min_per_class: int = 4
 ) -> Tensor:
-    """Conditional dependence given the class: ``dependence`` of x [B, p] and y [B, q] within each class of the batch.
+    """Mean over classes of ``dependence`` of x [B, p] and y [B, q] within the class.
 
-    Classes with fewer than ``min_per_class`` images are left out; zero when none is left. ``reduction``: mean or sum
-    over classes.
+    Classes with fewer than ``min_per_class`` images are left out; zero when none is left.
     """
-    values = []
+    classes = [label == c for c in label.unique()]
+    values = [dependence(x[mine], y[mine]) for mine in classes if mine.sum() >= min_per_class]
+    return torch.stack(values).mean() if values else 0.0 * (x.sum() + y.sum())
+
+
+def standardise_within(values: Tensor, label: Tensor) -> Tensor:
+    """Values [N, A] with mean 0 and variance 1 within each class, column by column; constant columns become 0."""
+    result = torch.zeros_like(values)
     for c in label.unique():
-        mine = label == c
-        if mine.sum() >= min_per_class:
-            values.append(dependence(x[mine], y[mine]))
-    if not values:
-        return (x.sum() + y.sum()) * 0.0
-    return torch.stack(values).mean() if reduction == "mean" else torch.stack(values).sum()
+        mine = values[label == c]
+        deviation = mine.std(dim=0, correction=0)
+        result[label == c] = torch.where(deviation > 1e-6, (mine - mine.mean(dim=0)) / deviation.clamp(min=1e-6), 0)
+    return result
+
+
+def within_class_moments(x: Tensor, q: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Second moments within classes of x [N, d] and q [N, A], each centred in its class.
+
+    Returns cross [C', d, A], sqrt(n_c / N) times the cross-covariance in each class present, and covariance [d, d],
+    the pooled covariance of x.
+    """
+    cross, covariance = [], x.new_zeros(x.shape[1], x.shape[1])
+    for c in label.unique():
+        centred, target = x[label == c], q[label == c]
+        centred = centred - centred.mean(dim=0)
+        target = target - target.mean(dim=0)
+        cross.append(centred.T @ target / (len(x) * len(target)) ** 0.5)
+        covariance = covariance + centred.T @ centred / len(x)
+    return torch.stack(cross), covariance
+
+
+def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Share of the within-class variance of ``weight @ x`` that standardised attributes q explain, a scalar.
+
+    sum_c n_c || W Cov_c(x, q) ||_F^2 / (A N tr(W Cov(x) W^T)), from ``within_class_moments`` of x and q; W is the
+    identity when it is not given. In [0, 1] for one attribute and its complement; free of W's scale.
+    """
+    if weight is not None:
+        cross, covariance = weight @ cross, weight @ covariance @ weight.T
+    return (cross**2).sum() / (cross.shape[-1] * covariance.diagonal().sum().clamp(min=1e-12))
 
 
 def cross_covariance(x: Tensor, y: Tensor) -> Tensor:

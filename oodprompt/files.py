@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -26,11 +27,13 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another --output-dir"
         ) from error
+    finally:  # also after an interruption from the keyboard; after success the temporary name is gone
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
 
 def _umask() -> int:

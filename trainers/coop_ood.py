@@ -14,8 +14,10 @@ the spurious attribute's values, no labels, settle it. t_a are the text features
 
     L_a = CE(s z_s t^T, a_hat), a_hat = argmax_a <z, t_a>      z_s carries the attribute that zero-shot CLIP sees
     L_s with z_s held fixed, so that it moves the prompt alone
-    L_c = sum over classes of || mean (z_u - mean z_u) q^T ||_F^2, q = posterior of the attribute, standardised
-          within the class: z_u must not tell the attribute within a class
+    L_c = sum_c n_c || mean_c (x - mean_c x) q^T ||_F^2 / (A sum_c n_c tr Cov_c(x)): the share of the variance within
+          classes that the attribute explains, with q [A] its posterior, standardised within the class. In [0, 1] and
+          free of scale, so that shrinking the feature cannot satisfy it. x = h_u(z) over the whole training set where
+          z is constant (exact, one small product per step), else x = z_u of the batch
 
 Source: Zhang et al., "Amend to Alignment: Decoupled Prompt Tuning for Mitigating Spurious Correlation in
 Vision-Language Models", ICML 2024 (PMLR 235). The abstract and the authors' figure settle the two linear layers, the
@@ -33,7 +35,15 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.contracts import Alignment, Context, Contribution, Debiaser, Step
-from oodprompt.dependence import Club, cross_covariance, hsic, within_classes
+from oodprompt.dependence import (
+    Club,
+    cross_covariance,
+    explained_share,
+    hsic,
+    standardise_within,
+    within_class_moments,
+    within_classes,
+)
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
@@ -58,6 +68,7 @@ declare(
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
         "ANCHOR_ALPHA": (0.5, "Weight of L_s when anchored."),
         "ANCHOR_BETA": (100.0, "Weight of L_c when anchored."),
+        "ANCHOR_STATISTICS": ("auto", "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen."),
         "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),
     },
 )
@@ -78,6 +89,7 @@ class DecoupledProjections(Debiaser):
             "PHASES": ("joint", "alternating"),
             "INFERENCE": ("invariant", "raw"),
             "ANCHOR": ("none", "attributes"),
+            "ANCHOR_STATISTICS": ("auto", "train", "batch"),
         }.items():
             if keys[key] not in known:
                 raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
@@ -108,7 +120,14 @@ class DecoupledProjections(Debiaser):
         if self.anchored:
             posterior = attribute_posterior(self.context, self.attribute_text, self.scale)  # [N, A]
             self.pseudo_attribute = posterior.argmax(dim=1)
-            self.posterior = _standardise_within(posterior, self.context.train_labels)
+            label = self.context.train_labels
+            self.posterior = standardise_within(posterior, label)
+            choice = self.keys.ANCHOR_STATISTICS
+            if choice == "train" and not self.context.features_are_frozen:
+                raise UserError("TRAINER.COOPOOD.ANCHOR_STATISTICS train: the base trains the image tower; use batch or auto")
+            self.moments = None
+            if choice != "batch" and self.context.features_are_frozen:
+                self.moments = within_class_moments(self.context.train_features(), self.posterior, label)
 
     def project(self, layer: nn.Linear, z: Tensor) -> Tensor:
         """z [B, d], normalised -> l2norm(layer(z))."""
@@ -161,8 +180,11 @@ class DecoupledProjections(Debiaser):
         keys = self.keys
         L_a = F.cross_entropy(self.scale * z_s @ self.attribute_text.T, self.pseudo_attribute[step.index], reduction="none")
         L_s = uniformity_loss(step.alignment.compare(z_s.detach()))
-        q = self.posterior[step.index]
-        L_c = within_classes(cross_covariance, z_u, q, step.label, keys.MIN_PER_CLASS, reduction="sum")
+        if self.moments is None:
+            moments = within_class_moments(z_u, self.posterior[step.index], step.label)
+            L_c = explained_share(*moments)
+        else:
+            L_c = explained_share(*self.moments, self.h_u.weight)
         return Contribution(
             per_sample_loss=keys.ANCHOR_ALPHA * L_s + keys.ANCHOR_GAMMA * L_a,
             penalty=keys.ANCHOR_BETA * L_c,
@@ -176,16 +198,6 @@ def uniformity_loss(logits: Tensor) -> Tensor:
     Equals -mean_c log p_c - log C.
     """
     return -F.log_softmax(logits, dim=1).mean(dim=1) - math.log(logits.shape[1])
-
-
-def _standardise_within(values: Tensor, label: Tensor) -> Tensor:
-    """Values [N, A] with mean 0 and variance 1 within each class, column by column; constant columns become 0."""
-    result = torch.zeros_like(values)
-    for c in label.unique():
-        mine = values[label == c]
-        deviation = mine.std(dim=0, correction=0)
-        result[label == c] = torch.where(deviation > 1e-6, (mine - mine.mean(dim=0)) / deviation.clamp(min=1e-6), 0)
-    return result
 
 
 @TRAINER_REGISTRY.register()

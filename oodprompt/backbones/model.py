@@ -219,11 +219,13 @@ class CLIPShape:
     def of(cls, state_dict: dict[str, Tensor]) -> CLIPShape:
         """Read the sizes off a state dict in OpenAI's layout (their heads are 64 wide).
 
-        Raises ``KeyError`` or ``ValueError`` when the state dict is not in that layout.
+        Raises ``LookupError`` or ``ValueError`` when the state dict is not in that layout.
         """
         sd = state_dict
         if "visual.proj" in sd:
             vision_width, _, patch, _ = sd["visual.conv1.weight"].shape
+            if vision_width % 64:
+                raise ValueError(f"the vision width {vision_width} is no multiple of 64")
             vision_layers: int | tuple[int, ...] = _count(sd, "visual.transformer.resblocks.")
             resolution = patch * round((sd["visual.positional_embedding"].shape[0] - 1) ** 0.5)
         else:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import pickle
-import tempfile
-import urllib.error
+import secrets
 import urllib.request
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -65,9 +67,9 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "") 
     state_dict = read_state_dict(file)
     try:
         model = CLIP.from_state_dict(state_dict)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (LookupError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{file} is not a CLIP state dict in OpenAI's layout ({_first_line(error)}); "
+            f"{file} is not a CLIP state dict in OpenAI's layout ({_brief(error)}); "
             "expected keys such as visual.conv1.weight, transformer.resblocks.0..., token_embedding.weight"
         ) from error
     return model.eval().requires_grad_(False)
@@ -83,29 +85,37 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         if _is_torchscript(content):
-            return torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that TorchScript is deprecated: a user cannot change OpenAI's files
+                return torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read the checkpoint {file}: {_first_line(error)}; is the file complete?") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"cannot read the checkpoint {file}: it is no checkpoint, is damaged, or holds more than tensors, which is "
+            "not loaded because it could run code; give a state dict or OpenAI's archive"
+        ) from error
+    except Exception as error:  # damaged bytes make unpicklers and unzippers raise nearly anything
+        raise UserError(f"cannot read the checkpoint {file}: {_brief(error)}; is the file complete?") from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict):
         raise UserError(f"{file} holds no state dict (a dict of tensors), but a {type(loaded).__name__}")
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
+        raise UserError(f"{file} holds no state dict: not every entry is a name with a tensor")
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
 def _is_torchscript(content: bytes) -> bool:
-    """A TorchScript archive is a zip with a ``code/`` folder or a ``constants.pkl``."""
-    import zipfile
-
+    """A TorchScript archive is a zip with a ``constants.pkl``; ``torch.save`` writes none."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         return False
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _brief(error: BaseException) -> str:
+    """Kind and message of an error in one line; PyTorch's first line is often but a heading, so two are taken."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return ": ".join([type(error).__name__, " ".join(lines[:2])[:300]]) if lines else type(error).__name__
 
 
 def _sha256(file: Path) -> str:
@@ -130,29 +140,32 @@ def _fetch(name: str, folder: Path) -> Path:
             raise UserError(f"{file} has not the SHA256 {sha256} of {name}; delete it and run again, or {by_hand}")
         _write_stamp(verified, stamp)
         return file
-    temporary = None
+    temporary = folder / f".{filename}.{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=30) as source:
-            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{filename}.")
-            size = int(source.headers.get("Content-Length") or 0) or None
+            folder.mkdir(parents=True, exist_ok=True)
+            size = source.headers.get("Content-Length") or ""
             with (
-                os.fdopen(descriptor, "wb") as target,
-                tqdm(total=size, unit="B", unit_scale=True, desc=filename, disable=None) as bar,
+                temporary.open("xb") as target,
+                tqdm(
+                    total=int(size) if size.isdigit() else None, unit="B", unit_scale=True, desc=filename, disable=None
+                ) as bar,
             ):
                 while block := source.read(1 << 20):
                     target.write(block)
                     bar.update(len(block))
-        if _sha256(Path(temporary)) != sha256:
-            raise UserError(f"the download of {name} from {address} has not the SHA256 {sha256}; run again, or {by_hand}")
+        if _sha256(temporary) != sha256:
+            raise UserError(
+                f"the download of {name} from {address} has not the SHA256 {sha256}; run again, or {by_hand}"
+            )
         os.replace(temporary, file)
         return file
-    except (urllib.error.URLError, OSError, TimeoutError) as error:
-        reason = getattr(error, "reason", None) or error
+    except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
+        reason = getattr(error, "reason", None) or _brief(error)
         raise UserError(f"cannot get the weights of {name} ({reason}): {by_hand}") from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def _write_stamp(file: Path, stamp: str) -> None:

@@ -35,18 +35,23 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Dassl's own files are read too, their pickled schedulers left out.
 
-    Raises ``UserError`` for a missing or unreadable file.
+    Raises ``UserError`` for a missing or unreadable file, or one that is no checkpoint of a model.
     """
     if not path.is_file():
         found = sorted(p.name for p in path.parent.glob("model*")) if path.parent.is_dir() else []
         where = f"{path.parent} has {', '.join(found)}" if found else f"there is no checkpoint in {path.parent}"
         raise UserError(f"no model at {path}; {where}: check --model-dir and --load-epoch")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        return _load_foreign(path)
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}; is the file complete?") from error
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule)
+    except Exception as error:  # whatever the bytes of a foreign or damaged file make torch and pickle say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot read the checkpoint {path}: {reason}; is the file complete?") from error
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        raise UserError(f"{path} is no checkpoint: it has no dict 'state_dict', which Dassl's and ours have")
+    return state
 
 
 class _Ignored:
@@ -55,23 +60,29 @@ class _Ignored:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def _nothing(self, *args: Any) -> None:
         pass
+
+    # What pickle calls to fill an object, a dict, a list or a set.
+    __setstate__ = __setitem__ = append = extend = add = _nothing
 
 
 class _TensorsOnly(pickle.Unpickler):
     """Unpickles tensors and plain containers; every other class becomes ``_Ignored``, so no foreign code runs."""
 
-    _ALLOWED = frozenset({"collections", "torch._utils", "torch.storage", "torch"})
+    _ALLOWED = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+            ("torch.storage", "UntypedStorage"),
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module == "collections" and name == "OrderedDict") or (
-            module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter")
-        ):
-            return super().find_class(module, name)
-        if module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        if module == "torch.storage" and name == "UntypedStorage":
+        is_storage = module == "torch" and name.isidentifier() and name.endswith("Storage")
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_storage or is_dtype or (module, name) in self._ALLOWED:
             return super().find_class(module, name)
         return _Ignored
 
@@ -87,13 +98,6 @@ class _PickleModule:
         return _TensorsOnly(file, **kwargs).load()
 
 
-def _load_foreign(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule)
-    except Exception as error:
-        raise UserError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
-
-
 def load_weights(module: nn.Module, state_dict: dict[str, Tensor], source: Path, skip: tuple[str, ...] = ()) -> None:
     """Fill ``module`` from ``state_dict``; keys in ``skip`` are left as they are.
 
@@ -103,11 +107,10 @@ def load_weights(module: nn.Module, state_dict: dict[str, Tensor], source: Path,
     given = {key: value for key, value in state_dict.items() if key not in skip}
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in own]
-    problems += [
-        f"{key} has shape {tuple(given[key].shape)}, the model {tuple(own[key].shape)}"
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
+    for key in [key for key in own if key in given]:
+        shape = tuple(given[key].shape) if isinstance(given[key], Tensor) else f"of {type(given[key]).__name__}"
+        if shape != tuple(own[key].shape):
+            problems.append(f"{key} has shape {shape}, the model {tuple(own[key].shape)}")
     if problems:
         raise UserError(
             f"{source} does not fit the model: {'; '.join(problems[:4])}"

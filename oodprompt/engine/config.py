@@ -71,14 +71,18 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
             raise UserError(f"{source}: {name!r} is a section, not a key")
         raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, known)}")
     value, default = _literal(raw), known[name]
-    if isinstance(default, tuple) and isinstance(value, (list, str, int, float)):
+    if isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
+        value = "" if value is None else raw  # "{}", "1e5" and "True" are words where words are wanted
+    elif isinstance(default, tuple) and value == "":
+        value = ()
+    elif isinstance(default, tuple) and isinstance(value, (list, str, int, float)):
         value = tuple(value) if isinstance(value, list) else (value,)
     elif isinstance(default, list) and isinstance(value, tuple):
         value = list(value)
     elif isinstance(default, float) and type(value) is int:
         value = float(value)
     elif isinstance(default, str) and type(value) in (int, float):
-        value = str(raw)
+        value = str(value)
     elif isinstance(default, str) and value is None:
         value = ""
     if type(value) is not type(default):
@@ -98,14 +102,16 @@ def _nearest_key(name: str, known: Iterable[str]) -> str:
     section = name.rsplit(".", 1)[0] + "."
     siblings = [key for key in known if key.startswith(section)]
     hint = nearest(name, known).split("(known")[0]
-    return f"{hint}({section[:-1]} has: {', '.join(k[len(section) :] for k in siblings)})" if siblings else hint or "see docs/config.md"
+    if siblings:
+        return f"{hint}({section[:-1]} has: {', '.join(key[len(section) :] for key in siblings)})"
+    return hint or "see docs/config.md"
 
 
 def _literal(raw: Any) -> Any:
     if isinstance(raw, str):
         try:
             return ast.literal_eval(raw)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return raw
     return raw
 
@@ -117,7 +123,9 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no config file at {path}" + (f"; that folder has: {', '.join(near)}" if near else ""))
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid yaml: {' '.join(str(error).split())[:300]}") from error
     if tree is None:
@@ -215,11 +223,18 @@ declare(
             "Keep image features instead of encoding images at every step, where the image tower is not trained: "
             "memory (insist), off, or auto (where it changes nothing, see INPUT.VIEWS). Evaluation uses it too.",
         ),
+        "K_TRANSFORMS": (1, "Kept for Dassl's files: transformed copies of each training image; only 1 is possible."),
+        "RETURN_IMG0": (False, "Kept for Dassl's files: the untransformed image beside; only False is possible."),
         "TRAIN_X.SAMPLER": ("RandomSampler", "RandomSampler, SequentialSampler, RandomClassSampler or RandomDomainSampler."),
         "TRAIN_X.BATCH_SIZE": (32, "Images per step and process."),
         "TRAIN_X.N_DOMAIN": (0, "RandomDomainSampler: domains per batch; 0: all."),
         "TRAIN_X.N_INS": (16, "RandomClassSampler: images per class in a batch."),
-        "TEST.SAMPLER": ("SequentialSampler", "Order of test images."),
+        "TRAIN_U.SAME_AS_X": (True, "Kept for Dassl's files: no method here takes unlabelled images."),
+        "TRAIN_U.SAMPLER": ("RandomSampler", "Kept for Dassl's files."),
+        "TRAIN_U.BATCH_SIZE": (32, "Kept for Dassl's files."),
+        "TRAIN_U.N_DOMAIN": (0, "Kept for Dassl's files."),
+        "TRAIN_U.N_INS": (16, "Kept for Dassl's files."),
+        "TEST.SAMPLER": ("SequentialSampler", "Order of test images: SequentialSampler or RandomSampler."),
         "TEST.BATCH_SIZE": (32, "Images per batch in evaluation and feature extraction."),
     },
 )
@@ -245,6 +260,9 @@ declare(
         "RMSPROP_ALPHA": (0.99, "rmsprop: smoothing."),
         "ADAM_BETA1": (0.9, "adam and its kin: beta 1."),
         "ADAM_BETA2": (0.999, "adam and its kin: beta 2."),
+        "STAGED_LR": (False, "Give parameters outside NEW_LAYERS the rate LR * BASE_LR_MULT."),
+        "NEW_LAYERS": ((), "STAGED_LR: names of a model's parts that take the full LR."),
+        "BASE_LR_MULT": (0.1, "STAGED_LR: factor of all other parts."),
         "LR_SCHEDULER": ("single_step", "single_step, multi_step or cosine, stepped once per epoch."),
         "STEPSIZE": ((-1,), "Epochs of the steps; -1: no step before MAX_EPOCH."),
         "GAMMA": (0.1, "Factor of each step."),

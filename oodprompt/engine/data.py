@@ -7,8 +7,8 @@ processes; and BATCH_SIZE counts per process, whose batches together are one bat
 
 from __future__ import annotations
 
+import contextlib
 import random
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -75,7 +75,7 @@ class DatasetBase:
         val: Sequence[Datum] = (),
         test: Sequence[Datum] = (),
     ) -> None:
-        self._check_classes(train_x)
+        self._check_classes(train_x, val, test)
         train_x = few_shot(train_x, cfg.DATASET.NUM_SHOTS, cfg.SEED)
         self.train_x, self.val, self.test = subsample_classes(cfg.DATASET.SUBSAMPLE_CLASSES, train_x, val, test)
         if not self.test:
@@ -97,15 +97,16 @@ class DatasetBase:
                 f"DATASET.ATTRIBUTE_PROMPTS {len(self.attribute_prompts)}: give one entry of prompts per name"
             )
 
-    def _check_classes(self, train_x: Sequence[Datum]) -> None:
+    def _check_classes(self, train_x: Sequence[Datum], *others: Sequence[Datum]) -> None:
         name = type(self).__name__
         if not train_x:
             raise UserError(f"{name}: the train split is empty")
         count = Counter(datum.label for datum in train_x)
-        missing = [label for label in range(max(count)) if label not in count]
+        last = max(datum.label for split in (train_x, *others) for datum in split)
+        missing = [label for label in range(last + 1) if label not in count]
         if missing:
             raise UserError(
-                f"{name}: class{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 0..{max(count)} "
+                f"{name}: class{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 0..{last} "
                 "has no training image; every class needs one (are the labels consecutive, is the folder empty?)"
             )
 
@@ -269,15 +270,13 @@ def epoch_order(
     """Indices into ``data`` in the order of one epoch, by Dassl's sampler names.
 
     ``RandomClassSampler`` fills batches with ``n_ins`` images of each of batch_size / n_ins classes;
-    ``RandomDomainSampler`` with equally many of each of ``n_domain`` domains (0: all).
+    ``RandomDomainSampler`` with equally many of each of ``n_domain`` domains (0: all). ``UserError`` where the
+    batch size or a domain's images do not allow it.
     """
     if sampler == "SequentialSampler":
         return list(range(len(data)))
     if sampler == "RandomSampler":
         return rng.permutation(len(data)).tolist()
-    if sampler not in ("RandomClassSampler", "RandomDomainSampler"):
-        known = ["SequentialSampler", "RandomSampler", "RandomClassSampler", "RandomDomainSampler"]
-        raise UserError(f"DATALOADER.TRAIN_X.SAMPLER: unknown sampler {sampler!r}: {nearest(sampler, known)}")
     by_class = sampler == "RandomClassSampler"
     pools: dict[int, list[int]] = defaultdict(list)
     for i, datum in enumerate(data):
@@ -289,6 +288,18 @@ def epoch_order(
             + (f"classes with N_INS {n_ins}" if by_class else f"domains with N_DOMAIN {n_domain}")
         )
     each = n_ins if by_class else batch_size // sources
+    if batch_size % (sources * each):
+        raise UserError(
+            f"{sampler}: batches of {batch_size} do not divide into {sources} {'classes' if by_class else 'domains'}"
+            + (f" of N_INS {n_ins} images" if by_class else "")
+            + "; change DATALOADER.TRAIN_X.BATCH_SIZE"
+        )
+    small = [] if by_class else [domain for domain, pool in pools.items() if len(pool) < each]
+    if small:
+        raise UserError(
+            f"{sampler}: domain {small[0]} has {len(pools[small[0]])} images, fewer than the {each} of a batch of "
+            f"{batch_size}; lower DATALOADER.TRAIN_X.BATCH_SIZE"
+        )
     queues = {key: rng.permutation(pool).tolist() for key, pool in pools.items()}
     order: list[int] = []
     while True:
@@ -303,6 +314,13 @@ def epoch_order(
             return order
 
 
+# Evaluation must meet every image once.
+_SAMPLERS = {
+    "TRAIN_X": ("RandomSampler", "SequentialSampler", "RandomClassSampler", "RandomDomainSampler"),
+    "TEST": ("SequentialSampler", "RandomSampler"),
+}
+
+
 class EpochBatches:
     """The batches of one epoch: lists of (index, seed of the image's random transform), sliced for one process.
 
@@ -313,11 +331,15 @@ class EpochBatches:
     def __init__(
         self, cfg: CfgNode, data: Sequence[Datum], is_train: bool, rank: int = 0, num_processes: int = 1
     ) -> None:
-        loader = cfg.DATALOADER.TRAIN_X if is_train else cfg.DATALOADER.TEST
+        section = "TRAIN_X" if is_train else "TEST"
+        loader = cfg.DATALOADER[section]
         self.cfg, self.data, self.is_train = cfg, data, is_train
         self.sampler, self.whole = loader.SAMPLER, loader.BATCH_SIZE * num_processes
         if loader.BATCH_SIZE < 1:
-            raise UserError(f"DATALOADER: a BATCH_SIZE of {loader.BATCH_SIZE} is not possible; give 1 or more")
+            raise UserError(f"DATALOADER.{section}.BATCH_SIZE: {loader.BATCH_SIZE} is not possible; give 1 or more")
+        if self.sampler not in _SAMPLERS[section]:
+            known = nearest(self.sampler, _SAMPLERS[section])
+            raise UserError(f"DATALOADER.{section}.SAMPLER: unknown sampler {self.sampler!r}: {known}")
         self.rank, self.num_processes, self.epoch = rank, num_processes, 0
 
     def batches(self) -> list[np.ndarray]:
@@ -357,9 +379,7 @@ class DatasetWrapper(Dataset):
             image = read_image(datum.impath)
         except UserError as error:
             return error  # raised by ``batches_of``: an exception inside a worker would lose its one clear line
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
+        with _random_numbers_from(seed):
             image = self.transform(image)
         return {
             "img": image,
@@ -369,6 +389,19 @@ class DatasetWrapper(Dataset):
             "impath": datum.impath,
             "index": index,
         }
+
+
+@contextlib.contextmanager
+def _random_numbers_from(seed: int) -> Iterator[None]:
+    """Python's and torch's random numbers on the CPU come from ``seed``; then go on as if nothing had been drawn."""
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU too
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
 
 
 class _Collate:
@@ -393,13 +426,16 @@ class Loader:
 
     def __init__(self, cfg: CfgNode, data: Sequence[Datum], transform: Callable, batches: EpochBatches) -> None:
         self.batches, self.dataset = batches, DatasetWrapper(data, transform)
-        workers = min(cfg.DATALOADER.NUM_WORKERS, len(batches))
+        workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
+        # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
+        self._generator = torch.Generator()
         self._loader = DataLoader(
             self.dataset,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_Collate(tuple(cfg.INPUT.SIZE)),
             pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
+            generator=self._generator,
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -409,6 +445,7 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._generator.manual_seed(seeding.derive_seed(self.batches.cfg.SEED, seeding.AUGMENT, self.batches.epoch))
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -431,7 +468,9 @@ class DataManager:
         self.rank, self.num_processes = rank, num_processes
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
-            warnings.warn("INPUT.TRANSFORMS has no 'normalize': CLIP expects normalised pixels", stacklevel=2)
+            print("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
+        if cfg.DATALOADER.K_TRANSFORMS != 1 or cfg.DATALOADER.RETURN_IMG0:
+            raise UserError("DATALOADER.K_TRANSFORMS and RETURN_IMG0 are not offered here; leave them at 1 and False")
         self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
         self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)
         self.val_loader = self.loader(self.dataset.val) if self.dataset.val else None

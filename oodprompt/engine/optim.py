@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,13 @@ from oodprompt.errors import UserError, nearest
 def build_optimizer(
     params: nn.Module | Iterable[nn.Parameter], optim_cfg: CfgNode, lr: float | None = None
 ) -> torch.optim.Optimizer:
-    """The optimiser of ``OPTIM.NAME`` over the parameters that take gradients; ``lr`` overrides ``OPTIM.LR``."""
-    params = params.parameters() if isinstance(params, nn.Module) else params
-    params = [p for p in params if p.requires_grad]
+    """The optimiser of ``OPTIM.NAME`` over the parameters that take gradients; ``lr`` overrides ``OPTIM.LR``.
+
+    With ``STAGED_LR``, parameters of a module's parts named in ``NEW_LAYERS`` take ``lr``, all others
+    ``lr * BASE_LR_MULT``.
+    """
     lr = optim_cfg.LR if lr is None else lr
+    params = _staged(params, optim_cfg, lr) if optim_cfg.STAGED_LR else _trained(params)
     common = {"lr": lr, "weight_decay": optim_cfg.WEIGHT_DECAY}
     betas = {"betas": (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2)}
     momentum = {"momentum": optim_cfg.MOMENTUM}
@@ -35,6 +39,22 @@ def build_optimizer(
     if optim_cfg.NAME not in makers:
         raise UserError(f"OPTIM.NAME: unknown optimiser {optim_cfg.NAME!r}: {nearest(optim_cfg.NAME, makers)}")
     return makers[optim_cfg.NAME]()
+
+
+def _trained(params: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    params = params.parameters() if isinstance(params, nn.Module) else params
+    return [p for p in params if p.requires_grad]
+
+
+def _staged(params: nn.Module | Iterable[nn.Parameter], optim_cfg: CfgNode, lr: float) -> list[dict[str, Any]]:
+    if not isinstance(params, nn.Module):
+        raise UserError("OPTIM.STAGED_LR needs parts with names, but this model gives a list of parameters")
+    new, base = [], []
+    for name, p in params.named_parameters():
+        if p.requires_grad:
+            (new if name.split(".")[0] in optim_cfg.NEW_LAYERS else base).append(p)
+    groups = [{"params": new, "lr": lr}, {"params": base, "lr": lr * optim_cfg.BASE_LR_MULT}]
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(epoch: int, base_lr: float, optim_cfg: CfgNode) -> float:
@@ -63,12 +83,12 @@ def learning_rate(epoch: int, base_lr: float, optim_cfg: CfgNode) -> float:
 def _decay(t: int, optim_cfg: CfgNode) -> float:
     name, steps = optim_cfg.LR_SCHEDULER, tuple(optim_cfg.STEPSIZE)
     if name == "cosine":
-        return (1 + math.cos(math.pi * t / optim_cfg.MAX_EPOCH)) / 2
+        return (1 + math.cos(math.pi * t / max(optim_cfg.MAX_EPOCH, 1))) / 2
     if name == "single_step":
-        size = steps[-1] if steps[-1] > 0 else optim_cfg.MAX_EPOCH
+        size = steps[-1] if steps and steps[-1] > 0 else max(optim_cfg.MAX_EPOCH, 1)
         return optim_cfg.GAMMA ** (t // size)
     if name == "multi_step":
-        return optim_cfg.GAMMA ** sum(t >= step for step in steps)
+        return optim_cfg.GAMMA ** sum(0 <= step <= t for step in steps)
     known = ["cosine", "single_step", "multi_step"]
     raise UserError(f"OPTIM.LR_SCHEDULER: unknown schedule {name!r}: {nearest(name, known)}")
 

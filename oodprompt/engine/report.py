@@ -74,6 +74,7 @@ def groups_figure(results: dict[str, Any]) -> Figure:
     names = [f"{r['class']} / {r['attribute']}" if "attribute" in r else r["class"] for r in rows]
     if results["groups"]:
         names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
+    names = [name.replace("$", r"\$") for name in names]  # else two of them enclose a formula
     values = [100 * r["accuracy"] for r in rows]
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()

@@ -161,6 +161,7 @@ class PromptTrainer:
             attribute_prompts=self.dataset.attribute_prompts,
             train_labels=torch.tensor([datum.label for datum in self.dataset.train_x], device=self.device),
             train_features=self.frozen_train_features,
+            features_are_frozen=not self.learner.trains_image_tower,
         )
         self.debiasers: list[Debiaser] = []
         for i, debiaser_type in enumerate(self.debiaser_types, 1):

@@ -1,0 +1,68 @@
+"""The CLIP that the package carries: small, in OpenAI's layout, and good enough to learn prompts on."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import urllib.request
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from oodprompt.backbones import CLIP, load_backbone, weights
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_tiny_clip.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_tiny_clip", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CLIP:
+    return load_backbone("tiny")
+
+
+@pytest.fixture(scope="module")
+def scores(script: ModuleType, tiny: CLIP) -> dict[str, float]:
+    return script.zero_shot(tiny.state_dict(), per_scene=25)
+
+
+def test_file() -> None:
+    assert weights.TINY.stat().st_size <= 8 * 2**20
+    state = torch.load(io.BytesIO(gzip.decompress(weights.TINY.read_bytes())), weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_layout(script: ModuleType, tiny: CLIP) -> None:
+    assert (tiny.shape.vocab_size, tiny.shape.context_length) == (49408, 77)
+    assert tiny.shape == script.SHAPE
+    assert tiny.dtype == torch.float32 and not tiny.training and not any(p.requires_grad for p in tiny.parameters())
+
+
+def test_no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("asked the network"))
+    load_backbone("tiny", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_test_templates_were_not_trained_on(script: ModuleType) -> None:
+    assert not {*script.HELD_OUT_TEMPLATES, *script.HELD_OUT_SCENE_TEMPLATES} & {
+        *script.TEMPLATES,
+        *script.SCENE_TEMPLATES,
+    }
+
+
+@pytest.mark.parametrize(("kind", "least"), [("scene", 0.90), ("shape", 0.70)])
+def test_zero_shot_on_held_out_renders(kind: str, least: float, scores: dict[str, float]) -> None:
+    """Renders from a seed of their own, prompts from templates that training did not use; chance is 1/8 and 1/10."""
+    assert scores[f"{kind} mean"] >= least, scores
+    assert scores[f"{kind} worst template"] >= least - 0.1, scores

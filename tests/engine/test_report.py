@@ -1,0 +1,127 @@
+"""What is written at the end of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from oodprompt.engine import report
+
+
+def results(groups: bool = True, **changes: Any) -> dict[str, Any]:
+    """Results of a made-up run; without ``groups`` those of a data set without attributes."""
+    names = [(y, a) for y in ("circle", "diamond") for a in ("water", "land")]
+    return {
+        "trainer": "CoOpOOD",
+        "base": "CoOp",
+        "stack": ["DebiasedPT"],
+        "dataset": "ShapesOnScenes",
+        "backbone": "tiny",
+        "seed": 1,
+        "split": "test",
+        "num_samples": 2000,
+        "accuracy": 0.8125,
+        "macro_f1": 0.75,
+        "worst_group_accuracy": 0.5 if groups else None,
+        "adjusted_average_accuracy": 0.9 if groups else None,
+        "gap": 0.3125 if groups else None,
+        "groups": [
+            {"class": y, "attribute": a, "num_samples": 500, "num_train": 1900, "accuracy": 0.5 + i / 10}
+            for i, (y, a) in enumerate(names if groups else [])
+        ],
+        "classes": [{"class": y, "num_samples": 1000, "accuracy": 0.8} for y in ("circle", "diamond")],
+        "checkpoint": "out/prompt_learner/model.pth.tar-50",
+    } | changes
+
+
+def picture(path: Path) -> Image.Image:
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    assert image.format == "PNG"
+    image.load()
+    return image.convert("RGB")
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The cells of all table rows."""
+    return [re.split(r"\s*\|\s*", line.strip("| ")) for line in markdown.splitlines() if line.startswith("|")]
+
+
+def test_results_are_written_as_json_tables_and_picture(tmp_path: Path) -> None:
+    files = report.write_results(results(), tmp_path / "out")
+    assert [file.name for file in files] == ["results.json", "results.md", "groups.png"]
+    assert json.loads(files[0].read_text()) == results()
+    text = files[1].read_text()
+    assert text.startswith("# CoOpOOD over CoOp + DebiasedPT\n")
+    for row in (
+        ["data set", "ShapesOnScenes (test, 2,000 images)"],
+        ["accuracy", "81.2 %"],
+        ["worst-group accuracy", "50.0 %"],
+        ["gap", "31.2 %"],
+        ["adjusted average accuracy", "90.0 %"],
+        ["macro F1", "75.0 %"],
+        ["circle", "land", "1,900", "500", "60.0 %"],
+        ["diamond", "1,000", "80.0 %"],
+    ):
+        assert row in cells(text)
+    assert picture(files[2]).size[0] > 400
+
+
+def test_without_attributes_there_are_classes(tmp_path: Path) -> None:
+    files = report.write_results(results(groups=False, base="CoOp", trainer="CoOp", stack=[], checkpoint=""), tmp_path)
+    text = files[1].read_text()
+    assert json.loads(files[0].read_text())["worst_group_accuracy"] is None
+    assert text.startswith("# CoOp\n")
+    assert "## Groups" not in text
+    assert ["worst-group accuracy", "-"] in cells(text)
+    assert ["checkpoint", "none"] in cells(text)
+    picture(files[2])
+
+
+def test_other_predictions_are_a_table(tmp_path: Path) -> None:
+    other = {"prompt alone": {"accuracy": 0.7, "worst_group_accuracy": None, "gap": None}}
+    report.write_results(results(other_predictions=other), tmp_path)
+    assert ["prompt alone", "70.0 %", "-"] in cells((tmp_path / "results.md").read_text())
+
+
+def test_many_classes_are_not_drawn(tmp_path: Path) -> None:
+    classes = [{"class": f"c{i}", "num_samples": 1, "accuracy": 1.0} for i in range(61)]
+    assert len(report.write_results(results(groups=False, classes=classes), tmp_path)) == 2
+    assert not (tmp_path / "groups.png").exists()
+
+
+def test_any_class_name_can_be_drawn(tmp_path: Path) -> None:
+    classes = [{"class": name, "num_samples": 1, "accuracy": 0.0} for name in (r"$\bad{$", "$100 for $5", "a_b")]
+    report.write_results(results(groups=False, classes=classes), tmp_path)
+    picture(tmp_path / "groups.png")
+
+
+def test_the_worst_group_is_red() -> None:
+    figure = report.groups_figure(results())
+    colours = [bar.get_facecolor()[:3] for bar in figure.axes[0].patches]
+    assert colours[0] == pytest.approx((0.8, 0.2, 0.2))
+    assert len(set(colours[1:])) == 1
+    assert colours[1] != colours[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 80])
+@pytest.mark.parametrize("validation", [True, False])
+def test_training_curves(tmp_path: Path, epochs: int, validation: bool) -> None:
+    history = [{"epoch": e + 1, "loss": 1 / (e + 1), "lr": 0.1, "acc": 50.0} for e in range(epochs)]
+    if validation:
+        history[-1] |= {"val_accuracy": 0.5, "val_worst_group_accuracy": None}
+    path = report.write_training_curves(history, tmp_path)
+    assert path == tmp_path / "training.png"
+    picture(path)
+
+
+def test_comparison(tmp_path: Path) -> None:
+    figure = report.comparison_figure([("CoOp", 0.8, 0.4), ("CoOpOOD", 0.9, 0.7)], "ShapesOnScenes")
+    report.write_figure(figure, tmp_path / "c.png")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([80, 90, 40, 70])
+    picture(tmp_path / "c.png")

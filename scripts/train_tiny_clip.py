@@ -197,11 +197,11 @@ def openai_state_dict(model: CLIP, vocabulary: Vocabulary) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def zero_shot(state: dict[str, Tensor], seed: int = 12345, per_scene: int = 50) -> dict[str, float]:
-    """Accuracy of scene and shape on held-out renders (every shape equally often on every scene), by template."""
+def zero_shot(state: dict[str, Tensor], seed: int = 12345, per_group: int = 10) -> dict[str, float]:
+    """Accuracy of scene and shape on held-out renders, ``per_group`` of every shape on every scene, by template."""
     model = CLIP.from_state_dict(state).eval()
     rng = np.random.default_rng(seed)
-    truth = [(s, b) for b in range(len(SCENES)) for s in range(len(SHAPES)) for _ in range(per_scene // 5)]
+    truth = [(s, b) for b in range(len(SCENES)) for s in range(len(SHAPES)) for _ in range(per_group)]
     images = np.stack(
         [render(rng, SHAPES[s], str(rng.choice(visible_colours((SCENES[b],)))), SCENES[b], SIZE, TEST_DIFFICULTY) for s, b in truth]
     )

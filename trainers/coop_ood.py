@@ -66,7 +66,7 @@ declare(
         "PHASES": ("joint", "joint: one loss; alternating: steps on (prompt, h_u), then on (prompt, h_s). [open]"),
         "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
-        "ANCHOR_ALPHA": (0.5, "Weight of L_s when anchored."),
+        "ANCHOR_ALPHA": (0.1, "Weight of L_s when anchored."),
         "ANCHOR_BETA": (100.0, "Weight of L_c when anchored."),
         "ANCHOR_STATISTICS": ("auto", "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen."),
         "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),

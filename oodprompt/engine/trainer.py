@@ -79,7 +79,7 @@ class PromptTrainer:
         self._writer: SummaryWriter | None = None
         self.base_name, self.learner_type, self.debiaser_types = resolve_methods(cfg)
         self.check_cfg(cfg)
-        self.state = PartialState(cpu=not cfg.USE_CUDA)
+        self.state = PartialState(cpu=not (cfg.USE_CUDA and torch.cuda.is_available()))
         self.device = self.state.device
         self.precision = self._precision()
         self.start_epoch = self.epoch = 0
@@ -395,7 +395,7 @@ class PromptTrainer:
         if not torch.isfinite(loss):
             last = f"the last whole checkpoint is of epoch {self.epoch}" if self.epoch else "no epoch was finished"
             raise UserError(
-                f"the loss became {float(loss)} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}; {last}. "
+                f"the loss became {loss.item()} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}; {last}. "
                 f"Lower OPTIM.LR (now {self.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {self.precision})"
             )
 

@@ -32,7 +32,7 @@ def tiny() -> CLIP:
 
 @pytest.fixture(scope="module")
 def scores(script: ModuleType, tiny: CLIP) -> dict[str, float]:
-    return script.zero_shot(tiny.state_dict(), per_scene=25)
+    return script.zero_shot(tiny.state_dict(), per_group=3)
 
 
 def test_file() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,12 +30,6 @@ _TINY = {
     "DATALOADER.TEST.BATCH_SIZE": 4,
     "SEED": 1,
 }
-
-
-@pytest.fixture(scope="session")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One DATASET.ROOT for all tests, so that each small data set is rendered once."""
-    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture

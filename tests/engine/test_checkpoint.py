@@ -41,7 +41,9 @@ def test_round_trip_is_weights_only(tmp_path: Path) -> None:
     other = nn.Linear(2, 3)
     checkpoint.load_weights(other, loaded["state_dict"], path)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), module.parameters(), strict=True))
-    assert {k: v for k, v in loaded.items() if k != "state_dict"} == {k: v for k, v in state.items() if k != "state_dict"}
+    assert {k: v for k, v in loaded.items() if k != "state_dict"} == {
+        k: v for k, v in state.items() if k != "state_dict"
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -77,7 +79,9 @@ def test_malicious_files_run_nothing(tmp_path: Path, zipped: bool, call: tuple) 
         def __reduce__(self) -> tuple:
             return function, (text.format(trap) if "{}" in text else f"{text} {trap}",)
 
-    torch.save({"state_dict": {"ctx": torch.ones(1)}, "x": Malicious()}, tmp_path / "m", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"ctx": torch.ones(1)}, "x": Malicious()}, tmp_path / "m", _use_new_zipfile_serialization=zipped
+    )
     assert checkpoint.load(tmp_path / "m")["state_dict"] == {"ctx": torch.ones(1)}
     torch.save(Malicious(), tmp_path / "m", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="no dict 'state_dict'"):

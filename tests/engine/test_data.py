@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ class Toy(DatasetBase):
     ],
 )
 def test_empty_splits_and_classes(make_data: MakeData, labels: tuple[list[int], ...], message: str) -> None:
-    data = make_data(sum(labels, []))
+    data = make_data([*chain(*labels)])
     Toy.splits = tuple([data.pop(0) for _ in split] for split in labels)
     with pytest.raises(UserError, match=message):
         Toy(get_cfg_default())
@@ -188,7 +189,7 @@ def test_slices_of_processes_make_up_the_one_batch(
     whole = make_cfg(DATALOADER__TRAIN_X__BATCH_SIZE=2 * processes, DATALOADER__TEST__BATCH_SIZE=2 * processes)
     slices = [epochs_of(part, data, is_train, rank, processes) for rank in range(processes)]
     for epoch, batches in enumerate(epochs_of(whole, data, is_train, 0, 1)):
-        assert [sum(parts, []) for parts in zip(*(s[epoch] for s in slices), strict=True)] == batches
+        assert [[*chain(*parts)] for parts in zip(*(s[epoch] for s in slices), strict=True)] == batches
         sizes = [len(batch) for batch in batches]
         assert sum(sizes) == (count - count % (2 * processes) if is_train and count >= 2 * processes else count)
         assert max(sizes) - min(sizes) == 0 or not is_train
@@ -240,7 +241,11 @@ def test_random_domain_sampler_fills_batches_evenly(
         ("TRAIN_X", {"BATCH_SIZE": 0}, "TRAIN_X.BATCH_SIZE: 0 is not possible"),
         ("TEST", {"BATCH_SIZE": -1}, "TEST.BATCH_SIZE: -1 is not possible"),
         ("TRAIN_X", {"SAMPLER": "RandomClassSampler", "N_INS": 9}, "cannot fill batches of 8 from 2 classes.*N_INS 9"),
-        ("TRAIN_X", {"SAMPLER": "RandomClassSampler", "N_INS": 3}, "batches of 8 do not divide into 2 classes of N_INS 3"),
+        (
+            "TRAIN_X",
+            {"SAMPLER": "RandomClassSampler", "N_INS": 3},
+            "batches of 8 do not divide into 2 classes of N_INS 3",
+        ),
         ("TRAIN_X", {"SAMPLER": "RandomDomainSampler", "N_DOMAIN": 4}, "8 from 3 domains with N_DOMAIN 4"),
         ("TRAIN_X", {"SAMPLER": "RandomDomainSampler"}, "batches of 8 do not divide into 3 domains"),
         ("TRAIN_X", {"SAMPLER": "RandomDomainSampler", "BATCH_SIZE": 9}, "domain 2 has 2 images, fewer than the 3"),

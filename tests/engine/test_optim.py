@@ -55,7 +55,13 @@ def dassl_rates(cfg: CfgNode) -> list[float]:
 
 @pytest.mark.parametrize(
     ("schedule", "steps"),
-    [("cosine", (-1,)), ("single_step", (-1,)), ("single_step", (2, 3)), ("multi_step", (4, 4, 9)), ("multi_step", (-1,))],
+    [
+        ("cosine", (-1,)),
+        ("single_step", (-1,)),
+        ("single_step", (2, 3)),
+        ("multi_step", (4, 4, 9)),
+        ("multi_step", (-1,)),
+    ],
 )
 @pytest.mark.parametrize("warmup", [-1, 0, 1, 2, 3])
 @pytest.mark.parametrize("kind", ["constant", "linear"])
@@ -139,7 +145,11 @@ def test_staged_rates_slow_the_old_layers() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "nearest"),
-    [("NAME", "adammw", "'adamw'"), ("LR_SCHEDULER", "cosin", "'cosine'"), ("WARMUP_TYPE", "sudden", "constant nor linear")],
+    [
+        ("NAME", "adammw", "'adamw'"),
+        ("LR_SCHEDULER", "cosin", "'cosine'"),
+        ("WARMUP_TYPE", "sudden", "constant nor linear"),
+    ],
 )
 def test_unknown_names_are_users_errors(key: str, value: str, nearest: str) -> None:
     cfg = optim_cfg(**{"WARMUP_EPOCH": 1, key: value} if key == "WARMUP_TYPE" else {key: value})

@@ -1,0 +1,69 @@
+"""Small runs of the real command line that several test files share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+
+from oodprompt import cli  # noqa: E402
+from oodprompt.engine.trainer import PromptTrainer, build_trainer  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = str(REPOSITORY / "configs" / "trainers" / "CoOpOOD" / "tiny_shapes.yaml")
+SMALL = [
+    *("DATASET.SHAPES.NUM_TRAIN", "80", "DATASET.SHAPES.NUM_VAL", "16", "DATASET.SHAPES.NUM_TEST", "24"),
+    *("DATALOADER.TRAIN_X.BATCH_SIZE", "16", "OPTIM.MAX_EPOCH", "3", "DATASET.SHAPES.CORRELATION", "0.8"),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the rendered images of all tests."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def arguments(data_root: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a small run: ``arguments(trainer, output name, *more)``."""
+
+    def build(trainer: str, name: str, *more: Any) -> list[str]:
+        flags = ["--trainer", trainer, "--config-file", CONFIG, "--root", str(data_root)]
+        return [*flags, "--output-dir", str(tmp_path / name), *SMALL, *map(str, more)]
+
+    return build
+
+
+@pytest.fixture
+def run(arguments: Callable[..., list[str]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Train through the command line, in this process; returns the content of results.json."""
+
+    def go(trainer: str, name: str, *more: Any) -> dict[str, Any]:
+        cli.run(arguments(trainer, name, *more))
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    return go
+
+
+@pytest.fixture
+def build(arguments: Callable[..., list[str]]) -> Callable[..., PromptTrainer]:
+    """A trainer that has not been trained: ``build(trainer, *more)``."""
+
+    def make(trainer: str, *more: Any) -> PromptTrainer:
+        args = cli.build_parser().parse_intermixed_args(arguments(trainer, "built", *more))
+        return build_trainer(cli.setup_cfg(args))
+
+    return make

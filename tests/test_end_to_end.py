@@ -1,0 +1,192 @@
+"""The command line as a user meets it: what a run writes, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from oodprompt import cli
+from oodprompt.engine import checkpoint
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from tests.conftest import REPOSITORY
+
+Run = Callable[..., dict[str, Any]]
+Arguments = Callable[..., list[str]]
+
+
+def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> None:
+    results = run("CoOpOOD", "run", "TEST.COMPUTE_CMAT", True, "TEST.PER_CLASS_RESULT", True)
+    folder = tmp_path / "run"
+    promised = ["log.txt", "config.yaml", "results.json", "results.md", "groups.png", "training.png", "cmat.pt"]
+    promised += [f"{model}/{file}" for model in ("prompt_learner", "coopood") for file in ("model.pth.tar-3", "checkpoint")]
+    assert [name for name in promised if not (folder / name).is_file()] == []
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    required = {
+        *("trainer", "base", "stack", "dataset", "backbone", "seed", "split", "num_samples", "accuracy", "macro_f1"),
+        *("worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes", "time", "peak_memory_mib"),
+        *("environment", "checkpoint"),
+    }
+    assert required <= results.keys()
+    assert (results["trainer"], results["base"], results["stack"]) == ("CoOpOOD", "CoOp", [])
+    assert (results["dataset"], results["backbone"], results["seed"], results["split"]) == ("ShapesOnScenes", "tiny", 1, "test")
+    assert results["num_samples"] == 24 and len(results["groups"]) == 4 and len(results["classes"]) == 2
+    assert results["gap"] == pytest.approx(results["accuracy"] - results["worst_group_accuracy"])
+    assert results["worst_group_accuracy"] == min(g["accuracy"] for g in results["groups"])
+    assert Path(results["checkpoint"]).is_file()
+    for name in ("groups.png", "training.png"):
+        Image.open(folder / name).verify()
+    saved = checkpoint.load(folder / "prompt_learner" / "model.pth.tar-3")
+    assert {"state_dict", "epoch", "optimizer", "scheduler", "val_result"} <= saved.keys() and saved["epoch"] == 3
+    assert torch.load(folder / "cmat.pt", weights_only=True).shape == (2, 2)
+    log = (folder / "log.txt").read_text()
+    for line in ("=> result (test)", "* accuracy: ", "* worst_group: ", "=> per-class result", "Finish training"):
+        assert line in log
+
+
+def test_config_of_a_run_reruns_it(run: Run, tmp_path: Path) -> None:
+    first = run("CoOp", "first")
+    config = tmp_path / "first" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["TRAINER"]["NAME"] == "CoOp"
+    cli.run(["--config-file", str(config), "--output-dir", str(tmp_path / "second")])
+    second = json.loads((tmp_path / "second" / "results.json").read_text())
+    assert (first["accuracy"], first["groups"]) == (second["accuracy"], second["groups"])
+
+
+def test_seeds_differ_and_repeat(run: Run, tmp_path: Path) -> None:
+    def context(name: str, seed: int) -> torch.Tensor:
+        run("CoOp", name, "--seed", seed, "TRAINER.COOP.CTX_INIT", "")
+        return checkpoint.load(checkpoint.file_of(tmp_path / name, "prompt_learner", 3))["state_dict"]["ctx"]
+
+    assert torch.equal(context("a", 0), context("b", 0))
+    assert not torch.equal(context("c", 1), context("a2", 0))
+
+
+def test_best_on_validation_is_deployed(run: Run, tmp_path: Path) -> None:
+    results = run("CoOp", "best", "TEST.FINAL_MODEL", "best_val", "OPTIM.LR", 0.5)
+    assert results["checkpoint"].endswith("model-best.pth.tar")
+    history = checkpoint.load(checkpoint.file_of(tmp_path / "best", "prompt_learner", 3))["oodprompt"]["history"]
+    values = [row["val_worst_group_accuracy"] for row in history]
+    assert results["best_epoch"] == 1 + values.index(max(values))
+
+
+def test_cached_features_train_as_images_do(run: Run, tmp_path: Path) -> None:
+    run("CoOp", "cached")
+    run("CoOp", "images", "DATALOADER.FEATURE_CACHE", "off")
+    a, b = (
+        checkpoint.load(checkpoint.file_of(tmp_path / d, "prompt_learner", 3))["state_dict"]["ctx"]
+        for d in ("cached", "images")
+    )
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_several_views_are_cached(build: Callable[..., PromptTrainer]) -> None:
+    keys = ["INPUT.TRANSFORMS", "('random_flip', 'normalize')"]
+    assert build("CoOp", *keys).views == 0
+    trainer = build("CoOp", *keys, "INPUT.VIEWS", 3)
+    views = trainer.loader("train").features
+    assert views.shape[0] == 3 and not torch.equal(views[0], views[1])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_other_optimisers_and_precisions(run: Run, name: str) -> None:
+    assert 0 <= run("CoOp", name, "OPTIM.NAME", name, "TRAINER.PREC", "bf16")["accuracy"] <= 1
+
+
+def test_amp_on_a_cpu_computes_in_fp32_and_says_so(run: Run, tmp_path: Path) -> None:
+    run("CoOp", "amp", "TRAINER.PREC", "amp")
+    assert "on the CPU this run computes in fp32" in (tmp_path / "amp" / "log.txt").read_text()
+
+
+def test_few_shot_and_base_classes(build: Callable[..., PromptTrainer]) -> None:
+    trainer = build("CoOp", "DATASET.NUM_SHOTS", 4)
+    assert len(trainer.dataset.train_x) == 8 and len(trainer.dataset.val) == 16
+    classes = "('circle', 'diamond', 'star')"
+    scenes = "('water', 'land', 'sky')"
+    trainer = build(
+        *("CoOp", "DATASET.SHAPES.CLASSES", classes, "DATASET.SHAPES.SCENES", scenes),
+        *("DATASET.SUBSAMPLE_CLASSES", "new", "OPTIM.LR", 0.1),
+    )
+    assert trainer.dataset.classnames == ["star"]
+
+
+def test_nan_loss_stops_with_one_line_and_keeps_the_last_epoch(arguments: Arguments, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch \d.*OPTIM.LR"):
+        cli.run(arguments("CoOp", "nan", "OPTIM.LR", 1e38, "OPTIM.WARMUP_EPOCH", 2, "OPTIM.MAX_EPOCH", 6))
+    epoch = checkpoint.newest_epoch(tmp_path / "nan", ["prompt_learner"])
+    state = checkpoint.load(checkpoint.file_of(tmp_path / "nan", "prompt_learner", epoch))["state_dict"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_truncated_training_image_is_named(arguments: Arguments, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    flags = arguments("CoOp", "torn")
+    flags[flags.index("--root") + 1] = str(root)
+    cli.run([*flags, "--no-train"])
+    victim = sorted(root.rglob("train_*.png"))[5]
+    victim.write_bytes(victim.read_bytes()[:300])
+    for workers in ("0", "2"):
+        with pytest.raises(UserError, match=f"cannot read the image .*{victim.name}"):
+            cli.run([*flags, "DATALOADER.NUM_WORKERS", workers])
+    victim.unlink()
+    with pytest.raises(UserError, match=f"line 7 names .*{victim.name}"):
+        cli.run(flags)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "keys", "message"),
+    [
+        ("CoOpODD", [], "did you mean 'CoOpOOD'"),
+        ("CoOpOOD", ["--base", "CoOpOOD"], "is a debiaser, not a prompt learner"),
+        ("CoOp", ["TRAINER.STACK", "('CoOp',)"], "is a prompt learner; debiasers are"),
+        ("CoOpOOD", ["TRAINER.STACK", "('CoOpOOD',)"], "two models are named"),
+        ("CoOp", ["DATASET.NAME", "ShapeOnScenes"], "did you mean 'ShapesOnScenes'"),
+        ("CoOp", ["--backbone", "ViT-B16"], "did you mean 'ViT-B/16'"),
+        ("CoOp", ["INPUT.SIZE", "(224, 224)"], "the backbone takes 48 x 48"),
+        ("CoOp", ["TRAINER.COOP.NCTX", "4"], "did you mean 'TRAINER.COOP.N_CTX'"),
+        ("CoOp", ["TRAINER.PREC", "fp8"], "unknown precision"),
+        ("CoOp", ["DATASET.SHAPES.CLASSES", "('circle', 'hexagon')"], "there is no 'hexagon'"),
+        ("CoOp", ["DATALOADER.FEATURE_CACHE", "memory", "INPUT.TRANSFORMS", "('random_flip', 'normalize')"], "INPUT.VIEWS"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_explained(arguments: Arguments, trainer: str, keys: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        cli.run(arguments(trainer, "mistake", *keys))
+
+
+def test_stacked_prediction_conflict_is_refused(build: Callable[..., PromptTrainer], monkeypatch: Any) -> None:
+    from oodprompt.engine.registry import TRAINER_REGISTRY
+    from oodprompt.trainers.coop_ood import DecoupledProjections
+
+    class Other(DecoupledProjections):
+        model_name = "other"
+
+    trainer = type("OtherOOD", (PromptTrainer,), {"debiaser_class": Other})
+    monkeypatch.setitem(TRAINER_REGISTRY._objects, "OtherOOD", trainer)
+    with pytest.raises(UserError, match="each replace the prediction"):
+        build("CoOpOOD", "TRAINER.STACK", "('OtherOOD',)")
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "run", lambda argv: 1 / 0)
+    assert cli.main([]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_documented_command_names_everything_itself(tmp_path: Path) -> None:
+    """configs/.../tiny_shapes.yaml with no other flag than the trainer, from another working directory's output."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--trainer", "CoOpOOD", "--config-file"]
+    command += [str(REPOSITORY / "configs/trainers/CoOpOOD/tiny_shapes.yaml"), "OPTIM.MAX_EPOCH", "1"]
+    command += ["DATASET.SHAPES.NUM_TRAIN", "40", "DATASET.SHAPES.NUM_VAL", "8", "DATASET.SHAPES.NUM_TEST", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output/ShapesOnScenes/CoOpOOD-CoOp/tiny_shapes/seed1/results.json").is_file()

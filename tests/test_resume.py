@@ -1,0 +1,142 @@
+"""A run that is killed and resumed ends exactly where the unbroken run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oodprompt import cli
+from oodprompt.engine import checkpoint
+from oodprompt.errors import UserError
+from tests.conftest import REPOSITORY
+
+Arguments = Callable[..., list[str]]
+METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes")
+# Images are read and transformed at random at every step; CoOpOOD has parameters and state of its own.
+KEYS = [
+    *("TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.PHASES", "joint"),
+    *("INPUT.TRANSFORMS", "('random_resized_crop', 'random_flip', 'normalize')", "OPTIM.MAX_EPOCH", "6"),
+    *("TEST.FINAL_MODEL", "best_val"),
+]
+
+
+def weights(directory: Path, epoch: int | None) -> dict[str, torch.Tensor]:
+    files = [checkpoint.file_of(directory, name, epoch) for name in ("prompt_learner", "coopood")]
+    return {f"{file.parent.name}.{k}": v for file in files for k, v in checkpoint.load(file)["state_dict"].items()}
+
+
+def assert_same_outcome(one: Path, other: Path) -> None:
+    a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
+    assert {k: a[k] for k in METRICS} == {k: b[k] for k in METRICS}
+    for epoch in (6, None):
+        first, second = weights(one, epoch), weights(other, epoch)
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    histories = [checkpoint.load(checkpoint.file_of(d, "coopood", 6))["oodprompt"]["history"] for d in (one, other)]
+    assert histories[0] == histories[1]
+
+
+def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments, tmp_path: Path) -> None:
+    cli.run(arguments("CoOpOOD", "unbroken", *KEYS))
+    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments("CoOpOOD", "killed", *KEYS)]
+    # A slow image reader holds the process inside an epoch, so that the kill falls there and not between epochs.
+    slow = (
+        "import runpy, sys, time, torch; torch.set_num_threads(1)\n"
+        "from oodprompt.engine import data\n"
+        "read = data.read_image\n"
+        "def slowly(path):\n    time.sleep(0.01)\n    return read(path)\n"
+        "data.read_image = slowly\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *command[1:]], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    pointer = tmp_path / "killed" / "coopood" / "checkpoint"
+    deadline = time.time() + 120
+    while not (pointer.is_file() and pointer.read_text().strip() >= "model.pth.tar-2"):
+        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    time.sleep(0.3)  # an epoch takes 0.8 s of waiting alone
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    cli.run(arguments("CoOpOOD", "killed", *KEYS))
+    assert_same_outcome(tmp_path / "unbroken", tmp_path / "killed")
+    log = (tmp_path / "killed" / "log.txt").read_text()
+    assert "resuming after epoch" in log
+
+
+def test_checkpoint_of_one_model_ahead_of_the_other(arguments: Arguments, tmp_path: Path) -> None:
+    """Killed between two files of one epoch: the older whole checkpoint is taken."""
+    cli.run(arguments("CoOpOOD", "unbroken", *KEYS, "TRAIN.CHECKPOINT_FREQ", 1))
+    torn = tmp_path / "torn"
+    shutil.copytree(tmp_path / "unbroken", torn)
+    (torn / "prompt_learner" / "checkpoint").write_text("model.pth.tar-5\n")
+    (torn / "coopood" / "checkpoint").write_text("model.pth.tar-4\n")
+    for file in [*torn.glob("*/model.pth.tar-6"), torn / "coopood" / "model.pth.tar-5", torn / "results.json"]:
+        file.unlink()
+    cli.run(arguments("CoOpOOD", "torn", *KEYS, "TRAIN.CHECKPOINT_FREQ", 1))
+    assert_same_outcome(tmp_path / "unbroken", torn)
+
+
+def test_resume_flag_goes_on_in_that_folder(arguments: Arguments, tmp_path: Path) -> None:
+    cli.run(arguments("CoOp", "whole"))
+    flags = arguments("CoOp", "unused", "--resume", tmp_path / "whole")
+    start = flags.index("--output-dir")
+    del flags[start : start + 2]
+    cli.run(flags)
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(UserError, match="no checkpoint"):
+        cli.run(arguments("CoOp", "new", "--resume", tmp_path / "nowhere"))
+
+
+def test_random_seed_is_kept_over_a_resume(arguments: Arguments, tmp_path: Path) -> None:
+    cli.run(arguments("CoOp", "drawn", "--seed", -1))
+    first = json.loads((tmp_path / "drawn" / "results.json").read_text())
+    cli.run(arguments("CoOp", "drawn", "--seed", -1))
+    assert json.loads((tmp_path / "drawn" / "results.json").read_text())["seed"] == first["seed"] > 0
+
+
+def test_folder_of_another_run_is_refused(arguments: Arguments, tmp_path: Path) -> None:
+    cli.run(arguments("CoOp", "taken"))
+    before = (tmp_path / "taken" / "prompt_learner" / "model.pth.tar-3").read_bytes()
+    with pytest.raises(UserError, match=r"another run.*OPTIM.LR was"):
+        cli.run(arguments("CoOp", "taken", "OPTIM.LR", 0.5))
+    assert (tmp_path / "taken" / "prompt_learner" / "model.pth.tar-3").read_bytes() == before
+
+
+def test_only_the_newest_checkpoint_is_kept_unless_asked(arguments: Arguments, tmp_path: Path) -> None:
+    cli.run(arguments("CoOp", "few"))
+    cli.run(arguments("CoOp", "all", "TRAIN.CHECKPOINT_FREQ", 1))
+    kept = {d: sorted(p.name for p in (tmp_path / d / "prompt_learner").glob("model*")) for d in ("few", "all")}
+    assert kept == {"few": ["model.pth.tar-3"], "all": [f"model.pth.tar-{i}" for i in (1, 2, 3)]}
+
+
+def test_eval_only_repeats_the_results(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    trained = run("CoOpOOD", "trained", "TRAINER.COOPOOD.ANCHOR", "attributes")
+    again = run(
+        *("CoOpOOD", "again", "--eval-only", "--model-dir", tmp_path / "trained"),
+        *("TRAINER.COOPOOD.ANCHOR", "attributes"),
+    )
+    assert {k: trained[k] for k in METRICS} == {k: again[k] for k in METRICS}
+    with pytest.raises(UserError, match="model.pth.tar-9"):
+        run("CoOpOOD", "missing", "--eval-only", "--model-dir", tmp_path / "trained", "--load-epoch", 9)
+
+
+def test_checkpoint_of_another_shape_is_refused(arguments: Arguments, run: Callable[..., Any], tmp_path: Path) -> None:
+    run("CoOp", "four")
+    with pytest.raises(UserError, match=r"ctx has shape \(4, 128\), the model \(8, 128\)"):
+        cli.run(
+            arguments("CoOp", "eight", "--eval-only", "--model-dir", tmp_path / "four")
+            + ["TRAINER.COOP.CTX_INIT", "", "TRAINER.COOP.N_CTX", "8"]
+        )

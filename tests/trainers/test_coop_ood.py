@@ -1,0 +1,247 @@
+"""CoOpOOD: every loss by hand, what each of them moves, and the limits in which the method is CoOp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oodprompt.contracts import Alignment
+from oodprompt.dependence import (
+    Club,
+    cross_covariance,
+    explained_share,
+    hsic,
+    standardise_within,
+    within_class_moments,
+    within_classes,
+)
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.trainers.coop_ood import uniformity_loss
+
+Build = Callable[..., PromptTrainer]
+
+
+def first_batch(trainer: PromptTrainer) -> dict[str, Any]:
+    loader = trainer.loader("train")
+    for debiaser in trainer.debiasers:
+        debiaser.before_train()
+    return next(iter(loader))
+
+
+def gradients(trainer: PromptTrainer) -> dict[str, float]:
+    """Largest gradient of the context and of each projection (0 without one)."""
+    debiaser = trainer.debiasers[0]
+    named = {"ctx": trainer.learner.ctx, "h_u": debiaser.h_u.weight, "h_s": debiaser.h_s.weight}
+    return {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in named.items()}
+
+
+def test_without_extra_losses_and_with_identity_it_is_coop(build: Build) -> None:
+    coop = build("CoOp")
+    ours = build("CoOpOOD", "TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.INIT_NOISE", 0)
+    batch = first_batch(coop)
+    expected = coop.align(batch)
+    alignment = ours.align(batch)
+    torch.testing.assert_close(ours.predict(alignment), expected.logits, rtol=1e-5, atol=1e-5)
+    loss, _ = ours.objective(alignment, batch)
+    torch.testing.assert_close(loss, F.cross_entropy(expected.logits, batch["label"]), rtol=1e-5, atol=1e-6)
+
+
+def test_total_loss_is_the_formula(build: Build) -> None:
+    keys = ["TRAINER.COOPOOD.ALPHA", 0.7, "TRAINER.COOPOOD.BETA", 0.3, "TRAINER.COOPOOD.L_C", "xcov"]
+    trainer = build("CoOpOOD", *keys)
+    batch = first_batch(trainer)
+    z, y, w, s = batch["image_features"], batch["label"], *_text(trainer)
+    h_u, h_s = trainer.debiasers[0].h_u, trainer.debiasers[0].h_s
+    z_u, z_s = F.normalize(h_u(z), dim=1), F.normalize(h_s(z), dim=1)
+    L_ce = F.cross_entropy(s * z_u @ w.T, y)
+    p_s = F.softmax(s * z_s @ w.T, dim=1)
+    L_s = (0.5 * (0.5 / p_s).log()).sum(1).mean()  # KL(U || p_s), two classes
+    L_c = []
+    for c in (0, 1):
+        a, b = z_u[y == c], z_s[y == c]
+        L_c.append((((a - a.mean(0)).T @ (b - b.mean(0)) / len(a)) ** 2).sum())
+    loss, _ = trainer.objective(trainer.align(batch), batch)
+    torch.testing.assert_close(loss, L_ce + 0.7 * L_s + 0.3 * torch.stack(L_c).mean(), rtol=1e-5, atol=1e-6)
+
+
+def _text(trainer: PromptTrainer) -> tuple[Tensor, Tensor]:
+    alignment = trainer.learner(torch.zeros(1, trainer.clip.shape.embed_dim))
+    return alignment.text_features, alignment.logit_scale
+
+
+def test_uniformity_loss_is_kl_from_uniform_with_minimum_zero() -> None:
+    logits = torch.randn(6, 5)
+    expected = F.kl_div(F.log_softmax(logits, 1), torch.full((6, 5), 0.2), reduction="none").sum(1)
+    torch.testing.assert_close(uniformity_loss(logits), expected)
+    assert uniformity_loss(torch.full((2, 5), 3.0)).abs().max() < 1e-6
+    cross_entropy_to_uniform = -F.log_softmax(torch.zeros(1, 5), 1).mean()
+    assert math.isclose(cross_entropy_to_uniform.item(), math.log(5), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "moves"),
+    [
+        (["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0], {"ctx", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.DETACH_HS", True], {"ctx"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1], {"h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "xcov"], {"h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "club"], {"h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "contrast"], {"ctx", "h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", 1,
+          "TRAINER.COOPOOD.ANCHOR_BETA", 0, "TRAINER.COOPOOD.ANCHOR_GAMMA", 0], {"ctx"}),
+        (["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", 0,
+          "TRAINER.COOPOOD.ANCHOR_BETA", 1, "TRAINER.COOPOOD.ANCHOR_GAMMA", 0], {"h_u"}),
+        (["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", 0,
+          "TRAINER.COOPOOD.ANCHOR_BETA", 0, "TRAINER.COOPOOD.ANCHOR_GAMMA", 1], {"h_s"}),
+    ],
+)  # fmt: skip
+def test_each_term_moves_what_the_method_says(build: Build, keys: list[Any], moves: set[str]) -> None:
+    trainer = build("CoOpOOD", *keys)
+    batch = first_batch(trainer)
+    loss, _ = trainer.objective(trainer.align(batch), batch)
+    cross_entropy = F.cross_entropy(trainer.predict(trainer.align(batch)), batch["label"])
+    (loss - cross_entropy).backward()
+    moved = {name for name, size in gradients(trainer).items() if size > 1e-6}
+    assert moved == moves
+
+
+def test_alternating_phases_train_one_branch_at_a_time(build: Build) -> None:
+    keys = ["TRAINER.COOPOOD.PHASES", "alternating", "TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0.5]
+    trainer = build("CoOpOOD", *keys)
+    batch = first_batch(trainer)
+    for moves in ({"ctx", "h_u"}, {"ctx", "h_s"}, {"ctx", "h_u"}):
+        for model in trainer._models.values():
+            model.zero_grad(set_to_none=True)
+        loss, _ = trainer.objective(trainer.align(batch), batch)
+        loss.backward()
+        assert {name for name, size in gradients(trainer).items() if size > 1e-7} == moves
+
+
+def test_dependence_is_small_for_independent_and_large_for_dependent_features() -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(400, 6), torch.randn(400, 6)
+    for measure in (hsic, cross_covariance):
+        assert measure(x, x + 0.1 * noise) > 10 * measure(x, noise)
+    assert hsic(x[:, :1], x[:, :1] ** 2) > 10 * hsic(x[:, :1], noise[:, :1] ** 2)  # RBF kernels see more than covariance
+    assert hsic(x, noise) < 0.01
+
+
+def test_hsic_is_the_trace_formula() -> None:
+    x, y = torch.randn(12, 3), torch.randn(12, 2)
+
+    def kernel(v: Tensor) -> Tensor:
+        d = torch.cdist(v, v) ** 2
+        return torch.exp(-d / d[~torch.eye(12, dtype=torch.bool)].median())
+
+    h = torch.eye(12) - torch.ones(12, 12) / 12
+    expected = torch.trace(kernel(x) @ h @ kernel(y) @ h) / 144
+    torch.testing.assert_close(hsic(x, y), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_small_classes_are_left_out() -> None:
+    x, y = torch.randn(10, 3), torch.randn(10, 3)
+    label = torch.tensor([0] * 7 + [1] * 3)
+    torch.testing.assert_close(within_classes(cross_covariance, x, y, label), cross_covariance(x[:7], y[:7]))
+    assert within_classes(cross_covariance, x[7:], y[7:], label[7:]) == 0
+
+
+def test_club_bounds_are_higher_for_dependent_features() -> None:
+    torch.manual_seed(0)
+    x, noise = torch.randn(256, 4), torch.randn(256, 4)
+
+    def bound(y: Tensor) -> float:
+        net = Club(4)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        for _ in range(150):
+            optimizer.zero_grad()
+            value = net(x, y)
+            value.backward()
+            optimizer.step()
+        return value.item()
+
+    assert bound(x) > bound(noise) + 0.5
+
+
+def test_explained_share_is_one_for_the_attribute_zero_without_it_and_free_of_scale() -> None:
+    torch.manual_seed(0)
+    label = torch.arange(400) % 2
+    attribute = (torch.arange(400) // 2 % 4 == 0).float()
+    posterior = torch.stack([attribute, 1 - attribute], dim=1)
+    q = standardise_within(posterior, label)
+    torch.testing.assert_close(q[label == 0].mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(q[label == 1].std(0, correction=0), torch.ones(2))
+    only = attribute[:, None] * torch.randn(1, 5)
+    assert math.isclose(explained_share(*within_class_moments(only, q, label)).item(), 1.0, rel_tol=1e-4)
+    mixed = torch.randn(400, 5) + only
+    share = explained_share(*within_class_moments(mixed, q, label)).item()
+    assert 0.02 < share < 0.9
+    assert explained_share(*within_class_moments(torch.randn(400, 5), q, label)) < 0.02
+    assert math.isclose(explained_share(*within_class_moments(1e-2 * mixed, q, label)).item(), share, rel_tol=1e-4)
+    shifted = mixed + 10 * label[:, None]  # what tells the classes apart is not the attribute's
+    assert math.isclose(explained_share(*within_class_moments(shifted, q, label)).item(), share, rel_tol=1e-4)
+
+
+def test_moments_of_the_training_set_equal_those_of_the_projected_features() -> None:
+    torch.manual_seed(0)
+    x, label = torch.randn(50, 6), torch.arange(50) % 3
+    q = standardise_within(torch.rand(50, 2), label)
+    weight = torch.randn(6, 6)
+    direct = explained_share(*within_class_moments(x @ weight.T, q, label))
+    torch.testing.assert_close(explained_share(*within_class_moments(x, q, label), weight), direct)
+
+
+def test_constant_attribute_within_a_class_adds_nothing() -> None:
+    label = torch.tensor([0, 0, 0, 1, 1, 1])
+    q = standardise_within(torch.tensor([[0.2], [0.4], [0.9], [1.0], [1.0], [1.0]]), label)
+    assert torch.equal(q[3:], torch.zeros(3, 1))
+
+
+def test_anchor_needs_names(build: Build) -> None:
+    trainer = build("CoOpOOD")
+    trainer.debiasers[0].context.attribute_prompts = []
+    from oodprompt.pseudo_attributes import attribute_text_features
+
+    with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
+        attribute_text_features(trainer.debiasers[0].context)
+
+
+def test_pseudo_attributes_need_no_labels(build: Build) -> None:
+    """On the embedded CLIP the scene is seen without labels, and true attributes are never read."""
+    trainer = build("CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes")
+    batch = first_batch(trainer)
+    truth = torch.tensor([datum.attribute for datum in trainer.dataset.train_x])
+    assert (trainer.debiasers[0].pseudo_attribute == truth).float().mean() > 0.95
+    loss, _ = trainer.objective(trainer.align(batch), batch)
+    blind, _ = trainer.objective(trainer.align(batch), {**batch, "attribute": torch.full_like(batch["attribute"], -1)})
+    assert loss == blind
+
+
+def test_both_predictions_are_reported(run: Callable[..., dict[str, Any]]) -> None:
+    results = run("CoOpOOD", "invariant")
+    assert set(results["other_predictions"]) == {"through raw z"}
+    results = run("CoOpOOD", "raw", "TRAINER.COOPOOD.INFERENCE", "raw")
+    assert set(results["other_predictions"]) == {"through z_u"}
+
+
+def test_goes_over_zero_shot_prompts_too(run: Callable[..., dict[str, Any]]) -> None:
+    results = run("CoOpOOD", "fixed", "--base", "ZeroshotCLIP", "TRAINER.COOPOOD.ANCHOR", "attributes")
+    assert results["base"] == "ZeroshotCLIP" and 0 <= results["worst_group_accuracy"] <= results["accuracy"] <= 1
+
+
+def test_compare_handles_image_conditioned_text() -> None:
+    z, w = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 3, 8), dim=2)
+    alignment = Alignment(z, w, torch.tensor(7.0))
+    torch.testing.assert_close(alignment.logits, torch.stack([7 * w[i] @ z[i] for i in range(4)]))
+
+
+@pytest.mark.parametrize("key", ["L_C", "INIT", "PHASES", "INFERENCE", "ANCHOR", "ANCHOR_STATISTICS"])
+def test_unknown_choices_are_refused(build: Build, key: str) -> None:
+    with pytest.raises(UserError, match=f"TRAINER.COOPOOD.{key}"):
+        build("CoOpOOD", f"TRAINER.COOPOOD.{key}", "nonsense")

@@ -39,7 +39,9 @@ def read_metadata(path: Path, folder: Path, classnames: Sequence[str]) -> tuple[
                     )
                 image = folder / (row["img_filename"] or "")
                 if not image.is_file():
-                    raise UserError(f"{path}, line {line} names {image}, which is missing; restore it or take the line out")
+                    raise UserError(
+                        f"{path}, line {line} names {image}, which is missing; restore it or take the line out"
+                    )
                 splits[split].append(Datum(str(image), label, place, classnames[label], place))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a csv file: {error}") from error

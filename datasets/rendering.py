@@ -94,7 +94,9 @@ def _blend(low: tuple[int, int, int], high: tuple[int, int, int], t: np.ndarray)
 
 def _water(rng: np.random.Generator, size: int) -> np.ndarray:
     y, x = _grid(size)
-    waves = np.sin(2 * np.pi * (rng.uniform(6, 10) * y + 0.5 * np.sin(2 * np.pi * rng.uniform(1, 2) * x) + rng.random()))
+    waves = np.sin(
+        2 * np.pi * (rng.uniform(6, 10) * y + 0.5 * np.sin(2 * np.pi * rng.uniform(1, 2) * x) + rng.random())
+    )
     return _blend((10, 70, 120), (90, 180, 205), 0.45 + 0.25 * waves + 0.4 * (_smooth(rng, size, 4) - 0.5))
 
 

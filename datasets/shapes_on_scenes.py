@@ -18,12 +18,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from oodprompt.datasets.metadata import read_metadata
+from oodprompt.datasets.rendering import SCENES, SHAPES, Difficulty, render, visible_colours
 from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from oodprompt.datasets.metadata import read_metadata
-from oodprompt.datasets.rendering import SCENES, SHAPES, Difficulty, render, visible_colours
 from oodprompt.engine.config import declare
 from oodprompt.engine.data import DatasetBase
 from oodprompt.engine.registry import DATASET_REGISTRY
@@ -123,7 +123,9 @@ def render_once(parent: Path, keys: CfgNode) -> Path:
             if not (folder / "metadata.csv").is_file():
                 raise
     except OSError as error:
-        raise UserError(f"cannot render ShapesOnScenes into {folder}: {error.strerror or error}; choose another --root") from error
+        raise UserError(
+            f"cannot render ShapesOnScenes into {folder}: {error.strerror or error}; choose another --root"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -147,7 +149,9 @@ def groups_of(split: str, keys: CfgNode) -> list[tuple[int, int]]:
 
 def _render_all(folder: Path, keys: CfgNode) -> None:
     (folder / "images").mkdir()
-    difficulty = Difficulty(tuple(keys.RADIUS), tuple(keys.OPACITY), keys.NOISE, rotation=20.0, occlusion=keys.OCCLUSION)
+    difficulty = Difficulty(
+        tuple(keys.RADIUS), tuple(keys.OPACITY), keys.NOISE, rotation=20.0, occlusion=keys.OCCLUSION
+    )
     colours = visible_colours(tuple(keys.SCENES))  # the same for all scenes: colour tells nothing of class or scene
     images = [(split, *pair) for split in ("train", "val", "test") for pair in groups_of(split, keys)]
     table = io.StringIO()

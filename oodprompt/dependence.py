@@ -67,7 +67,7 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
 
     Source: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", ALT 2005.
     """
-    k, l = _rbf(x), _rbf(y)  # noqa: E741  (the paper's names)
+    k, l = _rbf(x), _rbf(y)
     k = k - k.mean(0, keepdim=True) - k.mean(1, keepdim=True) + k.mean()
     return (k * l).mean()
 

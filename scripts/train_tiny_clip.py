@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from oodprompt.datasets.rendering import COLOURS, SCENES, SHAPES, Difficulty, render, visible_colours
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.backbones.tokenizer import encode, tokenize
-from oodprompt.datasets.rendering import COLOURS, SCENES, SHAPES, Difficulty, render, visible_colours
 from oodprompt.files import write_atomically
 
 SIZE = 48
@@ -57,9 +57,12 @@ def train_difficulty(progress: float) -> Difficulty:
     """Easy pictures first (progress 0), all kinds from halfway on: small, faint, turned, partly hidden shapes too."""
     t = min(2 * progress, 1.0)
     return Difficulty(
-        radius=(0.22 - 0.09 * t, 0.36), opacity=(0.9 - 0.4 * t, 1.0), noise=4 + 6 * t, rotation=8 + 12 * t, occlusion=0.1 * t
+        radius=(0.22 - 0.09 * t, 0.36),
+        opacity=(0.9 - 0.4 * t, 1.0),
+        noise=4 + 6 * t,
+        rotation=8 + 12 * t,
+        occlusion=0.1 * t,
     )
-
 
 
 SCENE_WORDS = {
@@ -85,7 +88,12 @@ SCENE_TEMPLATES = [
 HELD_OUT_TEMPLATES = [
     "an illustration of {}.", "a blurry snapshot of {}", "we are looking at {}.", "itap of {}.", "a low resolution view of {}.",
 ]  # fmt: skip
-HELD_OUT_SCENE_TEMPLATES = ["this is a {} background.", "a snapshot taken near {}.", "itap of {}.", "a blurry view of {}"]
+HELD_OUT_SCENE_TEMPLATES = [
+    "this is a {} background.",
+    "a snapshot taken near {}.",
+    "itap of {}.",
+    "a blurry view of {}",
+]
 
 
 def article(words: str) -> str:
@@ -100,7 +108,11 @@ def caption(rng: np.random.Generator, shape: str, colour: str, scene: str) -> tu
     if names == (False, False, True):
         text = SCENE_TEMPLATES[rng.integers(len(SCENE_TEMPLATES))].format(place)
         return text.replace("a the ", "the ").replace("a a ", "a "), names
-    noun = SHAPE_WORDS[shape][rng.integers(len(SHAPE_WORDS[shape]))] if names[0] else ["thing", "shape", "object"][rng.integers(3)]
+    noun = (
+        SHAPE_WORDS[shape][rng.integers(len(SHAPE_WORDS[shape]))]
+        if names[0]
+        else ["thing", "shape", "object"][rng.integers(3)]
+    )
     words = f"{colour} {noun}" if names[1] else noun
     words = [article(words), f"the {words}", words][rng.choice(3, p=[0.6, 0.15, 0.25])]
     if names[2]:
@@ -115,7 +127,9 @@ class Vocabulary:
         rng = np.random.default_rng(0)
         words = {"photo of a the an on in picture image"}
         words.update(w for options in (*SCENE_WORDS.values(), *SHAPE_WORDS.values()) for w in options)
-        words.update((*COLOURS, "thing shape object", ", background . on in front of over", *TEMPLATES, *SCENE_TEMPLATES))
+        words.update(
+            (*COLOURS, "thing shape object", ", background . on in front of over", *TEMPLATES, *SCENE_TEMPLATES)
+        )
         words.update(caption(rng, s, c, b)[0] for s in SHAPES for c in COLOURS for b in SCENES for _ in range(3))
         start, end = int(tokenize("")[0, 0]), int(tokenize("")[0, 1])
         ids = {i for text in words for i in encode(text.replace("{}", ""))}
@@ -169,7 +183,9 @@ class Renders(IterableDataset):
 def pixels(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> normalised float [B, 3, H, W]."""
     x = images.permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(PIXEL_MEAN, device=x.device)[:, None, None]) / torch.tensor(PIXEL_STD, device=x.device)[:, None, None]
+    return (x - torch.tensor(PIXEL_MEAN, device=x.device)[:, None, None]) / torch.tensor(PIXEL_STD, device=x.device)[
+        :, None, None
+    ]
 
 
 def contrastive_loss(logits: Tensor, truth: Tensor, named: Tensor) -> Tensor:
@@ -203,7 +219,10 @@ def zero_shot(state: dict[str, Tensor], seed: int = 12345, per_group: int = 10) 
     rng = np.random.default_rng(seed)
     truth = [(s, b) for b in range(len(SCENES)) for s in range(len(SHAPES)) for _ in range(per_group)]
     images = np.stack(
-        [render(rng, SHAPES[s], str(rng.choice(visible_colours((SCENES[b],)))), SCENES[b], SIZE, TEST_DIFFICULTY) for s, b in truth]
+        [
+            render(rng, SHAPES[s], str(rng.choice(visible_colours((SCENES[b],)))), SCENES[b], SIZE, TEST_DIFFICULTY)
+            for s, b in truth
+        ]
     )
     z = torch.cat([F.normalize(model.encode_image(pixels(x)), dim=1) for x in torch.from_numpy(images).split(200)])
     result: dict[str, float] = {"images": len(truth)}
@@ -217,7 +236,10 @@ def zero_shot(state: dict[str, Tensor], seed: int = 12345, per_group: int = 10) 
             w = F.normalize(model.encode_text(tokenize([template.format(n) for n in names])), dim=1)
             scores.append(((z @ w.T).argmax(1) == label).float().mean().item())
             result[f"{kind}: {template}"] = round(scores[-1], 4)
-        result[f"{kind} mean"], result[f"{kind} worst template"] = round(float(np.mean(scores)), 4), round(min(scores), 4)
+        result[f"{kind} mean"], result[f"{kind} worst template"] = (
+            round(float(np.mean(scores)), 4),
+            round(min(scores), 4),
+        )
     return result
 
 
@@ -245,11 +267,15 @@ def main() -> None:
     model = CLIP(CLIPShape(**{**SHAPE.__dict__, "vocab_size": len(vocabulary)})).to(device)
     # For the first part of the training, linear heads on the image features help the image tower to see what captions
     # will talk about; they fade out by 60 % and are not kept.
-    heads = torch.nn.ModuleList(torch.nn.Linear(SHAPE.embed_dim, n) for n in (len(SHAPES), len(COLOURS), len(SCENES))).to(device)
+    heads = torch.nn.ModuleList(
+        torch.nn.Linear(SHAPE.embed_dim, n) for n in (len(SHAPES), len(COLOURS), len(SCENES))
+    ).to(device)
     trained = [*model.parameters(), *heads.parameters()]
     decay = [p for p in trained if p.ndim >= 2]
     rest = [p for p in trained if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr
+    )
     steps = args.samples // args.batch
     checkpoint = args.work_dir / "checkpoint.pt"
     start = 0
@@ -261,7 +287,12 @@ def main() -> None:
         start = saved["step"]
         print(f"resumed from {checkpoint} at step {start} of {steps}", flush=True)
 
-    stream = DataLoader(Renders(args.seed, args.batch, start, steps), batch_size=None, num_workers=args.workers, prefetch_factor=8 if args.workers else None)
+    stream = DataLoader(
+        Renders(args.seed, args.batch, start, steps),
+        batch_size=None,
+        num_workers=args.workers,
+        prefetch_factor=8 if args.workers else None,
+    )
     began, running = time.time(), None
     bar = tqdm(stream, total=steps, initial=start, desc="tiny CLIP", unit="step", disable=None)
     for step, (images, tokens, truth, named) in enumerate(bar, start):
@@ -289,7 +320,15 @@ def main() -> None:
         done = step + 1
         if done % args.save_every == 0 or done == steps:
             buffer = io.BytesIO()
-            torch.save({"model": model.state_dict(), "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, buffer)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "heads": heads.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": done,
+                },
+                buffer,
+            )
             write_atomically(checkpoint, buffer.getvalue())
             rate = (done - start) * args.batch / (time.time() - began)
             scores = zero_shot(openai_state_dict(model, vocabulary))

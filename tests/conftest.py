@@ -12,10 +12,10 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
-from oodprompt import cli  # noqa: E402
-from oodprompt.engine.trainer import PromptTrainer, build_trainer  # noqa: E402
+from oodprompt import cli
+from oodprompt.engine.trainer import PromptTrainer, build_trainer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = str(REPOSITORY / "configs" / "trainers" / "CoOpOOD" / "tiny_shapes.yaml")

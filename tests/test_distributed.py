@@ -15,7 +15,12 @@ import torch
 from oodprompt.engine import checkpoint
 from tests.conftest import REPOSITORY
 
-AUGMENTED = ["INPUT.TRANSFORMS", "('random_resized_crop', 'random_flip', 'normalize')", "DATALOADER.FEATURE_CACHE", "off"]
+AUGMENTED = [
+    "INPUT.TRANSFORMS",
+    "('random_resized_crop', 'random_flip', 'normalize')",
+    "DATALOADER.FEATURE_CACHE",
+    "off",
+]
 CASES = {
     "CoOp, images at every step": ["CoOp", *AUGMENTED],
     "CoOpOOD, cached features": ["CoOpOOD", "TRAINER.COOPOOD.BETA", "5.0"],

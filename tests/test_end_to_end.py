@@ -28,7 +28,9 @@ def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> N
     results = run("CoOpOOD", "run", "TEST.COMPUTE_CMAT", True, "TEST.PER_CLASS_RESULT", True)
     folder = tmp_path / "run"
     promised = ["log.txt", "config.yaml", "results.json", "results.md", "groups.png", "training.png", "cmat.pt"]
-    promised += [f"{model}/{file}" for model in ("prompt_learner", "coopood") for file in ("model.pth.tar-3", "checkpoint")]
+    promised += [
+        f"{model}/{file}" for model in ("prompt_learner", "coopood") for file in ("model.pth.tar-3", "checkpoint")
+    ]
     assert [name for name in promised if not (folder / name).is_file()] == []
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     required = {
@@ -38,7 +40,12 @@ def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> N
     }
     assert required <= results.keys()
     assert (results["trainer"], results["base"], results["stack"]) == ("CoOpOOD", "CoOp", [])
-    assert (results["dataset"], results["backbone"], results["seed"], results["split"]) == ("ShapesOnScenes", "tiny", 1, "test")
+    assert (results["dataset"], results["backbone"], results["seed"], results["split"]) == (
+        "ShapesOnScenes",
+        "tiny",
+        1,
+        "test",
+    )
     assert results["num_samples"] == 24 and len(results["groups"]) == 4 and len(results["classes"]) == 2
     assert results["gap"] == pytest.approx(results["accuracy"] - results["worst_group_accuracy"])
     assert results["worst_group_accuracy"] == min(g["accuracy"] for g in results["groups"])
@@ -164,8 +171,9 @@ def test_mistakes_are_explained(arguments: Arguments, trainer: str, keys: list[s
 
 
 def test_stacked_prediction_conflict_is_refused(build: Callable[..., PromptTrainer], monkeypatch: Any) -> None:
-    from oodprompt.engine.registry import TRAINER_REGISTRY
     from oodprompt.trainers.coop_ood import DecoupledProjections
+
+    from oodprompt.engine.registry import TRAINER_REGISTRY
 
     class Other(DecoupledProjections):
         model_name = "other"

@@ -59,7 +59,9 @@ def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments,
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, *command[1:]], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", slow, *command[1:]],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     pointer = tmp_path / "killed" / "coopood" / "checkpoint"
     deadline = time.time() + 120

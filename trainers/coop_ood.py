@@ -61,14 +61,20 @@ declare(
         "BIAS": (True, "Projections have a bias. [open]"),
         "INIT": ("identity", "Projections start as identity plus noise, or random (torch's default). [open]"),
         "INIT_NOISE": (0.01, "Standard deviation of the noise on the identity. [open]"),
-        "NORMALIZE_INPUT": (True, "Projections see the normalised image feature; else one of CLIP's usual length 10. [open]"),
+        "NORMALIZE_INPUT": (
+            True,
+            "Projections see the normalised image feature; else one of CLIP's usual length 10. [open]",
+        ),
         "DETACH_HS": (False, "L_s moves the prompt alone, not h_s (always so when anchored). [open]"),
         "PHASES": ("joint", "joint: one loss; alternating: steps on (prompt, h_u), then on (prompt, h_s). [open]"),
         "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
         "ANCHOR_ALPHA": (0.1, "Weight of L_s when anchored."),
         "ANCHOR_BETA": (100.0, "Weight of L_c when anchored."),
-        "ANCHOR_STATISTICS": ("auto", "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen."),
+        "ANCHOR_STATISTICS": (
+            "auto",
+            "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen.",
+        ),
         "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),
     },
 )
@@ -124,7 +130,9 @@ class DecoupledProjections(Debiaser):
             self.posterior = standardise_within(posterior, label)
             choice = self.keys.ANCHOR_STATISTICS
             if choice == "train" and not self.context.features_are_frozen:
-                raise UserError("TRAINER.COOPOOD.ANCHOR_STATISTICS train: the base trains the image tower; use batch or auto")
+                raise UserError(
+                    "TRAINER.COOPOOD.ANCHOR_STATISTICS train: the base trains the image tower; use batch or auto"
+                )
             self.moments = None
             if choice != "batch" and self.context.features_are_frozen:
                 self.moments = within_class_moments(self.context.train_features(), self.posterior, label)
@@ -178,7 +186,9 @@ class DecoupledProjections(Debiaser):
 
     def _anchored(self, step: Step, z_u: Tensor, z_s: Tensor) -> Contribution:
         keys = self.keys
-        L_a = F.cross_entropy(self.scale * z_s @ self.attribute_text.T, self.pseudo_attribute[step.index], reduction="none")
+        L_a = F.cross_entropy(
+            self.scale * z_s @ self.attribute_text.T, self.pseudo_attribute[step.index], reduction="none"
+        )
         L_s = uniformity_loss(step.alignment.compare(z_s.detach()))
         if self.moments is None:
             moments = within_class_moments(z_u, self.posterior[step.index], step.label)

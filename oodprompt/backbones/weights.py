@@ -41,7 +41,7 @@ OPENAI_WEIGHTS: dict[str, tuple[str, str]] = {
 TINY = Path(__file__).parent / "tiny.pt.gz"
 BACKBONES: dict[str, str] = {
     "tiny": "embedded ViT of 48 pixels, trained on rendered shapes on scenes; no download",
-    **{name: "OpenAI's CLIP, downloaded on first use" for name in OPENAI_WEIGHTS},
+    **dict.fromkeys(OPENAI_WEIGHTS, "OpenAI's CLIP, downloaded on first use"),
 }
 
 

@@ -32,7 +32,7 @@ def declared_keys() -> dict[str, tuple[Any, str]]:
 
 
 def _import_methods() -> None:
-    import oodprompt.datasets  # noqa: F401  (importing them declares their keys)
+    import oodprompt.datasets
     import oodprompt.trainers  # noqa: F401
 
 
@@ -170,7 +170,10 @@ declare(
         "INTERPOLATION": ("bilinear", "bilinear, bicubic (CLIP's own) or nearest."),
         "TRANSFORMS": ((), "Names of transforms in training; 'normalize' among them counts for testing too."),
         "NO_TRANSFORM": (False, "Apply none of the transforms but resizing and conversion to a tensor."),
-        "PIXEL_MEAN": ([0.485, 0.456, 0.406], "Mean of 'normalize' (Dassl's default is ImageNet's; configs set CLIP's)."),
+        "PIXEL_MEAN": (
+            [0.485, 0.456, 0.406],
+            "Mean of 'normalize' (Dassl's default is ImageNet's; configs set CLIP's).",
+        ),
         "PIXEL_STD": ([0.229, 0.224, 0.225], "Standard deviation of 'normalize'."),
         "CROP_PADDING": (4, "random_crop: padding in pixels."),
         "RRCROP_SCALE": ((0.08, 1.0), "random_resized_crop: range of the area kept."),
@@ -225,7 +228,10 @@ declare(
         ),
         "K_TRANSFORMS": (1, "Kept for Dassl's files: transformed copies of each training image; only 1 is possible."),
         "RETURN_IMG0": (False, "Kept for Dassl's files: the untransformed image beside; only False is possible."),
-        "TRAIN_X.SAMPLER": ("RandomSampler", "RandomSampler, SequentialSampler, RandomClassSampler or RandomDomainSampler."),
+        "TRAIN_X.SAMPLER": (
+            "RandomSampler",
+            "RandomSampler, SequentialSampler, RandomClassSampler or RandomDomainSampler.",
+        ),
         "TRAIN_X.BATCH_SIZE": (32, "Images per step and process."),
         "TRAIN_X.N_DOMAIN": (0, "RandomDomainSampler: domains per batch; 0: all."),
         "TRAIN_X.N_INS": (16, "RandomClassSampler: images per class in a batch."),
@@ -242,7 +248,10 @@ declare(
     "MODEL",
     {
         "INIT_WEIGHTS": ("", "Checkpoint of the prompt learner to start from."),
-        "BACKBONE.NAME": ("", "tiny, or one of OpenAI's: RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px."),
+        "BACKBONE.NAME": (
+            "",
+            "tiny, or one of OpenAI's: RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px.",
+        ),
         "BACKBONE.PATH": ("", "A checkpoint file (OpenAI's archive or a plain state dict); wins over NAME."),
         "BACKBONE.PRETRAINED": (True, "Kept for Dassl's files; CLIP is always pretrained."),
         "HEAD.NAME": ("", "Kept for Dassl's command line; CLIP has no head."),
@@ -277,10 +286,16 @@ declare(
 declare(
     "TRAIN",
     {
-        "CHECKPOINT_FREQ": (0, "Epochs between checkpoints that are kept; 0: the last one. The newest is always there to resume from."),
+        "CHECKPOINT_FREQ": (
+            0,
+            "Epochs between checkpoints that are kept; 0: the last one. The newest is always there to resume from.",
+        ),
         "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
         "COUNT_ITER": ("train_x", "Kept for Dassl's files."),
-        "VAL_FREQ": (0, "Epochs between passes over validation data for training.png; 0: only where best_val needs them."),
+        "VAL_FREQ": (
+            0,
+            "Epochs between passes over validation data for training.png; 0: only where best_val needs them.",
+        ),
     },
 )
 declare(
@@ -305,6 +320,9 @@ declare(
         "NAME": ("", "Registered name of the trainer: a prompt learner, or a debiaser over BASE."),
         "BASE": ("CoOp", "Prompt learner that a debiaser wraps."),
         "STACK": ((), "Debiasers to add to the trainer's own."),
-        "PREC": ("", "fp32, bf16, amp or fp16 (both: fp16 autocast with loss scaling); empty: the base's own PREC key."),
+        "PREC": (
+            "",
+            "fp32, bf16, amp or fp16 (both: fp16 autocast with loss scaling); empty: the base's own PREC key.",
+        ),
     },
 )

@@ -35,7 +35,9 @@ class Datum:
 
     __slots__ = ("_attribute", "_classname", "_domain", "_impath", "_label")
 
-    def __init__(self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "", attribute: int = -1) -> None:
+    def __init__(
+        self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "", attribute: int = -1
+    ) -> None:
         if not Path(impath).is_file():
             raise UserError(f"no image at {impath}; the data set's file list names it")
         self._impath, self._label, self._domain = str(impath), int(label), int(domain)
@@ -258,7 +260,9 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}; replace the file or take it out of the list") from error
+        raise UserError(
+            f"cannot read the image {path}: {error}; replace the file or take it out of the list"
+        ) from error
 
 
 # --- samplers and loaders --------------------------------------------------------------------------------------

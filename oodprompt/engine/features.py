@@ -51,12 +51,16 @@ def views_to_cache(cfg: CfgNode, trains_image_tower: bool) -> int:
     """
     choice = cfg.DATALOADER.FEATURE_CACHE
     if choice not in ("auto", "memory", "off"):
-        raise UserError(f"DATALOADER.FEATURE_CACHE: unknown choice {choice!r}: {nearest(choice, ['auto', 'memory', 'off'])}")
+        raise UserError(
+            f"DATALOADER.FEATURE_CACHE: unknown choice {choice!r}: {nearest(choice, ['auto', 'memory', 'off'])}"
+        )
     if choice == "off":
         return 0
     if trains_image_tower:
         if choice == "memory":
-            raise UserError("DATALOADER.FEATURE_CACHE memory: this prompt learner trains the image tower; use auto or off")
+            raise UserError(
+                "DATALOADER.FEATURE_CACHE memory: this prompt learner trains the image tower; use auto or off"
+            )
         return 0
     if cfg.INPUT.VIEWS > 0:
         return cfg.INPUT.VIEWS

@@ -57,14 +57,20 @@ def results_markdown(results: dict[str, Any]) -> str:
         header = ("class", "attribute", "training images", "images", "accuracy")
         parts += ["\n## Groups\n", tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)]
     rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
-    parts += ["\n## Classes\n", tabulate(rows, headers=("class", "images", "accuracy"), tablefmt="github", disable_numparse=True)]
+    parts += [
+        "\n## Classes\n",
+        tabulate(rows, headers=("class", "images", "accuracy"), tablefmt="github", disable_numparse=True),
+    ]
     if results.get("other_predictions"):
         rows = [
             (name, percent(m["accuracy"]), percent(m["worst_group_accuracy"]))
             for name, m in results["other_predictions"].items()
         ]
         header = ("prediction", "accuracy", "worst-group accuracy")
-        parts += ["\n## Other predictions of the same model\n", tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)]
+        parts += [
+            "\n## Other predictions of the same model\n",
+            tabulate(rows, headers=header, tablefmt="github", disable_numparse=True),
+        ]
     return "\n".join(parts) + "\n"
 
 
@@ -81,7 +87,9 @@ def groups_figure(results: dict[str, Any]) -> Figure:
     worst = min(values)
     bars = axes.barh(names, values, color=[_RED if v == worst else _BLUE for v in values])
     axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.axvline(100 * results["accuracy"], color=_GREY, linestyle="--", label=f"average {100 * results['accuracy']:.1f}")
+    axes.axvline(
+        100 * results["accuracy"], color=_GREY, linestyle="--", label=f"average {100 * results['accuracy']:.1f}"
+    )
     axes.set_xlim(0, 114)  # room for the label of a bar of 100
     axes.set_xlabel("accuracy, %")
     axes.invert_yaxis()

@@ -178,7 +178,9 @@ class PromptTrainer:
 
     def _register(self, module: nn.Module, lr: float) -> None:
         module.to(self.device)
-        optim = build_optimizer(module, self.cfg.OPTIM, lr) if any(p.requires_grad for p in module.parameters()) else None
+        optim = (
+            build_optimizer(module, self.cfg.OPTIM, lr) if any(p.requires_grad for p in module.parameters()) else None
+        )
         self.register_model(module.model_name, module, optim, LRScheduler(optim, self.cfg.OPTIM) if optim else None)
 
     def register_model(
@@ -249,7 +251,9 @@ class PromptTrainer:
         z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"])
         with self.autocast():
             alignment = self.learner(z)
-        return Alignment(alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float())
+        return Alignment(
+            alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float()
+        )
 
     def predict(self, alignment: Alignment) -> Tensor:
         """Logits [B, C]: the predicting debiaser's, else the alignment's."""
@@ -260,7 +264,7 @@ class PromptTrainer:
     def train(self) -> None:
         """Train from where the output folder stands, then test."""
         self.before_train()
-        for self.epoch in range(self.start_epoch, self.max_epoch):
+        for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
             self.before_epoch()
             self.run_epoch()
             self.after_epoch()
@@ -275,7 +279,9 @@ class PromptTrainer:
         self.start_epoch = self.resume_model_if_exist(directory)
         if self.cfg.RESUME and not self.start_epoch:
             raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
-        cached = f"cache of {self.views} view{'s' if self.views > 1 else ''}" if self.views else "computed at every step"
+        cached = (
+            f"cache of {self.views} view{'s' if self.views > 1 else ''}" if self.views else "computed at every step"
+        )
         self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
         self.print(f"Image features: {cached}")
         self.time_start = time.time()
@@ -369,9 +375,7 @@ class PromptTrainer:
         alignment = Alignment(
             gather_rows(alignment.image_features), gather_rows(text) if text.ndim == 3 else text, alignment.logit_scale
         )
-        label, attribute, index = (
-            gather_rows(batch[key].to(self.device)) for key in ("label", "attribute", "index")
-        )
+        label, attribute, index = (gather_rows(batch[key].to(self.device)) for key in ("label", "attribute", "index"))
         logits = self.predict(alignment)
         step = Step(alignment, logits, label, attribute, index)
         per_sample = F.cross_entropy(logits, label, reduction="none")
@@ -433,7 +437,9 @@ class PromptTrainer:
                     self.best_result, self.best_epoch = self._selection_value(metrics), done
         self.history.append(row)
         if self.cfg.TRAIN.PRINT_FREQ <= 0:
-            values = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "epoch" and value is not None)
+            values = " ".join(
+                f"{key} {value:.4g}" for key, value in row.items() if key != "epoch" and value is not None
+            )
             self.print(f"epoch [{done}/{self.max_epoch}] {values}")
         self.save_model(done, is_best)
 
@@ -521,7 +527,9 @@ class PromptTrainer:
             path = checkpoint.file_of(directory, name, epoch)
             state = checkpoint.load(path)
             if "oodprompt" not in state:
-                raise UserError(f"{path} was not written by OODPrompt; evaluate it with --eval-only --model-dir {directory}")
+                raise UserError(
+                    f"{path} was not written by OODPrompt; evaluate it with --eval-only --model-dir {directory}"
+                )
             self._check_same_run(state["oodprompt"]["config"], path)
             checkpoint.load_weights(model, state["state_dict"], path)
             if self._optims[name] is not None:

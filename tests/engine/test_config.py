@@ -93,7 +93,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
     files = ("--config-file", method, "--dataset-config-file", dataset)
     cfg = cfg_of(*files, "--trainer", "CoOp", "--seed", 3, "--root", "c", "OPTIM.LR", "4", "SEED", "4")
     assert (cfg.OPTIM.GAMMA, cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.SEED, cfg.OPTIM.LR) == (0.5, "B", "c", 4, 4.0)
-    assert cfg.OPTIM.MAX_EPOCH == DASSL["OPTIM.MAX_EPOCH"]
+    assert DASSL["OPTIM.MAX_EPOCH"] == cfg.OPTIM.MAX_EPOCH
 
 
 def test_upstream_file_merges_unchanged(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_seed_zero_counts_and_a_negative_seed_is_drawn_once(tmp_path: Path) -> N
         drawn.defrost()
         drawn.SEED = seed
         (tmp_path / "config.yaml").write_text(drawn.dump())
-        assert cfg_of("--output-dir", tmp_path).SEED == seed
-        assert cfg_of("--output-dir", tmp_path / "new", "--resume", tmp_path).SEED == seed
+        assert seed == cfg_of("--output-dir", tmp_path).SEED
+        assert seed == cfg_of("--output-dir", tmp_path / "new", "--resume", tmp_path).SEED
 
 
 def test_flags_with_several_words_leave_the_pairs_alone() -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from oodprompt.trainers.coop import ContextLearner
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, CLIPShape, encode, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
 from oodprompt.engine.config import get_cfg_default, set_key
 from oodprompt.errors import UserError
-from oodprompt.trainers.coop import ContextLearner
 
 CLASSES = ["circle", "traffic_light", "golden retriever"]
 SHAPE = CLIPShape(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2)
@@ -57,9 +57,7 @@ def plain_logits(theirs: nn.Module, ctx: Tensor, images: Tensor, position: str, 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("csc", [False, True])
-def test_logits_and_gradients_equal_the_plain_formula(
-    towers: tuple[CLIP, nn.Module], position: str, csc: bool
-) -> None:
+def test_logits_and_gradients_equal_the_plain_formula(towers: tuple[CLIP, nn.Module], position: str, csc: bool) -> None:
     ours, theirs = towers
     model = learner(ours, N_CTX=5, CSC=csc, CLASS_TOKEN_POSITION=position)
     images, label = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from oodprompt.trainers.coop_ood import uniformity_loss
 from torch import Tensor
 
 from oodprompt.contracts import Alignment
@@ -23,7 +24,6 @@ from oodprompt.dependence import (
 )
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.trainers.coop_ood import uniformity_loss
 
 Build = Callable[..., PromptTrainer]
 
@@ -129,7 +129,9 @@ def test_dependence_is_small_for_independent_and_large_for_dependent_features() 
     x, noise = torch.randn(400, 6), torch.randn(400, 6)
     for measure in (hsic, cross_covariance):
         assert measure(x, x + 0.1 * noise) > 10 * measure(x, noise)
-    assert hsic(x[:, :1], x[:, :1] ** 2) > 10 * hsic(x[:, :1], noise[:, :1] ** 2)  # RBF kernels see more than covariance
+    assert hsic(x[:, :1], x[:, :1] ** 2) > 10 * hsic(
+        x[:, :1], noise[:, :1] ** 2
+    )  # RBF kernels see more than covariance
     assert hsic(x, noise) < 0.01
 
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The README's table: six methods on ShapesOnScenes with the embedded CLIP, mean and standard deviation over seeds.
+#   bash scripts/coop_ood/table.sh [SEEDS (default "1 2 3 4 5")] [OUTPUT (default output/coop_ood_table)]
+# Runs that are finished are not trained again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. scripts/environment.sh
+
+seeds="${1:-1 2 3 4 5}"
+out="${2:-output/coop_ood_table}"
+config=configs/trainers/CoOpOOD/tiny_shapes.yaml
+
+run() { # name, then the command line
+  local name="$1" seed
+  shift
+  for seed in $seeds; do
+    [ -f "$out/$name/seed$seed/results.json" ] && continue
+    echo "Training $name, seed $seed ..."
+    "$PY" train.py --config-file "$config" --seed "$seed" --output-dir "$out/$name/seed$seed" "$@" >/dev/null
+  done
+}
+
+run ZeroshotCLIP --trainer ZeroshotCLIP
+run CoOp --trainer CoOp
+run CoOp_+_one_linear_layer --trainer CoOpOOD TRAINER.COOPOOD.ALPHA 0 TRAINER.COOPOOD.BETA 0
+run L_s_only --trainer CoOpOOD TRAINER.COOPOOD.BETA 0
+run CoOpOOD --trainer CoOpOOD
+run CoOpOOD_anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
+"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOp_+_one_linear_layer L_s_only CoOpOOD CoOpOOD_anchored

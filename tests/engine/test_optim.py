@@ -99,8 +99,8 @@ def test_scheduler_sets_every_group_and_goes_on_from_its_state() -> None:
     for epoch in range(EPOCHS):
         assert rates(whole) == [learning_rate(epoch, lr, cfg) for lr in (BASE, 5 * BASE)]
         resumed, other = build()
-        resumed.load_state_dict(whole.state_dict())
         other.load_state_dict(scheduler.state_dict())
+        assert rates(resumed) == rates(whole)
         scheduler.step()
         other.step()
         assert rates(resumed) == rates(whole)

@@ -73,7 +73,7 @@ def cfg_of(*argv: str | Path) -> CfgNode:
 
 
 def yaml_file(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -89,11 +89,12 @@ def test_every_key_has_documentation() -> None:
 
 def test_later_sources_win(tmp_path: Path) -> None:
     dataset = yaml_file(tmp_path / "d.yaml", "DATASET: {NAME: A, ROOT: a}\nSEED: 1\nOPTIM: {LR: 1.0, GAMMA: 0.5}")
-    method = yaml_file(tmp_path / "m.yaml", "DATASET: {NAME: B, ROOT: b}\nSEED: 2\nOPTIM: {LR: 2.0}")
+    method = yaml_file(tmp_path / "m.yaml", "DATASET: {NAME: B, ROOT: b, TEMPLATE: 'é {}'}\nSEED: 2\nOPTIM: {LR: 2.0}")
     files = ("--config-file", method, "--dataset-config-file", dataset)
     cfg = cfg_of(*files, "--trainer", "CoOp", "--seed", 3, "--root", "c", "OPTIM.LR", "4", "SEED", "4")
     assert (cfg.OPTIM.GAMMA, cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.SEED, cfg.OPTIM.LR) == (0.5, "B", "c", 4, 4.0)
     assert DASSL["OPTIM.MAX_EPOCH"] == cfg.OPTIM.MAX_EPOCH
+    assert cfg.DATASET.TEMPLATE == "é {}"
 
 
 def test_upstream_file_merges_unchanged(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import inspect
 import os
 import random
@@ -197,8 +198,6 @@ def run(argv: Sequence[str] | None = None) -> None:
         print_list()
         return
     cfg = setup_cfg(args)
-    if args.eval_only and not args.model_dir:
-        print("Note: --eval-only without --model-dir evaluates an untrained model")
     with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
         from oodprompt.engine.trainer import build_trainer
 
@@ -225,7 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last finished epoch", file=sys.stderr)
-        return 130
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            return 1
+        place = f" for {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{place}; free some space and run the same command again", file=sys.stderr)
+        return 2
     except Exception:
         traceback.print_exc()
         return 1

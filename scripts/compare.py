@@ -12,9 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from tabulate import tabulate
-
-from oodprompt.engine.report import comparison_figure, write_figure
+from oodprompt.engine.report import comparison_figure, markdown_table, write_figure
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
@@ -55,7 +53,7 @@ def main() -> int:
             for name, results in rows.items()
         ]
         header = ["method", *(f"{label}, %" for label in METRICS.values()), "seeds"]
-        text = tabulate(table, headers=header, tablefmt="github", disable_numparse=True)
+        text = markdown_table(header, table)
         first = next(iter(rows.values()))[0]
         title = f"{first['dataset']}, {first['backbone']}, {first['split']}, {max(seeds)} seed{'s' if max(seeds) > 1 else ''}"
         means = [

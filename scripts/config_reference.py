@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tabulate import tabulate
-
 from oodprompt.engine.config import declared_keys
+from oodprompt.engine.report import markdown_table
 from oodprompt.files import write_atomically
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -23,9 +22,9 @@ def reference() -> str:
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for name, (default, doc) in declared_keys().items():
         section = ".".join(name.split(".")[:-1]) or "Top level"
-        sections.setdefault(section, []).append((f"`{name}`", f"`{default!r}`", doc.replace("|", "\\|")))
+        sections.setdefault(section, []).append((f"`{name}`", f"`{default!r}`", doc))
     for section, rows in sections.items():
-        parts += [f"## {section}\n", tabulate(rows, headers=("key", "default", "meaning"), tablefmt="github"), ""]
+        parts += [f"## {section}\n", markdown_table(("key", "default", "meaning"), rows), ""]
     return "\n".join(parts)
 
 

@@ -17,5 +17,7 @@ def test_config_reference_is_current() -> None:
 
 def test_files_named_in_the_readme_exist() -> None:
     text = (REPOSITORY / "README.md").read_text()
-    named = set(re.findall(r"(?:scripts|configs|docs|datasets|trainers|oodprompt|tests|benchmarks)/[\w./-]+\.\w+", text))
+    named = set(
+        re.findall(r"(?:scripts|configs|docs|datasets|trainers|oodprompt|tests|benchmarks)/[\w./-]+\.\w+", text)
+    )
     assert named and [name for name in named if not (REPOSITORY / name).exists()] == []

@@ -60,10 +60,9 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "") 
             raise UserError(f"MODEL.BACKBONE.PATH: no file at {file}; give a CLIP checkpoint, or leave the key empty")
     elif name == "tiny":
         file = TINY
-    elif name in OPENAI_WEIGHTS:
-        file = _fetch(name, Path(cache_dir or "~/.cache/clip").expanduser())
     else:
-        raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, BACKBONES)}")
+        check_name(name)
+        file = _fetch(name, Path(cache_dir or "~/.cache/clip").expanduser())
     state_dict = read_state_dict(file)
     try:
         model = CLIP.from_state_dict(state_dict)
@@ -73,6 +72,12 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "") 
             "expected keys such as visual.conv1.weight, transformer.resblocks.0..., token_embedding.weight"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def check_name(name: str) -> None:
+    """``UserError`` with the nearest known name when there is no backbone ``name``."""
+    if name not in BACKBONES:
+        raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, BACKBONES)}")
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +49,32 @@ def results_markdown(results: dict[str, Any]) -> str:
         ("macro F1", percent(results["macro_f1"])),
         ("checkpoint", results["checkpoint"] or "none"),
     ]
-    parts = [f"# {title}{stack}\n", tabulate(head, headers=("", ""), tablefmt="github", disable_numparse=True)]
+    parts = [f"# {title}{stack}\n", markdown_table(("", ""), head)]
     if results["groups"]:
         rows = [
             (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", percent(g["accuracy"]))
             for g in results["groups"]
         ]
-        header = ("class", "attribute", "training images", "images", "accuracy")
-        parts += ["\n## Groups\n", tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)]
+        parts += [
+            "\n## Groups\n",
+            markdown_table(("class", "attribute", "training images", "images", "accuracy"), rows),
+        ]
     rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
-    parts += [
-        "\n## Classes\n",
-        tabulate(rows, headers=("class", "images", "accuracy"), tablefmt="github", disable_numparse=True),
-    ]
+    parts += ["\n## Classes\n", markdown_table(("class", "images", "accuracy"), rows)]
     if results.get("other_predictions"):
         rows = [
             (name, percent(m["accuracy"]), percent(m["worst_group_accuracy"]))
             for name, m in results["other_predictions"].items()
         ]
         header = ("prediction", "accuracy", "worst-group accuracy")
-        parts += [
-            "\n## Other predictions of the same model\n",
-            tabulate(rows, headers=header, tablefmt="github", disable_numparse=True),
-        ]
+        parts += ["\n## Other predictions of the same model\n", markdown_table(header, rows)]
     return "\n".join(parts) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown, cells as they are but for ``|``, which would end one."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return tabulate(cells, headers=header, tablefmt="github", disable_numparse=True)
 
 
 def groups_figure(results: dict[str, Any]) -> Figure:

@@ -32,6 +32,7 @@ from yacs.config import CfgNode
 
 import oodprompt
 from oodprompt.backbones import load_backbone
+from oodprompt.backbones.weights import check_name
 from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step
 from oodprompt.engine import checkpoint, evaluation, features, report, seeding  # noqa: F401 (evaluation registers)
 from oodprompt.engine.config import leaves
@@ -98,6 +99,8 @@ class PromptTrainer:
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Refuse values that would fail later."""
+        if not cfg.MODEL.BACKBONE.PATH:
+            check_name(cfg.MODEL.BACKBONE.NAME)
         choices = {
             "TEST.FINAL_MODEL": (cfg.TEST.FINAL_MODEL, ("last_step", "best_val")),
             "TEST.SPLIT": (cfg.TEST.SPLIT, ("test", "val")),

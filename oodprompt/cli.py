@@ -208,7 +208,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         if args.eval_only:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
-        elif not args.no_train:
+        elif args.no_train:
+            print("Config, data and weights are in order; nothing is trained (--no-train)")
+        else:
             trainer.train()
 
 

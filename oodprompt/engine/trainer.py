@@ -41,6 +41,7 @@ from oodprompt.engine.distributed import average_gradients, gather_rows
 from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
+from oodprompt.files import write_atomically
 
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 _FREE_KEYS = (
@@ -87,7 +88,7 @@ class PromptTrainer:
         self.max_epoch = cfg.OPTIM.MAX_EPOCH
         self.output_dir = Path(cfg.OUTPUT_DIR)
         self.history: list[dict[str, Any]] = []
-        self.best_result, self.best_epoch = -math.inf, 0
+        self.best_result, self.best_epoch, self.selection = -math.inf, 0, ""
         self.evaluated_checkpoint = ""
         self.train_seconds = 0.0
         self._step_times: list[float] = []
@@ -287,6 +288,8 @@ class PromptTrainer:
         )
         self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
         self.print(f"Image features: {cached}")
+        if self.cfg.TEST.FINAL_MODEL == "best_val" and self.val_loader is None:
+            self.print("Note: there are no validation data, so best_val selects on the test split, as in Dassl")
         self.time_start = time.time()
         if self.state.is_main_process and self.trainable:
             steps = self.start_epoch * len(self.train_loader_x)
@@ -306,8 +309,6 @@ class PromptTrainer:
 
     def _test_output(self) -> None:
         """Fail now, not after hours, when results cannot be written."""
-        from oodprompt.files import write_atomically
-
         if self.state.is_main_process:
             write_atomically(self.output_dir / "config.yaml", self.cfg.dump())
 
@@ -457,17 +458,16 @@ class PromptTrainer:
 
     def after_train(self) -> None:
         self._bar.close()
+        self.state.wait_for_everyone()  # the main process may still be writing the checkpoint that all load next
         self.print("Finish training")
         if self.history and self.state.is_main_process:
             report.write_training_curves(self.history, self.output_dir)
         if not self.cfg.TEST.NO_TEST:
-            if not self.trainable:
-                pass
-            elif self.cfg.TEST.FINAL_MODEL == "best_val":
-                by = f" by {self.selection} on validation data" if hasattr(self, "selection") else ""
+            if self.trainable and self.cfg.TEST.FINAL_MODEL == "best_val":
+                by = f" by {self.selection} on validation data" if self.selection else ""
                 self.print(f"Deploy the model with the best validation performance{by}")
                 self.load_model(self.output_dir)
-            else:
+            elif self.trainable:
                 self.print("Deploy the last-epoch model")
                 self.evaluated_checkpoint = str(self._checkpoint_files(self.max_epoch)[0])
             self.test()
@@ -489,6 +489,17 @@ class PromptTrainer:
         """
         if not self.state.is_main_process:
             return
+        broken = [
+            f"{name}.{key}"
+            for name, model in self._models.items()
+            for key, value in model.state_dict().items()
+            if not torch.isfinite(value).all()
+        ]
+        if broken:
+            raise UserError(
+                f"{broken[0]} is no longer finite after epoch {epoch}; this epoch is not saved, the one before it is. "
+                f"Lower OPTIM.LR (now {self.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {self.precision})"
+            )
         engine = {
             "config": {key: value for key, value in leaves(self.cfg).items() if key not in _FREE_KEYS},
             "history": self.history,

@@ -94,6 +94,8 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         if value is not None:
             set_key(cfg, key, tuple(value) if isinstance(value, list) else value, f"--{flag.replace('_', '-')}")
     merge_opts(cfg, opts)
+    if cfg.SEED < 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--seed is needed with several processes, which must draw the same numbers; give 0 or more")
     if cfg.SEED < 0:
         seed = _seed_of_run(cfg)
         cfg.SEED = random.SystemRandom().randrange(1, 2**31) if seed is None else seed
@@ -166,6 +168,9 @@ def logged(directory: str, rank: int) -> Iterator[None]:
         except UserError as error:
             log.write(f"error: {error}\n")
             raise
+        except Exception:
+            log.write(traceback.format_exc())
+            raise
 
 
 def print_list() -> None:
@@ -206,6 +211,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             print(f"** Output: {cfg.OUTPUT_DIR} (all keys in config.yaml), seed {cfg.SEED}")
         trainer = build_trainer(cfg)
         if args.eval_only:
+            trainer.save_config()
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
         elif args.no_train:

@@ -143,6 +143,9 @@ class Debiaser(nn.Module):
 
     def after_epoch(self, epoch: int) -> None: ...
 
+    def before_step(self) -> None:
+        """Called before each step's prediction; may say which parameters the step leaves alone (requires_grad)."""
+
     def predict(self, alignment: Alignment) -> Tensor:
         """Logits [B, C]; used when ``predicts``."""
         return alignment.logits

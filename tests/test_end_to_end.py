@@ -136,7 +136,16 @@ def test_nan_loss_stops_with_one_line_and_keeps_the_last_epoch(arguments: Argume
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(arguments: Arguments, tmp_path: Path) -> None:
     """The loss was finite in every step, but the update after the epoch's last one was not."""
-    one_step = ["DATALOADER.TRAIN_X.BATCH_SIZE", 80, "OPTIM.WARMUP_EPOCH", 1, "OPTIM.LR", 1e38, "OPTIM.WEIGHT_DECAY", 1e4]
+    one_step = [
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        80,
+        "OPTIM.WARMUP_EPOCH",
+        1,
+        "OPTIM.LR",
+        1e38,
+        "OPTIM.WEIGHT_DECAY",
+        1e4,
+    ]
     with pytest.raises(UserError, match=r"ctx is no longer finite after epoch 2; this epoch is not saved"):
         cli.run(arguments("CoOp", "overflow", *one_step))
     state = checkpoint.load(checkpoint.file_of(tmp_path / "overflow", "prompt_learner", 1))["state_dict"]

@@ -57,7 +57,7 @@ declare(
         "BETA": (0.1, "Weight of L_c of the plain method. [open]"),
         "L_C": ("hsic", "dep of L_c: hsic (biased, median-heuristic RBF), xcov, club, contrast or none. [open]"),
         "MIN_PER_CLASS": (4, "L_c leaves out classes with fewer images in the batch."),
-        "LR": (1e-3, "Learning rate of the projections. [open]"),
+        "LR": (1e-4, "Learning rate of the projections. [open]"),
         "BIAS": (True, "Projections have a bias. [open]"),
         "INIT": ("identity", "Projections start as identity plus noise, or random (torch's default). [open]"),
         "INIT_NOISE": (0.01, "Standard deviation of the noise on the identity. [open]"),
@@ -69,13 +69,14 @@ declare(
         "PHASES": ("joint", "joint: one loss; alternating: steps on (prompt, h_u), then on (prompt, h_s). [open]"),
         "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
-        "ANCHOR_ALPHA": (0.1, "Weight of L_s when anchored."),
-        "ANCHOR_BETA": (100.0, "Weight of L_c when anchored."),
+        "ANCHOR_ALPHA": (0.0, "Weight of L_s when anchored."),
+        "ANCHOR_BETA": (3000.0, "Weight of L_c when anchored."),
         "ANCHOR_STATISTICS": (
             "auto",
             "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen.",
         ),
         "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),
+        "ANCHOR_LR": (1e-3, "Learning rate of the projections when anchored."),
     },
 )
 
@@ -99,6 +100,8 @@ class DecoupledProjections(Debiaser):
         }.items():
             if keys[key] not in known:
                 raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
+        if keys.MIN_PER_CLASS < 2:
+            raise UserError("TRAINER.COOPOOD.MIN_PER_CLASS: one image tells nothing of dependence; give 2 or more")
         width = context.clip.shape.embed_dim
         self.h_u, self.h_s = (self._projection(width) for _ in range(2))
         self.club = Club(width) if keys.L_C == "club" and keys.ANCHOR == "none" else None
@@ -120,7 +123,8 @@ class DecoupledProjections(Debiaser):
 
     @classmethod
     def learning_rate(cls, cfg: CfgNode) -> float:
-        return cfg.TRAINER.COOPOOD.LR
+        keys = cfg.TRAINER.COOPOOD
+        return keys.LR if keys.ANCHOR == "none" else keys.ANCHOR_LR
 
     def before_train(self) -> None:
         if self.anchored:
@@ -140,6 +144,12 @@ class DecoupledProjections(Debiaser):
     def project(self, layer: nn.Linear, z: Tensor) -> Tensor:
         """z [B, d], normalised -> l2norm(layer(z))."""
         return F.normalize(layer(z if self.keys.NORMALIZE_INPUT else 10 * z), dim=-1)
+
+    def before_step(self) -> None:
+        if self.keys.PHASES == "alternating" and not self.anchored:
+            spurious_turn = int(self.steps) % 2 == 1
+            self.h_u.requires_grad_(not spurious_turn)  # no gradient at all: momentum and weight decay rest too
+            self.h_s.requires_grad_(spurious_turn)
 
     def predict(self, alignment: Alignment) -> Tensor:
         if self.keys.INFERENCE == "raw" and not self.training:

@@ -25,7 +25,7 @@ class FixedPrompts(PromptLearner):
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
-        prompts = [template.format(name) for name in self.classnames]
+        prompts = [template.replace("{}", name) for name in self.classnames]
         print(f"Prompts: {prompts[:4]}{' ...' if len(prompts) > 4 else ''}")
         with torch.no_grad():
             tokens = tokenize(prompts).to(clip.logit_scale.device)

@@ -192,7 +192,7 @@ declare(
         "RANDAUGMENT_M": (10, "randaugment: magnitude."),
         "VIEWS": (
             0,
-            "Views of each training image that the feature cache keeps: 1 = the test transform, K > 1 = K draws of the "
+            "Views of each training image that the feature cache keeps: 1 = the test transform (the training transform if nothing in it is random), K > 1 = K draws of the "
             "training transform, 0 = one if the training transform has nothing random, else no cache.",
         ),
     },

@@ -38,7 +38,10 @@ def build_optimizer(
     }
     if optim_cfg.NAME not in makers:
         raise UserError(f"OPTIM.NAME: unknown optimiser {optim_cfg.NAME!r}: {nearest(optim_cfg.NAME, makers)}")
-    return makers[optim_cfg.NAME]()
+    try:
+        return makers[optim_cfg.NAME]()
+    except ValueError as error:
+        raise UserError(f"OPTIM: {optim_cfg.NAME} does not take these values: {error}") from error
 
 
 def _trained(params: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:

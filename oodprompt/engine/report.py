@@ -23,10 +23,8 @@ def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
     files = [directory / "results.json", directory / "results.md"]
     write_atomically(files[0], json.dumps(results, indent=2) + "\n")
     write_atomically(files[1], results_markdown(results))
-    rows = results["groups"] or results["classes"]
-    if len(rows) <= 60:
-        files.append(directory / "groups.png")
-        write_atomically(files[-1], _png(groups_figure(results)))
+    files.append(directory / "groups.png")
+    write_atomically(files[-1], _png(groups_figure(results)))
     return files
 
 
@@ -77,9 +75,15 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return tabulate(cells, headers=header, tablefmt="github", disable_numparse=True)
 
 
-def groups_figure(results: dict[str, Any]) -> Figure:
-    """Accuracy per group (or per class without attributes) as bars; the worst one in red, the average as a line."""
+def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
+    """Accuracy per group (or per class without attributes) as bars; the worst one in red, the average as a line.
+
+    Of more than ``most`` groups the worst are drawn.
+    """
     rows = results["groups"] or results["classes"]
+    count = len(rows)
+    if count > most:
+        rows = sorted(rows, key=lambda row: row["accuracy"])[:most]
     names = [f"{r['class']} / {r['attribute']}" if "attribute" in r else r["class"] for r in rows]
     if results["groups"]:
         names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
@@ -96,7 +100,10 @@ def groups_figure(results: dict[str, Any]) -> Figure:
     axes.set_xlim(0, 114)  # room for the label of a bar of 100
     axes.set_xlabel("accuracy, %")
     axes.invert_yaxis()
-    axes.set_title(f"{results['trainer']} on {results['dataset']} ({results['split']}, seed {results['seed']})")
+    axes.set_title(
+        f"{results['trainer']} on {results['dataset']} ({results['split']}, seed {results['seed']})"
+        + (f"\nthe {most} worst of {count:,}" if count > most else "")
+    )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.5 * len(rows) + 0.4)), frameon=False)
     return figure
 

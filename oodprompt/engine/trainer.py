@@ -50,6 +50,7 @@ _FREE_KEYS = (
     "VERBOSE",
     "DATASET.ROOT",
     "DATALOADER.NUM_WORKERS",
+    "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
     "TRAIN.CHECKPOINT_FREQ",
     "TRAIN.PRINT_FREQ",
     "TRAIN.VAL_FREQ",
@@ -92,6 +93,7 @@ class PromptTrainer:
         self.evaluated_checkpoint = ""
         self.train_seconds = 0.0
         self._step_times: list[float] = []
+        self._loaded_step_ms = 0.0
         self.build_data_loader()
         self.build_model()
         self.evaluator = EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR, "TEST.EVALUATOR")(cfg, self.dataset)
@@ -131,6 +133,8 @@ class PromptTrainer:
     def build_data_loader(self) -> None:
         with self.state.main_process_first():
             self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes)
+        if self.cfg.TEST.FINAL_MODEL == "best_val" and self.dm.val_loader is None:
+            raise UserError("TEST.FINAL_MODEL best_val: the data set has no validation split; use last_step")
         self.dataset, self.num_classes, self.lab2cname = self.dm.dataset, self.dm.num_classes, self.dm.lab2cname
         self.train_loader_x = self.dm.train_loader_x
         self.val_loader, self.test_loader = self.dm.val_loader, self.dm.test_loader
@@ -156,6 +160,7 @@ class PromptTrainer:
             checkpoint.load_weights(self.learner, checkpoint.load(path)["state_dict"], path, self.learner.not_loaded)
         self._register(self.learner, cfg.OPTIM.LR)
         views = features.views_to_cache(cfg, self.learner.trains_image_tower)
+        self.caches_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not self.learner.trains_image_tower
         self._cached: dict[str, features.FeatureLoader] = {}
         self.views, self._frozen_train_features = views, None
         context = Context(
@@ -239,7 +244,7 @@ class PromptTrainer:
     def loader(self, split: str) -> Any:
         """Batches of a split, from cached features where the learner allows; None when the split is empty."""
         images = {"train": self.train_loader_x, "val": self.val_loader, "test": self.test_loader}[split]
-        if images is None or not self.views:
+        if images is None or not (self.views if split == "train" else self.caches_evaluation):
             return images
         if split not in self._cached:
             self.learner.eval()
@@ -275,7 +280,6 @@ class PromptTrainer:
         self.after_train()
 
     def before_train(self) -> None:
-        self._test_output()
         self.trainable = any(optim is not None for optim in self._optims.values())
         if not self.trainable:
             self.max_epoch = 0
@@ -283,13 +287,12 @@ class PromptTrainer:
         self.start_epoch = self.resume_model_if_exist(directory)
         if self.cfg.RESUME and not self.start_epoch:
             raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
+        self.save_config()
         cached = (
             f"cache of {self.views} view{'s' if self.views > 1 else ''}" if self.views else "computed at every step"
         )
         self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
         self.print(f"Image features: {cached}")
-        if self.cfg.TEST.FINAL_MODEL == "best_val" and self.val_loader is None:
-            self.print("Note: there are no validation data, so best_val selects on the test split, as in Dassl")
         self.time_start = time.time()
         if self.state.is_main_process and self.trainable:
             steps = self.start_epoch * len(self.train_loader_x)
@@ -307,8 +310,8 @@ class PromptTrainer:
             leave=False,
         )
 
-    def _test_output(self) -> None:
-        """Fail now, not after hours, when results cannot be written."""
+    def save_config(self) -> None:
+        """Write ``config.yaml``, which reruns the run."""
         if self.state.is_main_process:
             write_atomically(self.output_dir / "config.yaml", self.cfg.dump())
 
@@ -379,6 +382,8 @@ class PromptTrainer:
         alignment = Alignment(
             gather_rows(alignment.image_features), gather_rows(text) if text.ndim == 3 else text, alignment.logit_scale
         )
+        for debiaser in self.debiasers:
+            debiaser.before_step()
         label, attribute, index = (gather_rows(batch[key].to(self.device)) for key in ("label", "attribute", "index"))
         logits = self.predict(alignment)
         step = Step(alignment, logits, label, attribute, index)
@@ -430,16 +435,18 @@ class PromptTrainer:
         every = self.cfg.TRAIN.VAL_FREQ
         is_best = False
         if best_val or (every > 0 and (done % every == 0 or done == self.max_epoch) and self.val_loader):
-            metrics = self.evaluate("val" if self.val_loader else "test")
+            metrics = self.evaluate("val")
             for key in ("accuracy", "worst_group_accuracy"):
                 row[f"val_{key}"] = metrics[key]
                 if metrics[key] is not None:
-                    self.write_scalar(f"val/{key}", metrics[key], done * self.num_batches)
+                    self.write_scalar(f"val/{key}", metrics[key], done * self.num_batches - 1)
             if best_val:
                 is_best = self._selection_value(metrics) > self.best_result
                 if is_best:
                     self.best_result, self.best_epoch = self._selection_value(metrics), done
         self.history.append(row)
+        for key, value in self._epoch_means.items():
+            self.write_scalar(f"train_epoch/{key}", value, done * self.num_batches - 1)
         if self.cfg.TRAIN.PRINT_FREQ <= 0:
             values = " ".join(
                 f"{key} {value:.4g}" for key, value in row.items() if key != "epoch" and value is not None
@@ -467,7 +474,7 @@ class PromptTrainer:
                 by = f" by {self.selection} on validation data" if self.selection else ""
                 self.print(f"Deploy the model with the best validation performance{by}")
                 self.load_model(self.output_dir)
-            elif self.trainable:
+            elif self.trainable and self.max_epoch:
                 self.print("Deploy the last-epoch model")
                 self.evaluated_checkpoint = str(self._checkpoint_files(self.max_epoch)[0])
             self.test()
@@ -506,6 +513,8 @@ class PromptTrainer:
             "best_result": self.best_result,
             "best_epoch": self.best_epoch,
             "train_seconds": self.train_seconds,
+            "step_ms_median": self.step_ms_median,
+            "whole_batch": self.train_loader_x.batches.whole,
         }
         val_result = self.history[-1].get("val_accuracy")
         for name, model in self._models.items():
@@ -529,6 +538,11 @@ class PromptTrainer:
             for file in self._checkpoint_files(previous):
                 file.unlink(missing_ok=True)
 
+    @property
+    def step_ms_median(self) -> float:
+        """Median time of a training step in milliseconds; of the run that was loaded when this one has trained none."""
+        return 1000 * statistics.median(self._step_times) if self._step_times else self._loaded_step_ms
+
     def resume_model_if_exist(self, directory: str | Path) -> int:
         """Load the newest whole checkpoint under ``directory``; returns the number of finished epochs (0: none).
 
@@ -544,25 +558,40 @@ class PromptTrainer:
                 raise UserError(
                     f"{path} was not written by OODPrompt; evaluate it with --eval-only --model-dir {directory}"
                 )
-            self._check_same_run(state["oodprompt"]["config"], path)
+            self._check_same_run(state["oodprompt"], path)
             checkpoint.load_weights(model, state["state_dict"], path)
             if self._optims[name] is not None:
                 self._optims[name].load_state_dict(state["optimizer"])
                 self._scheds[name].load_state_dict(state["scheduler"])
         engine = state["oodprompt"]
-        self.history, self.train_seconds = engine["history"], engine["train_seconds"]
+        self.history = engine["history"]
+        self.train_seconds, self._loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
         self.best_result, self.best_epoch = engine["best_result"], engine["best_epoch"]
         self.scaler.load_state_dict(engine["scaler"])
         self.print(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {self.max_epoch}")
+        if Path(directory).resolve() != self.output_dir.resolve() and self.state.is_main_process:
+            self._take_over(Path(directory), epoch)
         return epoch
 
-    def _check_same_run(self, old: dict[str, Any], path: Path) -> None:
+    def _take_over(self, directory: Path, epoch: int) -> None:
+        """Copy the newest and the best checkpoints of the run that is resumed into this run's folder."""
+        for name in self._models:
+            for source in (checkpoint.file_of(directory, name, e) for e in (epoch, None)):
+                if source.is_file():
+                    write_atomically(self.output_dir / name / source.name, source.read_bytes())
+        for file in self._checkpoint_files(epoch):
+            checkpoint.write_pointer(file)
+
+    def _changed_keys(self, old: dict[str, Any]) -> dict[str, str]:
         new = leaves(self.cfg)
-        changed = [
-            f"{key} was {old[key]!r}, now {new[key]!r}"
-            for key in old
-            if key in new and old[key] != new[key] and key not in _FREE_KEYS
-        ]
+        return {key: f"{key} was {old[key]!r}, now {new[key]!r}" for key in old if key in new and old[key] != new[key]}
+
+    def _check_same_run(self, engine: dict[str, Any], path: Path) -> None:
+        changed = [text for key, text in self._changed_keys(engine["config"]).items() if key not in _FREE_KEYS]
+        if engine["whole_batch"] != self.train_loader_x.batches.whole:
+            changed.append(
+                f"images per step of all processes were {engine['whole_batch']}, now {self.train_loader_x.batches.whole}"
+            )
         if changed:
             raise UserError(
                 f"{path} is of another run: {'; '.join(changed[:3])}"
@@ -586,6 +615,11 @@ class PromptTrainer:
             not_loaded = getattr(model, "not_loaded", ())
             checkpoint.load_weights(model, state["state_dict"], path, not_loaded)
             self.evaluated_checkpoint = self.evaluated_checkpoint or str(path)
+            if engine := state.get("oodprompt"):
+                self.train_seconds, self._loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
+                for key, text in self._changed_keys(engine["config"]).items():
+                    if key.startswith(("MODEL.", "TRAINER.", "INPUT.")):
+                        self.print(f"Note: {text}")
             self.print(f"Loaded {name} from {path} (epoch {state['epoch']})")
 
     # --- evaluation --------------------------------------------------------------------------------------------
@@ -649,7 +683,7 @@ class PromptTrainer:
             "base": self.base_name,
             "stack": list(cfg.TRAINER.STACK),
             "dataset": cfg.DATASET.NAME,
-            "backbone": cfg.MODEL.BACKBONE.NAME or cfg.MODEL.BACKBONE.PATH,
+            "backbone": cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME,
             "seed": cfg.SEED,
             "split": split,
             **{key: metrics[key] for key in keys},
@@ -659,7 +693,7 @@ class PromptTrainer:
             "best_epoch": self.best_epoch if cfg.TEST.FINAL_MODEL == "best_val" else None,
             "time": {
                 "train_s": self.train_seconds,
-                "step_ms_median": 1000 * statistics.median(self._step_times) if self._step_times else 0.0,
+                "step_ms_median": self.step_ms_median,
                 "test_s": test_seconds,
             },
             "peak_memory_mib": memory,

@@ -28,9 +28,9 @@ from oodprompt.files import write_atomically
 
 HERE = Path(__file__).resolve().parent.parent.parent
 CONFIG = HERE / "configs" / "trainers" / "CoOpOOD" / "tiny_shapes.yaml"
-RATES = (1e-4, 1e-3)
+RATES = (1e-5, 1e-4, 1e-3)
 GRIDS: dict[str, list[dict[str, object]]] = {
-    "CoOp + one linear layer": [{"ALPHA": 0.0, "BETA": 0.0, "LR": lr} for lr in (*RATES, 1e-2)],
+    "CoOp + one linear layer": [{"ALPHA": 0.0, "BETA": 0.0, "LR": lr} for lr in RATES],
     "L_s only": [{"ALPHA": a, "BETA": 0.0, "LR": lr} for a, lr in product((0.1, 1.0), RATES)],
     "CoOpOOD": [
         *({"ALPHA": a, "BETA": b, "LR": lr} for a, b, lr in product((0.1, 1.0), (1.0, 10.0), RATES)),
@@ -39,8 +39,8 @@ GRIDS: dict[str, list[dict[str, object]]] = {
         {"INIT": "random", "ALPHA": 0.1, "BETA": 1.0, "LR": 1e-3},
     ],
     "CoOpOOD anchored": [
-        {"ANCHOR": "attributes", "ANCHOR_ALPHA": a, "ANCHOR_BETA": b, "LR": lr}
-        for a, b, lr in product((0.0, 0.1), (100.0, 300.0, 1000.0, 3000.0, 10000.0), RATES)
+        {"ANCHOR": "attributes", "ANCHOR_ALPHA": a, "ANCHOR_BETA": b, "ANCHOR_LR": lr}
+        for a, b, lr in product((0.0, 0.1), (100.0, 300.0, 1000.0, 3000.0, 10000.0), RATES[1:])
     ],
 }
 

@@ -89,9 +89,11 @@ def test_other_predictions_are_a_table(tmp_path: Path) -> None:
     assert ["prompt alone", "70.0 %", "-"] in cells((tmp_path / "results.md").read_text())
 
 
-def test_many_classes_are_not_drawn(tmp_path: Path) -> None:
-    classes = [{"class": f"c{i}", "num_samples": 1, "accuracy": 1.0} for i in range(61)]
-    assert len(report.write_results(results(groups=False, classes=classes), tmp_path)) == 2
+def test_of_many_classes_the_worst_are_drawn() -> None:
+    classes = [{"class": f"c{i}", "num_samples": 1, "accuracy": i / 200} for i in range(200)]
+    axes = report.groups_figure(results(groups=False, classes=classes)).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [f"c{i}" for i in range(60)]
+    assert "60 worst of 200" in axes.get_title()
     assert not (tmp_path / "groups.png").exists()
 
 

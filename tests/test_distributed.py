@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from oodprompt import cli
 from oodprompt.engine import checkpoint
+from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY
 
 AUGMENTED = [
@@ -41,6 +43,17 @@ def torchrun(processes: int, arguments: list[str]) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_best_model_of_the_only_epoch_is_loaded_by_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    torchrun(2, arguments("CoOp", "best", "TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 1))
+    assert json.loads((tmp_path / "best" / "results.json").read_text())["best_epoch"] == 1
+
+
+def test_several_processes_need_a_seed(arguments: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--seed is needed"):
+        cli.run(arguments("CoOp", "unseeded", "--seed", -1))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,8 +15,9 @@ import yaml
 from PIL import Image
 
 from oodprompt import cli
+from oodprompt.backbones.weights import TINY
 from oodprompt.engine import checkpoint
-from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -94,6 +95,36 @@ def test_cached_features_train_as_images_do(run: Run, tmp_path: Path) -> None:
         for d in ("cached", "images")
     )
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_is_cached_though_training_is_random(build: Callable[..., PromptTrainer]) -> None:
+    trainer = build("CoOp", "INPUT.TRANSFORMS", "('random_flip', 'normalize')")
+    assert trainer.loader("train") is trainer.train_loader_x
+    assert trainer.loader("val") is not trainer.val_loader and "image_features" in next(iter(trainer.loader("val")))
+
+
+def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = arguments("CoOp", "board", "OPTIM.MAX_EPOCH", 4)
+    args = cli.build_parser().parse_intermixed_args(flags)
+    trainer = build_trainer(cli.setup_cfg(args))
+    trainer.before_train()
+    for trainer.epoch in range(2):  # noqa: B020
+        trainer.before_epoch()
+        trainer.run_epoch()
+        trainer.after_epoch()
+    trainer._writer.close()
+    cli.run(flags)
+    events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
+    for tag in ("train_epoch/loss", "train_epoch/acc", "val/accuracy", "val/worst_group_accuracy"):
+        assert [event.step for event in events.Scalars(tag)] == [4, 9, 14, 19]
+
+
+def test_the_file_at_path_is_named_as_the_backbone(run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.pt.gz"
+    copy.write_bytes(TINY.read_bytes())
+    assert run("ZeroshotCLIP", "path", "MODEL.BACKBONE.PATH", copy)["backbone"] == str(copy)
 
 
 def test_several_views_are_cached(build: Callable[..., PromptTrainer]) -> None:
@@ -179,6 +210,8 @@ def test_truncated_training_image_is_named(arguments: Arguments, tmp_path: Path)
         ("CoOp", ["INPUT.SIZE", "(224, 224)"], "the backbone takes 48 x 48"),
         ("CoOp", ["TRAINER.COOP.NCTX", "4"], "did you mean 'TRAINER.COOP.N_CTX'"),
         ("CoOp", ["TRAINER.PREC", "fp8"], "unknown precision"),
+        ("CoOp", ["OPTIM.LR", "-1.0"], "OPTIM: sgd does not take these values"),
+        ("CoOpOOD", ["TRAINER.COOPOOD.MIN_PER_CLASS", "1"], "MIN_PER_CLASS"),
         ("CoOp", ["DATASET.SHAPES.CLASSES", "('circle', 'hexagon')"], "there is no 'hexagon'"),
         ("CoOp", ["DATALOADER.FEATURE_CACHE", "memory", "INPUT.TRANSFORMS", "('random_flip', 'normalize')"], "INPUT.VIEWS"),
     ],

@@ -102,6 +102,19 @@ def test_resume_flag_goes_on_in_that_folder(arguments: Arguments, tmp_path: Path
         cli.run(arguments("CoOp", "new", "--resume", tmp_path / "nowhere"))
 
 
+def test_resume_into_another_folder_takes_the_best_model_along(
+    arguments: Arguments, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    best_val = ["TEST.FINAL_MODEL", "best_val"]
+    first = run("CoOpOOD", "first", *best_val)
+    second = run("CoOpOOD", "second", *best_val, "--resume", tmp_path / "first")
+    assert {k: first[k] for k in METRICS} == {k: second[k] for k in METRICS}
+    assert second["checkpoint"] == str(tmp_path / "second" / "prompt_learner" / "model-best.pth.tar")
+    for name in ("prompt_learner", "coopood"):
+        assert checkpoint.newest_epoch(tmp_path / "second", [name]) == 3
+    assert second["time"]["step_ms_median"] == first["time"]["step_ms_median"] > 0
+
+
 def test_random_seed_is_kept_over_a_resume(arguments: Arguments, tmp_path: Path) -> None:
     cli.run(arguments("CoOp", "drawn", "--seed", -1))
     first = json.loads((tmp_path / "drawn" / "results.json").read_text())
@@ -111,10 +124,13 @@ def test_random_seed_is_kept_over_a_resume(arguments: Arguments, tmp_path: Path)
 
 def test_folder_of_another_run_is_refused(arguments: Arguments, tmp_path: Path) -> None:
     cli.run(arguments("CoOp", "taken"))
-    before = (tmp_path / "taken" / "prompt_learner" / "model.pth.tar-3").read_bytes()
+    files = [tmp_path / "taken" / name for name in ("prompt_learner/model.pth.tar-3", "config.yaml", "results.json")]
+    before = [file.read_bytes() for file in files]
     with pytest.raises(UserError, match=r"another run.*OPTIM.LR was"):
         cli.run(arguments("CoOp", "taken", "OPTIM.LR", 0.5))
-    assert (tmp_path / "taken" / "prompt_learner" / "model.pth.tar-3").read_bytes() == before
+    with pytest.raises(UserError, match="images per step of all processes were 16, now 8"):
+        cli.run(arguments("CoOp", "taken", "DATALOADER.TRAIN_X.BATCH_SIZE", 8))
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_only_the_newest_checkpoint_is_kept_unless_asked(arguments: Arguments, tmp_path: Path) -> None:
@@ -131,8 +147,17 @@ def test_eval_only_repeats_the_results(run: Callable[..., dict[str, Any]], tmp_p
         *("TRAINER.COOPOOD.ANCHOR", "attributes"),
     )
     assert {k: trained[k] for k in METRICS} == {k: again[k] for k in METRICS}
+    assert again["time"]["train_s"] == trained["time"]["train_s"] > 0
+    assert (tmp_path / "again" / "config.yaml").is_file()
     with pytest.raises(UserError, match="model.pth.tar-9"):
         run("CoOpOOD", "missing", "--eval-only", "--model-dir", tmp_path / "trained", "--load-epoch", 9)
+
+
+def test_evaluation_says_what_differs_from_training(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run("CoOp", "end")
+    flags = ["--eval-only", "--model-dir", tmp_path / "end", "TRAINER.COOP.CLASS_TOKEN_POSITION", "front"]
+    run("CoOp", "front", *flags)
+    assert "CLASS_TOKEN_POSITION was 'end', now 'front'" in (tmp_path / "front" / "log.txt").read_text()
 
 
 def test_checkpoint_of_another_shape_is_refused(arguments: Arguments, run: Callable[..., Any], tmp_path: Path) -> None:

@@ -616,7 +616,8 @@ class PromptTrainer:
             checkpoint.load_weights(model, state["state_dict"], path, not_loaded)
             self.evaluated_checkpoint = self.evaluated_checkpoint or str(path)
             if engine := state.get("oodprompt"):
-                self.train_seconds, self._loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
+                if not self.history:  # not the best model of this very run
+                    self.train_seconds, self._loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
                 for key, text in self._changed_keys(engine["config"]).items():
                     if key.startswith(("MODEL.", "TRAINER.", "INPUT.")):
                         self.print(f"Note: {text}")

@@ -122,6 +122,8 @@ def test_alternating_phases_train_one_branch_at_a_time(build: Build) -> None:
         loss, _ = trainer.objective(trainer.align(batch), batch)
         loss.backward()
         assert {name for name, size in gradients(trainer).items() if size > 1e-7} == moves
+        idle = trainer.debiasers[0].h_s if "h_u" in moves else trainer.debiasers[0].h_u
+        assert idle.weight.grad is None  # a zero gradient would still move it by momentum and weight decay
 
 
 def test_dependence_is_small_for_independent_and_large_for_dependent_features() -> None:

@@ -71,6 +71,10 @@ declare(
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
         "ANCHOR_ALPHA": (0.0, "Weight of L_s when anchored."),
         "ANCHOR_BETA": (3000.0, "Weight of L_c when anchored."),
+        "ANCHOR_L_C": (
+            "share",
+            "L_c when anchored: share (of variance, above), or xcov, the squared covariance of z_u in the batch.",
+        ),
         "ANCHOR_STATISTICS": (
             "auto",
             "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen.",
@@ -96,6 +100,7 @@ class DecoupledProjections(Debiaser):
             "PHASES": ("joint", "alternating"),
             "INFERENCE": ("invariant", "raw"),
             "ANCHOR": ("none", "attributes"),
+            "ANCHOR_L_C": ("share", "xcov"),
             "ANCHOR_STATISTICS": ("auto", "train", "batch"),
         }.items():
             if keys[key] not in known:
@@ -200,9 +205,11 @@ class DecoupledProjections(Debiaser):
             self.scale * z_s @ self.attribute_text.T, self.pseudo_attribute[step.index], reduction="none"
         )
         L_s = uniformity_loss(step.alignment.compare(z_s.detach()))
-        if self.moments is None:
-            moments = within_class_moments(z_u, self.posterior[step.index], step.label)
-            L_c = explained_share(*moments)
+        q = self.posterior[step.index]
+        if keys.ANCHOR_L_C == "xcov":
+            L_c = within_classes(cross_covariance, z_u, q, step.label, keys.MIN_PER_CLASS)
+        elif self.moments is None:
+            L_c = explained_share(*within_class_moments(z_u, q, step.label))
         else:
             L_c = explained_share(*self.moments, self.h_u.weight)
         return Contribution(

@@ -245,7 +245,7 @@ def test_compare_handles_image_conditioned_text() -> None:
     torch.testing.assert_close(alignment.logits, torch.stack([7 * w[i] @ z[i] for i in range(4)]))
 
 
-@pytest.mark.parametrize("key", ["L_C", "INIT", "PHASES", "INFERENCE", "ANCHOR", "ANCHOR_STATISTICS"])
+@pytest.mark.parametrize("key", ["L_C", "INIT", "PHASES", "INFERENCE", "ANCHOR", "ANCHOR_L_C", "ANCHOR_STATISTICS"])
 def test_unknown_choices_are_refused(build: Build, key: str) -> None:
     with pytest.raises(UserError, match=f"TRAINER.COOPOOD.{key}"):
         build("CoOpOOD", f"TRAINER.COOPOOD.{key}", "nonsense")

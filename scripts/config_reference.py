@@ -23,7 +23,7 @@ def reference() -> str:
     for name, (default, doc) in declared_keys().items():
         section = ".".join(name.split(".")[:-1]) or "Top level"
         sections.setdefault(section, []).append((f"`{name}`", f"`{default!r}`", doc))
-    for section, rows in sections.items():
+    for section, rows in sorted(sections.items(), key=lambda item: (item[0] != "Top level", item[0])):
         parts += [f"## {section}\n", markdown_table(("key", "default", "meaning"), rows), ""]
     return "\n".join(parts)
 

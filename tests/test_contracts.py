@@ -76,7 +76,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_contributions_of_a_stack_add_up(build: Callable[..., PromptTrainer]) -> None:
-    keys = ["TRAINER.COOPOOD.ALPHA", 0.7, "TRAINER.COOPOOD.BETA", 0.3]
+    keys = ["TRAINER.COOPOOD.PHASES", "joint", "TRAINER.COOPOOD.ALPHA", 0.7, "TRAINER.COOPOOD.BETA", 0.3]
     alone = build("CoOpOOD", *keys)
     stacked = build("CoOpOOD", *keys, "TRAINER.STACK", "('Reweighting',)")
     batch = next(iter(alone.loader("train")))

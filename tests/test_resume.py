@@ -25,7 +25,7 @@ Arguments = Callable[..., list[str]]
 METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes")
 # Images are read and transformed at random at every step; CoOpOOD has parameters and state of its own.
 KEYS = [
-    *("TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.PHASES", "joint"),
+    *("TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", "0.1"),
     *("INPUT.TRANSFORMS", "('random_resized_crop', 'random_flip', 'normalize')", "OPTIM.MAX_EPOCH", "6"),
     *("TEST.FINAL_MODEL", "best_val"),
 ]
@@ -80,14 +80,15 @@ def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments,
 
 def test_checkpoint_of_one_model_ahead_of_the_other(arguments: Arguments, tmp_path: Path) -> None:
     """Killed between two files of one epoch: the older whole checkpoint is taken."""
-    cli.run(arguments("CoOpOOD", "unbroken", *KEYS, "TRAIN.CHECKPOINT_FREQ", 1))
+    plain = ["TRAINER.COOPOOD.ANCHOR", "none", "TRAINER.COOPOOD.PHASES", "alternating"]  # whose turn it is, is state
+    cli.run(arguments("CoOpOOD", "unbroken", *KEYS, *plain, "TRAIN.CHECKPOINT_FREQ", 1))
     torn = tmp_path / "torn"
     shutil.copytree(tmp_path / "unbroken", torn)
     (torn / "prompt_learner" / "checkpoint").write_text("model.pth.tar-5\n")
     (torn / "coopood" / "checkpoint").write_text("model.pth.tar-4\n")
     for file in [*torn.glob("*/model.pth.tar-6"), torn / "coopood" / "model.pth.tar-5", torn / "results.json"]:
         file.unlink()
-    cli.run(arguments("CoOpOOD", "torn", *KEYS, "TRAIN.CHECKPOINT_FREQ", 1))
+    cli.run(arguments("CoOpOOD", "torn", *KEYS, *plain, "TRAIN.CHECKPOINT_FREQ", 1))
     assert_same_outcome(tmp_path / "unbroken", torn)
 
 

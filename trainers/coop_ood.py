@@ -53,11 +53,11 @@ from oodprompt.pseudo_attributes import attribute_posterior, attribute_text_feat
 declare(
     "TRAINER.COOPOOD",
     {
-        "ALPHA": (0.5, "Weight of L_s. [open]"),
-        "BETA": (0.1, "Weight of L_c of the plain method. [open]"),
+        "ALPHA": (0.1, "Weight of L_s. [open]"),
+        "BETA": (1.0, "Weight of L_c of the plain method. [open]"),
         "L_C": ("hsic", "dep of L_c: hsic (biased, median-heuristic RBF), xcov, club, contrast or none. [open]"),
         "MIN_PER_CLASS": (4, "L_c leaves out classes with fewer images in the batch."),
-        "LR": (1e-4, "Learning rate of the projections. [open]"),
+        "LR": (1e-5, "Learning rate of the projections. [open]"),
         "BIAS": (True, "Projections have a bias. [open]"),
         "INIT": ("identity", "Projections start as identity plus noise, or random (torch's default). [open]"),
         "INIT_NOISE": (0.01, "Standard deviation of the noise on the identity. [open]"),
@@ -66,7 +66,10 @@ declare(
             "Projections see the normalised image feature; else one of CLIP's usual length 10. [open]",
         ),
         "DETACH_HS": (False, "L_s moves the prompt alone, not h_s (always so when anchored). [open]"),
-        "PHASES": ("joint", "joint: one loss; alternating: steps on (prompt, h_u), then on (prompt, h_s). [open]"),
+        "PHASES": (
+            "alternating",
+            "joint: one loss; alternating: a step on (prompt, h_u), then one on (prompt, h_s). Plain only. [open]",
+        ),
         "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
         "ANCHOR_ALPHA": (0.0, "Weight of L_s when anchored."),

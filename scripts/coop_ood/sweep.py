@@ -50,6 +50,10 @@ GRIDS: dict[str, list[dict[str, object]]] = {
 }
 
 
+# What a setting does not name; the rest are the defaults.
+FIXED = {"PHASES": "joint", "L_C": "hsic", "INIT": "identity"}
+
+
 def validate(job: tuple[dict[str, object], int, str]) -> tuple[float, float]:
     """Average and worst-group accuracy on validation data after training with the given keys and seed."""
     import torch
@@ -61,7 +65,7 @@ def validate(job: tuple[dict[str, object], int, str]) -> tuple[float, float]:
     keys, seed, root = job
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
         flags = ["--trainer", "CoOpOOD", "--config-file", str(CONFIG), "--seed", str(seed), "--root", root]
-        pairs = [str(x) for key, value in keys.items() for x in (f"TRAINER.COOPOOD.{key}", value)]
+        pairs = [str(x) for key, value in (FIXED | keys).items() for x in (f"TRAINER.COOPOOD.{key}", value)]
         fixed = ["TEST.NO_TEST", "True", "TRAIN.VAL_FREQ", "0"]
         args = cli.build_parser().parse_intermixed_args([*flags, "--output-dir", output, *fixed, *pairs])
         trainer = build_trainer(cli.setup_cfg(args))
@@ -87,7 +91,8 @@ def main() -> None:
     parts = [
         "# CoOpOOD: hyper-parameters on validation data\n",
         f"`python scripts/coop_ood/sweep.py{rows} --seeds {' '.join(map(str, args.seeds))}`: accuracy on the validation split of "
-        "ShapesOnScenes (correlation 0.95), %, mean over the seeds, best setting first. The test split was not read.\n",
+        "ShapesOnScenes (correlation 0.95), %, mean over the seeds, best setting first. The test split was not read. "
+        f"Where a setting does not say: {', '.join(f'{k} {v}' for k, v in FIXED.items())}.\n",
     ]
     for row in args.rows:
         lines = []

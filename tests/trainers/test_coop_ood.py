@@ -26,6 +26,7 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 
 Build = Callable[..., PromptTrainer]
+JOINT = ["TRAINER.COOPOOD.PHASES", "joint"]
 
 
 def first_batch(trainer: PromptTrainer) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def test_without_extra_losses_and_with_identity_it_is_coop(build: Build) -> None
 
 def test_total_loss_is_the_formula(build: Build) -> None:
     keys = ["TRAINER.COOPOOD.ALPHA", 0.7, "TRAINER.COOPOOD.BETA", 0.3, "TRAINER.COOPOOD.L_C", "xcov"]
-    trainer = build("CoOpOOD", *keys)
+    trainer = build("CoOpOOD", *JOINT, *keys)
     batch = first_batch(trainer)
     z, y, w, s = batch["image_features"], batch["label"], *_text(trainer)
     h_u, h_s = trainer.debiasers[0].h_u, trainer.debiasers[0].h_s
@@ -103,7 +104,7 @@ def test_uniformity_loss_is_kl_from_uniform_with_minimum_zero() -> None:
     ],
 )  # fmt: skip
 def test_each_term_moves_what_the_method_says(build: Build, keys: list[Any], moves: set[str]) -> None:
-    trainer = build("CoOpOOD", *keys)
+    trainer = build("CoOpOOD", *JOINT, *keys)
     batch = first_batch(trainer)
     loss, _ = trainer.objective(trainer.align(batch), batch)
     cross_entropy = F.cross_entropy(trainer.predict(trainer.align(batch)), batch["label"])

@@ -110,7 +110,7 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
 
 def write_training_curves(history: list[dict[str, float]], directory: str | Path) -> Path:
     """Write ``training.png``: loss, learning rate, and accuracies by epoch."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
 
     def draw(axes: Any, key: str, label: str, colour: str, factor: float = 1.0) -> None:
@@ -128,7 +128,7 @@ def write_training_curves(history: list[dict[str, float]], directory: str | Path
     draw(accuracies, "val_worst_group_accuracy", "validation, worst group", _RED, 100)
     accuracies.set_ylabel("accuracy, %")
     accuracies.set_ylim(0, 103)
-    accuracies.legend()
+    accuracies.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     for axes in (losses, rates, accuracies):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -115,7 +115,8 @@ class DecoupledProjections(Debiaser):
         self.club = Club(width) if keys.L_C == "club" and keys.ANCHOR == "none" else None
         self.scale = context.clip.logit_scale.exp().item()
         self.context, self.anchored = context, keys.ANCHOR == "attributes"
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is (PHASES)
+        self.alternating, self.spurious_turn = keys.PHASES == "alternating" and not self.anchored, False
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is
         if self.anchored:
             # [A, d]; not in the checkpoint: they follow from CLIP and the names
             self.register_buffer("attribute_text", attribute_text_features(context), persistent=False)
@@ -154,10 +155,11 @@ class DecoupledProjections(Debiaser):
         return F.normalize(layer(z if self.keys.NORMALIZE_INPUT else 10 * z), dim=-1)
 
     def before_step(self) -> None:
-        if self.keys.PHASES == "alternating" and not self.anchored:
-            spurious_turn = int(self.steps) % 2 == 1
-            self.h_u.requires_grad_(not spurious_turn)  # no gradient at all: momentum and weight decay rest too
-            self.h_s.requires_grad_(spurious_turn)
+        if self.alternating:
+            self.spurious_turn = int(self.steps) % 2 == 1
+            # The layer whose turn it is not gets no gradient at all, so that momentum and weight decay rest too.
+            self.h_u.requires_grad_(not self.spurious_turn)
+            self.h_s.requires_grad_(self.spurious_turn)
 
     def predict(self, alignment: Alignment) -> Tensor:
         if self.keys.INFERENCE == "raw" and not self.training:
@@ -178,16 +180,15 @@ class DecoupledProjections(Debiaser):
 
     def _plain(self, alignment: Alignment, y: Tensor, z_u: Tensor, z_s: Tensor) -> Contribution:
         keys = self.keys
-        alternating, spurious_turn = keys.PHASES == "alternating", int(self.steps) % 2 == 1
-        if alternating:  # the branch whose turn it is not is held fixed
-            z_u, z_s = (z_u.detach(), z_s) if spurious_turn else (z_u, z_s.detach())
+        if self.alternating:  # the branch whose turn it is not is held fixed
+            z_u, z_s = (z_u.detach(), z_s) if self.spurious_turn else (z_u, z_s.detach())
         L_s = uniformity_loss(alignment.compare(z_s.detach() if keys.DETACH_HS else z_s))
         L_c = self._coupling(alignment, y, z_u, z_s) if keys.BETA else None
         log = {"L_s": L_s.mean()} | ({"L_c": L_c} if L_c is not None else {})
         penalty = keys.BETA * L_c if L_c is not None else None
-        if not alternating:
+        if not self.alternating:
             return Contribution(per_sample_loss=keys.ALPHA * L_s, penalty=penalty, log=log)
-        if not spurious_turn:
+        if not self.spurious_turn:
             return Contribution(penalty=penalty, log=log)
         penalty = keys.ALPHA * L_s.mean() + (0 if penalty is None else penalty)
         return Contribution(sample_weights=torch.zeros_like(L_s), penalty=penalty, log=log)

@@ -49,7 +49,7 @@ def main() -> int:
         rows = read_rows(args.root, args.names)
         seeds = {len(results) for results in rows.values()}
         table = [
-            [name.replace("_", " "), *(spread([r[key] for r in results]) for key in METRICS), len(results)]
+            [name, *(spread([r[key] for r in results]) for key in METRICS), len(results)]
             for name, results in rows.items()
         ]
         header = ["method", *(f"{label}, %" for label in METRICS.values()), "seeds"]
@@ -57,7 +57,7 @@ def main() -> int:
         first = next(iter(rows.values()))[0]
         title = f"{first['dataset']}, {first['backbone']}, {first['split']}, {max(seeds)} seed{'s' if max(seeds) > 1 else ''}"
         means = [
-            (name.replace("_", " "), *(statistics.fmean(r[key] for r in results) for key in list(METRICS)[:2]))
+            (name, *(statistics.fmean(r[key] for r in results) for key in list(METRICS)[:2]))
             for name, results in rows.items()
         ]
         write_atomically(args.root / "comparison.md", f"{text}\n")

@@ -19,8 +19,8 @@ began=$SECONDS
 run ZeroshotCLIP --trainer ZeroshotCLIP
 run CoOp --trainer CoOp
 run CoOpOOD --trainer CoOpOOD
-run CoOpOOD_anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
-"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOpOOD CoOpOOD_anchored
+run CoOpOOD-anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
+"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOpOOD CoOpOOD-anchored
 echo
 echo "Pictures of each run: $out/<method>/seed1/groups.png and training.png; tables: results.md; everything printed: log.txt"
 echo "Took $((SECONDS - began)) s after installation."

@@ -153,7 +153,7 @@ def comparison_figure(rows: list[tuple[str, float, float]], title: str) -> Figur
     axes.set_xlim(0, 114)
     axes.set_xlabel("test accuracy, %")
     axes.set_title(title)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -24,8 +24,8 @@ run() { # name, then the command line
 joint=(TRAINER.COOPOOD.PHASES joint TRAINER.COOPOOD.LR 1e-4)
 run ZeroshotCLIP --trainer ZeroshotCLIP
 run CoOp --trainer CoOp
-run CoOp_+_one_linear_layer --trainer CoOpOOD "${joint[@]}" TRAINER.COOPOOD.ALPHA 0 TRAINER.COOPOOD.BETA 0
-run L_s_only --trainer CoOpOOD "${joint[@]}" TRAINER.COOPOOD.ALPHA 1 TRAINER.COOPOOD.BETA 0
+run CoOp+linear --trainer CoOpOOD "${joint[@]}" TRAINER.COOPOOD.ALPHA 0 TRAINER.COOPOOD.BETA 0
+run L_s-only --trainer CoOpOOD "${joint[@]}" TRAINER.COOPOOD.ALPHA 1 TRAINER.COOPOOD.BETA 0
 run CoOpOOD --trainer CoOpOOD
-run CoOpOOD_anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
-"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOp_+_one_linear_layer L_s_only CoOpOOD CoOpOOD_anchored
+run CoOpOOD-anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
+"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOp+linear L_s-only CoOpOOD CoOpOOD-anchored

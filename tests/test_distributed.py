@@ -32,17 +32,22 @@ CASES = {
 }
 
 
-def torchrun(processes: int, arguments: list[str]) -> None:
+def torchrun(processes: int, arguments: list[str], script: str = "train.py") -> None:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, "--standalone", str(REPOSITORY / "train.py"), *arguments],
+        [*command, "--standalone", str(REPOSITORY / script), *arguments],
         capture_output=True,
         text=True,
         env=environment,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gradients_through_gathered_rows_are_those_of_one_process(processes: int) -> None:
+    torchrun(processes, [], "tests/gather_gradients.py")
 
 
 def test_best_model_of_the_only_epoch_is_loaded_by_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:

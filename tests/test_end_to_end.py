@@ -106,7 +106,7 @@ def test_evaluation_is_cached_though_training_is_random(build: Callable[..., Pro
 def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = arguments("CoOp", "board", "OPTIM.MAX_EPOCH", 4)
+    flags = arguments("CoOp", "board", "OPTIM.MAX_EPOCH", 4, "TRAIN.PRINT_FREQ", 1)
     args = cli.build_parser().parse_intermixed_args(flags)
     trainer = build_trainer(cli.setup_cfg(args))
     trainer.before_train()
@@ -114,11 +114,15 @@ def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, t
         trainer.before_epoch()
         trainer.run_epoch()
         trainer.after_epoch()
+    trainer.epoch = 2
+    trainer.before_epoch()
+    trainer.run_epoch()  # written to TensorBoard, but stopped before its checkpoint
     trainer._writer.close()
     cli.run(flags)
     events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
     for tag in ("train_epoch/loss", "train_epoch/acc", "val/accuracy", "val/worst_group_accuracy"):
         assert [event.step for event in events.Scalars(tag)] == [4, 9, 14, 19]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(20))
 
 
 def test_the_file_at_path_is_named_as_the_backbone(run: Run, tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def _output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
     name = cfg.TRAINER.NAME + (f"-{cfg.TRAINER.BASE}" if trainer.debiaser_class else "")
     name = "+".join([name, *cfg.TRAINER.STACK])
     config = Path(args.config_file).stem if args.config_file else "default"
-    return str(Path("output") / (cfg.DATASET.NAME or "no_dataset") / name / config / f"seed{cfg.SEED}")
+    run = Path("output") / (cfg.DATASET.NAME or "no_dataset") / name / config / f"seed{cfg.SEED}"
+    return str(run / "untrained" if args.eval_only else run)
 
 
 class _Tee:
@@ -202,8 +203,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print_list()
         return
+    if args.model_dir and not Path(args.model_dir).is_dir():
+        raise UserError(f"--model-dir: there is no folder {args.model_dir}; give the output folder of a run")
     cfg = setup_cfg(args)
     with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
+        from oodprompt.engine.distributed import leave_together
         from oodprompt.engine.trainer import build_trainer
 
         if cfg.VERBOSE:
@@ -218,6 +222,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             print("Config, data and weights are in order; nothing is trained (--no-train)")
         else:
             trainer.train()
+        leave_together()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

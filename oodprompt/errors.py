@@ -20,4 +20,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     hint = f"did you mean {lowered[match[0]]!r}? " if match else ""
     listing = ", ".join(known) if len(known) <= 40 else f"{len(known)} names, see `python train.py --list`"
-    return f"{hint}(known: {listing})"
+    return f"{hint}known: {listing}"

@@ -1,8 +1,8 @@
 # Sourced by the other scripts, from the repository's root: makes or reuses the virtual environment and sets $PY.
 #   OODPROMPT_VENV   where it is (default .venv); reused while setup.py and the Python version have not changed
 #   PYTHON           which Python makes it (default python3; 3.10 or newer)
-# First argument: "" or "[test]", the extras to install.
-extras="${1:-}"
+#   extras           set by the sourcing script: empty or "[test]", the extras to install
+extras="${extras:-}"
 venv="${OODPROMPT_VENV:-.venv}"
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

@@ -22,5 +22,5 @@ run CoOpOOD --trainer CoOpOOD
 run CoOpOOD-anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
 "$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOpOOD CoOpOOD-anchored
 echo
-echo "Pictures of each run: $out/<method>/seed1/groups.png and training.png; tables: results.md; everything printed: log.txt"
+echo "Pictures of each run: $out/<method>/seed1/groups.png and, where something is trained, training.png; tables: results.md; everything printed: log.txt"
 echo "Took $((SECONDS - began)) s after installation."

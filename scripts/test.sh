@@ -2,5 +2,6 @@
 # Installs (with the test extras) and runs the tests; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh "[test]"
+extras="[test]"
+. scripts/environment.sh
 exec "$PY" -m pytest "$@"

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from oodprompt.engine.distributed import average_gradients, gather_rows, sum_over_processes
+from oodprompt.engine.distributed import average_gradients, gather_rows, leave_together, sum_over_processes
 
 
 def loss_of(x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +32,7 @@ def main() -> None:
         for parameter, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5)
     assert sum_over_processes(torch.tensor([rank + 1])).item() == world * (world + 1) // 2
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -150,6 +150,9 @@ def test_eval_only_repeats_the_results(run: Callable[..., dict[str, Any]], tmp_p
     assert {k: trained[k] for k in METRICS} == {k: again[k] for k in METRICS}
     assert again["time"]["train_s"] == trained["time"]["train_s"] > 0
     assert (tmp_path / "again" / "config.yaml").is_file()
+    with pytest.raises(UserError, match="has no folder coopood, which CoOpOOD needs"):
+        run("CoOp", "coop")
+        run("CoOpOOD", "mixed", "--eval-only", "--model-dir", tmp_path / "coop")
     with pytest.raises(UserError, match="model.pth.tar-9"):
         run("CoOpOOD", "missing", "--eval-only", "--model-dir", tmp_path / "trained", "--load-epoch", 9)
 

@@ -76,6 +76,8 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "") 
 
 def check_name(name: str) -> None:
     """``UserError`` with the nearest known name when there is no backbone ``name``."""
+    if not name:
+        raise UserError("no backbone is named: give --backbone (tiny, ViT-B/16, ...) or a --config-file that names one")
     if name not in BACKBONES:
         raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, BACKBONES)}")
 

@@ -101,7 +101,7 @@ def _nearest_key(name: str, known: Iterable[str]) -> str:
     known = list(known)
     section = name.rsplit(".", 1)[0] + "."
     siblings = [key for key in known if key.startswith(section)]
-    hint = nearest(name, known).split("(known")[0]
+    hint = nearest(name, known).split("known:")[0]
     if siblings:
         return f"{hint}({section[:-1]} has: {', '.join(key[len(section) :] for key in siblings)})"
     return hint or "see docs/config.md"

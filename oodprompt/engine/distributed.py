@@ -59,3 +59,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def leave_together() -> None:
+    """End the process group once every process has come here; one that goes early can abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

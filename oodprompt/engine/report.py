@@ -121,6 +121,9 @@ def write_training_curves(history: list[dict[str, float]], directory: str | Path
     losses, rates, accuracies = figure.subplots(1, 3)
     draw(losses, "loss", "total loss", _BLUE)
     losses.set_ylabel("loss")
+    values = [row["loss"] for row in history]
+    if min(values) > 0 and max(values) > 30 * min(values):
+        losses.set_yscale("log")
     draw(rates, "lr", "learning rate", _GREY)
     rates.set_ylabel("learning rate")
     draw(accuracies, "acc", "training batches", _GREY)

@@ -605,8 +605,13 @@ class PromptTrainer:
             self.print("Note: no --model-dir is given, so the untrained model is evaluated")
             return
         for name, model in self._models.items():
-            if self._optims[name] is None and not model.state_dict():
+            if self._optims[name] is None:
                 continue
+            if not (Path(directory) / name).is_dir():
+                raise UserError(
+                    f"--model-dir: {directory} has no folder {name}, which {self.cfg.TRAINER.NAME} needs; "
+                    "was it trained with another --trainer, --base or TRAINER.STACK?"
+                )
             path = checkpoint.file_of(directory, name, epoch)
             if epoch is None and not path.is_file():
                 newest = checkpoint.newest_epoch(directory, [name])
@@ -719,15 +724,17 @@ def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[D
     others = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.debiaser_class]
     debiasers = [main.debiaser_class] if main.debiaser_class else []
     base_name = cfg.TRAINER.BASE if debiasers else cfg.TRAINER.NAME
-    base = TRAINER_REGISTRY.get(base_name, "TRAINER.BASE")
-    if base.learner_class is None:
+    if base_name in others:
         raise UserError(f"TRAINER.BASE: {base_name} is a debiaser, not a prompt learner; bases are: {', '.join(bases)}")
+    if base_name not in bases:
+        raise UserError(f"TRAINER.BASE: unknown prompt learner {base_name!r}: {nearest(base_name, bases)}")
     for name in cfg.TRAINER.STACK:
-        extra = TRAINER_REGISTRY.get(name, "TRAINER.STACK")
-        if extra.debiaser_class is None:
+        if name in bases:
             raise UserError(f"TRAINER.STACK: {name} is a prompt learner; debiasers are: {', '.join(others)}")
-        debiasers.append(extra.debiaser_class)
-    return base_name, base.learner_class, debiasers
+        if name not in others:
+            raise UserError(f"TRAINER.STACK: unknown debiaser {name!r}: {nearest(name, others)}")
+        debiasers.append(TRAINER_REGISTRY.get(name).debiaser_class)
+    return base_name, TRAINER_REGISTRY.get(base_name).learner_class, debiasers
 
 
 def build_trainer(cfg: CfgNode) -> PromptTrainer:

@@ -155,7 +155,7 @@ def ran(folder: Path) -> dict[str, Result]:
         "no_root": "ListedBirds needs the folder of the data sets: give --root DIR",
         "root": "--root: there is no folder .*gone",
         "file_list": "no file list at .*no_birds/birds/metadata.csv; expected a csv with the columns .*img_filename",
-        "model_dir": "no .*gone.*--model-dir",
+        "model_dir": "--model-dir: there is no folder .*gone",
     }.items(),
 )
 def test_users_errors_are_one_line(ran: dict[str, Result], name: str, words: str) -> None:

@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -225,13 +225,10 @@ def run(argv: Sequence[str] | None = None) -> None:
         leave_together()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 success, 2 a user's error (one line on stderr), 1 anything else."""
-    # Threads that wait for work sleep instead of spinning: steps of a few milliseconds would otherwise take a hundred
-    # times as long as soon as another program uses a core. Read by OpenMP when torch is first imported, below.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+def exit_status(work: Callable[[], None]) -> int:
+    """Do ``work``; returns 0 for success, 2 for a user's error (one line on stderr), 1 for anything else."""
     try:
-        run(argv)
+        work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -249,3 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    # Threads that wait for work sleep instead of spinning: steps of a few milliseconds would otherwise take a hundred
+    # times as long as soon as another program uses a core. Read by OpenMP when torch is first imported, below.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return exit_status(lambda: run(argv))

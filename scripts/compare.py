@@ -12,6 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from oodprompt.cli import exit_status
 from oodprompt.engine.report import comparison_figure, markdown_table, write_figure
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -40,34 +41,30 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()
-    try:
-        rows = read_rows(args.root, args.names)
-        seeds = {len(results) for results in rows.values()}
-        table = [
-            [name, *(spread([r[key] for r in results]) for key in METRICS), len(results)]
-            for name, results in rows.items()
-        ]
-        header = ["method", *(f"{label}, %" for label in METRICS.values()), "seeds"]
-        text = markdown_table(header, table)
-        first = next(iter(rows.values()))[0]
-        title = f"{first['dataset']}, {first['backbone']}, {first['split']}, {max(seeds)} seed{'s' if max(seeds) > 1 else ''}"
-        means = [
-            (name, *(statistics.fmean(r[key] for r in results) for key in list(METRICS)[:2]))
-            for name, results in rows.items()
-        ]
-        write_atomically(args.root / "comparison.md", f"{text}\n")
-        write_figure(comparison_figure(means, title), args.root / "comparison.png")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rows = read_rows(args.root, args.names)
+    seeds = {len(results) for results in rows.values()}
+    table = [
+        [name, *(spread([r[key] for r in results]) for key in METRICS), len(results)] for name, results in rows.items()
+    ]
+    header = ["method", *(f"{label}, %" for label in METRICS.values()), "seeds"]
+    text = markdown_table(header, table)
+    first = next(iter(rows.values()))[0]
+    title = (
+        f"{first['dataset']}, {first['backbone']}, {first['split']}, {max(seeds)} seed{'s' if max(seeds) > 1 else ''}"
+    )
+    means = [
+        (name, *(statistics.fmean(r[key] for r in results) for key in list(METRICS)[:2]))
+        for name, results in rows.items()
+    ]
+    write_atomically(args.root / "comparison.md", f"{text}\n")
+    write_figure(comparison_figure(means, title), args.root / "comparison.png")
     print(f"\n{title}\n\n{text}\n\nWrote {args.root / 'comparison.md'}, {args.root / 'comparison.png'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from oodprompt import cli
 from oodprompt.engine.data import DatasetBase, attribute_name, build_dataset, read_image
 from oodprompt.engine.report import write_figure
-from oodprompt.errors import UserError
 
 
 def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:
@@ -37,21 +36,16 @@ def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:
     return figure
 
 
-def main() -> int:
+def main() -> None:
     parser = cli.build_parser()
     parser.prog, parser.description = "dataset_picture.py", __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", default="dataset.png", help="file to write")
-    try:
-        args = parser.parse_intermixed_args()
-        args.trainer = args.trainer or "ZeroshotCLIP"
-        write_figure(groups_picture(build_dataset(cli.setup_cfg(args))), args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_intermixed_args()
+    args.trainer = args.trainer or "ZeroshotCLIP"
+    write_figure(groups_picture(build_dataset(cli.setup_cfg(args))), args.out)
     print(f"Wrote {args.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.exit_status(main))

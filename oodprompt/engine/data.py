@@ -382,7 +382,7 @@ class DatasetWrapper(Dataset):
         try:
             image = read_image(datum.impath)
         except UserError as error:
-            return error  # raised by ``batches_of``: an exception inside a worker would lose its one clear line
+            return error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
         with _random_numbers_from(seed):
             image = self.transform(image)
         return {

@@ -21,12 +21,15 @@ class Alignment:
     """What a prompt learner makes of a batch.
 
     ``image_features`` [B, d] and ``text_features`` [C, d] (or [B, C, d] when prompts depend on the image), both
-    L2-normalised; ``logit_scale`` is the exp of CLIP's parameter.
+    L2-normalised (but for LinearProbe, whose class vectors have a length); ``logit_scale`` is the exp of CLIP's
+    parameter. ``frozen_image_features`` [B, d] are those of CLIP as released, of the same views of the images; the
+    engine adds them in training for learners that ask (``needs_frozen_features``).
     """
 
     image_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
+    frozen_image_features: Tensor | None = None
 
     def compare(self, image_features: Tensor) -> Tensor:
         """``logit_scale * <image, text>`` for other normalised image features [B, d] -> [B, C]."""
@@ -40,17 +43,25 @@ class Alignment:
         return self.compare(self.image_features)
 
 
+# What upstream's checkpoints hold of the frozen towers beside the prompts, for ``PromptLearner.foreign``.
+TOWERS = ("image_encoder.", "text_encoder.", "logit_scale")
+
+
 class PromptLearner(nn.Module):
     """Base of prompt learners. Parameters and buffers are what its checkpoint holds; the frozen CLIP is neither.
 
-    Class attributes: ``model_name``, the folder of its checkpoints (upstream's registered name); ``not_loaded``,
-    state-dict keys that depend on the class names and are made anew instead of loaded; ``trains_image_tower``,
-    whether image features change during training (so that they must not be cached).
+    Attributes: ``model_name``, the folder of its checkpoints (upstream's registered name); ``not_loaded``, state-dict
+    keys that are left as they are when a model is loaded for evaluation (what depends on the class names);
+    ``foreign``, beginnings of keys that upstream's checkpoints have beyond ours and that are passed over;
+    ``trains_image_tower``, whether image features change during training (so that they must not be cached);
+    ``needs_frozen_features``, whether alignments carry ``frozen_image_features`` in training.
     """
 
     model_name = "prompt_learner"
     not_loaded: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
     trains_image_tower = False
+    needs_frozen_features = False
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__()
@@ -68,6 +79,13 @@ class PromptLearner(nn.Module):
     def penalty(self, alignment: Alignment) -> Tensor | None:
         """A scalar that the learner itself adds to the loss, or None."""
         return None
+
+    def backward(self, loss: Tensor, alignment: Alignment, scale: Callable[[Tensor], Tensor]) -> None:
+        """Gradients of ``scale(loss)``; a method that combines gradients of several losses does it here."""
+        scale(loss).backward()
+
+    def after_epoch(self, epoch: int) -> None:
+        """Called after each epoch (0-based), before it is evaluated and saved."""
 
     @classmethod
     def precision(cls, cfg: CfgNode) -> str:

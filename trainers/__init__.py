@@ -1,5 +1,29 @@
-"""One file per method; importing this package registers them all."""
+"""Methods, one per file; importing this package registers them."""
 
-from oodprompt.trainers import coop, coop_ood, zeroshot
+from oodprompt.trainers import (
+    cocoop,
+    coop,
+    coop_ood,
+    ivlp,
+    kgcoop,
+    linear_probe,
+    maple,
+    prograd,
+    promptsrc,
+    vpt,
+    zeroshot,
+)
 
-__all__ = ["coop", "coop_ood", "zeroshot"]
+__all__ = [
+    "cocoop",
+    "coop",
+    "coop_ood",
+    "ivlp",
+    "kgcoop",
+    "linear_probe",
+    "maple",
+    "prograd",
+    "promptsrc",
+    "vpt",
+    "zeroshot",
+]

@@ -12,89 +12,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, encode, tokenize
+from oodprompt.backbones import CLIP, encode
 from oodprompt.contracts import Alignment, PromptLearner
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
+from oodprompt.prompts import INIT_STD, ContextPrompts, initial_context
 
 declare(
     "TRAINER.COOP",
     {
         "N_CTX": (16, "Number M of context vectors (without CTX_INIT)."),
         "CSC": (False, "Class-specific contexts: M vectors for each class instead of M shared ones."),
-        "CTX_INIT": ("", "Words to start from, e.g. 'a photo of a'; empty: random, N(0, 0.02^2)."),
+        "CTX_INIT": (
+            "",
+            "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2); True (as in ProGrad's "
+            "files): the words of the data set's template.",
+        ),
         "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
         "CLASS_TOKEN_POSITION": ("end", "Where the class name stands: end, middle or front."),
+        "W": (1.0, "KgCoOp: weight of the distance to the hand-written prompts (lambda)."),
+        "ALPHA": (1.0, "Kept for KgCoOp's and ProGrad's files, where nothing reads it."),
     },
 )
 
 
 class ContextLearner(PromptLearner):
-    """Context vectors ``ctx`` [M, e] (or [C, M, e] with CSC) and the frozen embeddings around them.
-
-    ``token_prefix`` [C, 1, e] and ``token_suffix`` [C, 76 - M, e] are in the checkpoint as upstream has them, and are
-    made anew for the class names at hand.
-    """
+    """Context vectors ``ctx`` [M, e] (or [C, M, e] with CSC) ahead of, around or behind the class names."""
 
     not_loaded = ("token_prefix", "token_suffix")
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
-        keys, device = cfg.TRAINER.COOP, clip.logit_scale.device
-        words = keys.CTX_INIT.replace("_", " ").strip()
-        n_ctx = len(encode(words)) if words else keys.N_CTX
-        if n_ctx < 1:
-            raise UserError(f"TRAINER.COOP.N_CTX: {n_ctx} context vectors are not possible; give 1 or more")
-        prefix = words or " ".join(["X"] * n_ctx)
-        tokens = tokenize([f"{prefix} {name}." for name in self.classnames]).to(device)
-        with torch.no_grad():
-            embedding = clip.token_embedding(tokens)
-        if words:
-            context = embedding[0, 1 : 1 + n_ctx].clone()
-        else:
-            context = 0.02 * torch.randn(n_ctx, embedding.shape[2])
+        keys = cfg.TRAINER.COOP
+        words, context = self.start(cfg, template)
         if keys.CSC:
             count = len(self.classnames)
-            context = context.repeat(count, 1, 1) if words else 0.02 * torch.randn(count, *context.shape)
-        self.ctx = nn.Parameter(context.to(device))
-        self.register_buffer("token_prefix", embedding[:, :1])
-        self.register_buffer("token_suffix", embedding[:, 1 + n_ctx :])
-        self.eot = tokens.argmax(dim=-1)
-        self.order = self._token_order(keys.CLASS_TOKEN_POSITION, n_ctx, tokens.shape[1]).to(device)
-        print(f'Initial context: "{prefix}", {n_ctx} tokens{", one per class" if keys.CSC else ""}')
+            known = bool(keys.CTX_INIT)
+            context = context.repeat(count, 1, 1) if known else INIT_STD * torch.randn(count, *context.shape)
+        self.prompts = ContextPrompts(self, clip, self.classnames, words, context, keys.CLASS_TOKEN_POSITION)
+        print(f'Initial context: "{words}", {context.shape[-2]} tokens{", one per class" if keys.CSC else ""}')
 
-    def _token_order(self, position: str, n_ctx: int, length: int) -> Tensor:
-        """For every class, which token of (SOS, context, name and rest) stands at each place, [C, length]."""
-        before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}  # context vectors ahead of the name
-        if position not in before:
-            raise UserError(f"TRAINER.COOP.CLASS_TOKEN_POSITION: unknown place: {nearest(position, before)}")
-        rows = []
-        for name in self.classnames:
-            context = list(range(1, 1 + n_ctx))
-            name_tokens = list(range(1 + n_ctx, 1 + n_ctx + len(encode(name))))
-            head = [0, *context[: before[position]], *name_tokens, *context[before[position] :]]
-            rows.append(head + list(range(len(head), length)))
-        return torch.tensor(rows)
-
-    def prompts(self) -> Tensor:
-        """Token embeddings of all prompts, [C, 77, e]."""
-        context = self.ctx if self.ctx.ndim == 3 else self.ctx.expand(len(self.classnames), -1, -1)
-        embeddings = torch.cat([self.token_prefix, context, self.token_suffix], dim=1)
-        return embeddings.gather(1, self.order.unsqueeze(-1).expand_as(embeddings))
+    def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:
+        """The text ahead of the class name and the initial context vectors [M, e]."""
+        keys = cfg.TRAINER.COOP
+        words = words_of_template(template) if keys.CTX_INIT == "True" else keys.CTX_INIT.replace("_", " ").strip()
+        n_ctx = len(encode(words)) if words else keys.N_CTX
+        return initial_context(self.clip, "TRAINER.COOP.N_CTX", n_ctx, words)
 
     def forward(self, image_features: Tensor) -> Alignment:
-        text_features = F.normalize(self.clip.encode_embeddings(self.prompts(), self.eot).float(), dim=-1)
-        return Alignment(image_features, text_features, self.clip.logit_scale.exp())
+        return Alignment(image_features, self.prompts.text_features(), self.clip.logit_scale.exp())
 
     @classmethod
     def precision(cls, cfg: CfgNode) -> str:
         return cfg.TRAINER.COOP.PREC
+
+
+def words_of_template(template: str) -> str:
+    """What a template says ahead of the class name: "a photo of a {}." -> "a photo of a"."""
+    return template.split("{}")[0].strip()
 
 
 @TRAINER_REGISTRY.register()

@@ -1,8 +1,8 @@
 """CLIP's two towers, with OpenAI's parameter names and values, written for prompt learning.
 
 What differs from OpenAI's ``clip.model``: batch-first tensors, fused scaled-dot-product attention, a text tower
-that starts from *embeddings* (so that learned context vectors can be put among them) and stops at the last
-end-of-text token, and an image tower that can return its patch tokens. Parameter names are OpenAI's, so their
+that starts from *embeddings* (so that learned context vectors can be put among them) and computes what prompts share
+once, prompts in both towers, shallow and deep, and patch and region features. Parameter names are OpenAI's, so their
 state dicts load as they are. Tests hold features and gradients equal to ``clip.model`` within 1e-5 in fp32.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -11,18 +11,32 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import roi_align
+
+from oodprompt.backbones.packing import pack
+
+# How queries, keys and values [B, H, L, d] become [B, H, L, d]; the default lets every position see all others.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The positions whose output is wanted: a slice, or their indices.
+Rows = slice | Tensor
 
 
 class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``, the activation of OpenAI's released weights."""
+    """``x * sigmoid(1.702 x)``, the activation of OpenAI's released weights.
+
+    Written as ``silu(1.702 x) / 1.702``, which is the same and keeps one tensor for the backward pass instead of two.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702
 
 
 class Attention(nn.Module):
@@ -36,13 +50,19 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """[B, L, width] -> [B, L, width]; with ``causal`` position t sees positions 0..t only."""
-        batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(y.transpose(1, 2).reshape(batch, length, width))
+    def _project(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Projections ``start`` to ``end`` of (q, k, v) of x [B, L, width], each [B, H, L, d]."""
+        rows = slice(start * x.shape[-1], end * x.shape[-1])
+        y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return y.view(*x.shape[:2], end - start, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention, rows: Rows | None = None) -> Tensor:
+        """[B, L, width] -> [B, L, width], or [B, number of ``rows``, width] when only these are wanted."""
+        if rows is None:
+            q, k, v = self._project(x, 0, 3)
+        else:
+            (q,), (k, v) = self._project(x[:, rows], 0, 1), self._project(x, 1, 3)
+        return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -61,27 +81,44 @@ class ResidualAttentionBlock(nn.Module):
         )
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention, rows: Rows | None = None) -> Tensor:
+        y = self.attn(self.ln_1(x), attend, rows)
+        x = (x if rows is None else x[:, rows]) + y
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """A stack of blocks over [B, L, width]."""
 
-    def __init__(self, width: int, layers: int, heads: int, causal: bool = False) -> None:
+    def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.width, self.layers, self.causal = width, layers, causal
+        self.width, self.layers = width, layers
         self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads) for _ in range(layers)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, self.causal)
+    def forward(
+        self,
+        x: Tensor,
+        attend: Attend = F.scaled_dot_product_attention,
+        deep: Sequence[Tensor] = (),
+        deep_at: int = 0,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """[B, L, width] -> [B, L, width]; with ``rows``, the last block computes these alone.
+
+        Deep prompts: the M tokens from position ``deep_at`` on are replaced by ``deep[i - 1]`` [M, width] ahead of
+        block i = 1, 2, ..., len(deep).
+        """
+        for i, block in enumerate(self.resblocks):
+            if 0 < i <= len(deep):
+                prompts = deep[i - 1].to(x.dtype)
+                after = x[:, deep_at + len(prompts) :]
+                x = torch.cat([x[:, :deep_at], prompts.expand(len(x), -1, -1), after], dim=1)
+            x = block(x, attend, rows if i == self.layers - 1 else None)
         return x
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT image tower."""
+    """CLIP's ViT image tower, which takes visual prompts: tokens beside those of the patches."""
 
     def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int, output_dim: int) -> None:
         super().__init__()
@@ -95,15 +132,35 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """Images [B, 3, R, R] -> class token and patch tokens after the last block, [B, 1 + (R/patch)^2, width]."""
+    def tokens(
+        self,
+        images: Tensor,
+        prompts: Tensor | None = None,
+        deep: Sequence[Tensor] = (),
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """Images [B, 3, R, R] -> class token, patch tokens and prompts after the last block, [B, 1 + (R/p)^2 + M, width].
+
+        ``prompts`` [M, width] stand behind the patches, without a position; ``deep`` prompts replace them ahead of
+        blocks 1, 2, .... With ``rows``, the last block computes these positions alone.
+        """
         x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        return self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype)))
+        x = x + self.positional_embedding.to(x.dtype)
+        length = x.shape[1]
+        if prompts is not None:
+            x = torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        return self.transformer(self.ln_pre(x), deep=deep, deep_at=length, rows=rows)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
-        return self.ln_post(self.tokens(images)[:, 0]) @ self.proj
+        return self.ln_post(self.tokens(images, prompts, deep, rows=slice(0, 1))[:, 0]) @ self.proj
+
+    def patch_features(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
+        """Images [B, 3, R, R] -> the patches in the space of image features, [B, R/p, R/p, output_dim], not normalised."""
+        side = self.input_resolution // self.conv1.stride[0]
+        x = self.tokens(images, prompts, deep)[:, 1 : 1 + side**2]
+        return (self.ln_post(x) @ self.proj).unflatten(1, (side, side))
 
 
 class Bottleneck(nn.Module):
@@ -152,6 +209,12 @@ class AttentionPool2d(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, output_dim)
 
+    def dense(self, x: Tensor) -> Tensor:
+        """Feature map [B, width, grid, grid] -> the value of each position as the pool would hand it on, [B, grid, grid, d]."""
+        side = x.shape[-1]
+        x = x.flatten(2).transpose(1, 2) + self.positional_embedding[1:].to(x.dtype)
+        return self.c_proj(self.v_proj(x)).unflatten(1, (side, side))
+
     def forward(self, x: Tensor) -> Tensor:
         """Feature map [B, width, grid, grid] -> [B, output_dim]."""
         x = x.flatten(2).transpose(1, 2)
@@ -192,12 +255,20 @@ class ModifiedResNet(nn.Module):
             x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
         return self.avgpool(x)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Images [B, 3, R, R] -> [B, width, R/32, R/32]."""
         x = self.stem(images)
         for i in (1, 2, 3, 4):
             x = getattr(self, f"layer{i}")(x)
-        return self.attnpool(x)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
+        return self.attnpool(self.feature_map(images))
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, R, R] -> cells in the space of image features, [B, R/32, R/32, output_dim], not normalised."""
+        return self.attnpool.dense(self.feature_map(images))
 
 
 @dataclass(frozen=True)
@@ -260,6 +331,7 @@ class CLIP(nn.Module):
     def __init__(self, shape: CLIPShape) -> None:
         super().__init__()
         self.shape = shape
+        self.activation_limit = 4 << 30  # bytes that encode_prompts may keep for the backward pass
         if isinstance(shape.vision_layers, tuple):
             self.visual: nn.Module = ModifiedResNet(
                 shape.vision_layers,
@@ -277,7 +349,7 @@ class CLIP(nn.Module):
                 heads=shape.vision_width // 64,
                 output_dim=shape.embed_dim,
             )
-        self.transformer = Transformer(shape.text_width, shape.text_layers, shape.text_heads, causal=True)
+        self.transformer = Transformer(shape.text_width, shape.text_layers, shape.text_heads)
         self.token_embedding = nn.Embedding(shape.vocab_size, shape.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(shape.context_length, shape.text_width))
         self.ln_final = nn.LayerNorm(shape.text_width)
@@ -300,23 +372,82 @@ class CLIP(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.visual.conv1.weight.dtype
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Images [B, 3, R, R] (preprocessed) -> [B, embed_dim], not normalised."""
-        return self.visual(images.to(self.dtype))
+    @property
+    def takes_visual_prompts(self) -> bool:
+        """Whether the image tower is a ViT, which alone has tokens to put prompts beside."""
+        return isinstance(self.visual, VisionTransformer)
 
-    def encode_embeddings(self, embeddings: Tensor, eot: Tensor) -> Tensor:
-        """Token embeddings -> text features, read at the end-of-text position.
+    def encode_image(self, images: Tensor, *prompts: Any) -> Tensor:
+        """Images [B, 3, R, R] (preprocessed) -> [B, embed_dim], not normalised; ``prompts`` as in ``VisionTransformer``."""
+        return self.visual(images.to(self.dtype), *prompts)
 
-        ``embeddings`` [C, L, text_width] without positions, ``eot`` [C] the index of each end-of-text token.
-        The tower is causal, so what follows the last end-of-text token cannot change the result and is left out.
-        Returns [C, embed_dim], not normalised.
+    def region_features(self, images: Tensor, boxes: Tensor) -> Tensor:
+        """Features of regions: RoIAlign (He et al. 2017) over the patch features.
+
+        ``images`` [B, 3, R, R], ``boxes`` [B, K, 4] as (left, top, right, bottom) in fractions of the image. Returns
+        [B, K, embed_dim], not normalised.
         """
-        length = int(eot.max()) + 1
-        x = embeddings[:, :length].to(self.dtype) + self.positional_embedding[:length]
-        x = self.transformer(x)
-        x = self.ln_final(x[torch.arange(x.shape[0], device=x.device), eot])
-        return x @ self.text_projection
+        patches = self.visual.patch_features(images.to(self.dtype)).permute(0, 3, 1, 2)
+        regions = roi_align(patches, list(boxes.to(patches)), (1, 1), spatial_scale=patches.shape[-1], aligned=True)
+        return regions.flatten(1).unflatten(0, boxes.shape[:2])
+
+    def encode_prompts(
+        self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Token embeddings of C prompts -> text features, read at the end of text.
+
+        ``prefix`` [P, e] are the first tokens, which all prompts share (P may be 0), or [B, P, e] when they depend on
+        the image; ``suffix`` [C, S, e] the rest of each prompt, of which the first ``lengths[c]`` tokens count, the
+        last one being the end of text; all without positions. ``deep`` prompts [M, e] replace tokens 1 to M ahead of
+        blocks 1, 2, ...; they must lie in the prefix.
+
+        Returns [C, embed_dim] or [B, C, embed_dim], not normalised. The prefix is computed once, see
+        ``oodprompt.backbones.packing``. Where the activations of all tokens would take more than
+        ``activation_limit`` bytes, prompts are encoded in parts, whose activations are computed again in the backward
+        pass.
+        """
+        if any(1 + len(prompts) > prefix.shape[-2] for prompts in deep):
+            raise ValueError("deep prompts must lie in the prefix")
+        by_image = prefix.ndim == 3
+        batch = prefix if by_image else prefix.unsqueeze(0)
+        classes, tokens = len(lengths), prefix.shape[-2] + sum(lengths)
+        limit = max(1, self.activation_limit // (40 * self.shape.text_width * self.shape.text_layers))  # 40: measured
+        if len(batch) * tokens <= limit:
+            features = self._encode_packed(batch, suffix, lengths, deep)
+        else:
+            tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (prefix, suffix, *deep))
+            part = limit // 4 if tracked else limit
+            images_at_once, classes_at_once = max(1, part // tokens), max(1, classes * part // tokens)
+            rows = []
+            for some in batch.split(images_at_once):
+                columns = []
+                for c in range(0, classes, classes_at_once):
+                    inputs = (some, suffix[c : c + classes_at_once], lengths[c : c + classes_at_once], deep)
+                    columns.append(
+                        checkpoint(self._encode_packed, *inputs, use_reentrant=False)
+                        if tracked
+                        else self._encode_packed(*inputs)
+                    )
+                rows.append(torch.cat(columns, dim=1))
+            features = torch.cat(rows)
+        return features if by_image else features[0]
+
+    def _encode_packed(
+        self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor]
+    ) -> Tensor:
+        """``encode_prompts`` for a prefix [B, P, e], at once; returns [B, C, embed_dim]."""
+        packing = pack(prefix.shape[1], lengths, prefix.device)
+        own = suffix[:, : max(lengths)].flatten(0, 1)[packing.suffix_index]
+        x = torch.cat([prefix, own.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1).to(self.dtype)
+        x = x + self.positional_embedding[packing.positions]
+        x = self.transformer(x, packing.attend, deep, deep_at=1, rows=packing.ends)
+        return self.ln_final(x)[:, packing.class_order] @ self.text_projection
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [C, context_length] (end of text has the highest id) -> [C, embed_dim], not normalised."""
-        return self.encode_embeddings(self.token_embedding(tokens), tokens.argmax(dim=-1))
+        ends = tokens.argmax(dim=-1)
+        differs = (tokens != tokens[0]).any(dim=0)
+        shared = min(int(ends.min()), int(differs.int().argmax()) if differs.any() else tokens.shape[1])
+        embeddings = self.token_embedding(tokens[:, : int(ends.max()) + 1])
+        lengths = tuple((ends + 1 - shared).tolist())
+        return self.encode_prompts(embeddings[0, :shared], embeddings[:, shared:], lengths)

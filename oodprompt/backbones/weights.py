@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from oodprompt.backbones.model import CLIP
@@ -109,6 +109,16 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
         raise UserError(f"{file} holds no state dict: not every entry is a name with a tensor")
     return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def digest(module: nn.Module) -> str:
+    """SHA256 over name, shape, dtype and bytes of all parameters and buffers."""
+    sha256 = hashlib.sha256()
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        value = value.detach().cpu().contiguous()
+        sha256.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        sha256.update(value.reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
 
 
 def _is_torchscript(content: bytes) -> bool:

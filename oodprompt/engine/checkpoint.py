@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oodprompt.backbones import CLIP
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
@@ -98,13 +99,24 @@ class _PickleModule:
         return _TensorsOnly(file, **kwargs).load()
 
 
-def load_weights(module: nn.Module, state_dict: dict[str, Tensor], source: Path, skip: tuple[str, ...] = ()) -> None:
+def load_weights(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    source: Path,
+    skip: tuple[str, ...] = (),
+    foreign: tuple[str, ...] = (),
+) -> None:
     """Fill ``module`` from ``state_dict``; keys in ``skip`` are left as they are.
 
-    Raises ``UserError`` that names keys which are missing, unknown or of another shape; then nothing is loaded.
+    Keys that the module has not and that begin with one of ``foreign`` are passed over. Raises ``UserError`` that
+    names keys which are missing, unknown or of another shape; then nothing is loaded.
     """
     own = {key: value for key, value in module.state_dict().items() if key not in skip}
-    given = {key: value for key, value in state_dict.items() if key not in skip}
+    given = {
+        key: value
+        for key, value in state_dict.items()
+        if key not in skip and (key in own or not key.startswith(foreign))
+    }
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in own]
     for key in [key for key in own if key in given]:
@@ -118,6 +130,24 @@ def load_weights(module: nn.Module, state_dict: dict[str, Tensor], source: Path,
             + "; was it trained with another backbone, N_CTX, CSC or trainer?"
         )
     module.load_state_dict({**module.state_dict(), **given})
+
+
+def check_towers(clip: CLIP, state_dict: dict[str, Tensor], source: Path) -> None:
+    """``UserError`` when ``state_dict`` holds towers of another CLIP than ``clip``.
+
+    Checkpoints of whole models (upstream's MaPLe, VPT, IVLP, PromptSRC) do, in half precision or full; prompts that
+    were learned with other towers mean nothing to these.
+    """
+    own = clip.state_dict()
+    for key, value in state_dict.items():
+        name = key.replace("image_encoder.", "visual.", 1).removeprefix("text_encoder.")
+        if name in own and isinstance(value, Tensor):
+            expected = own[name].cpu()
+            if value.shape != expected.shape or not torch.allclose(value.float(), expected, rtol=2e-3, atol=1e-5):
+                raise UserError(
+                    f"{source} was trained with another CLIP: its {key} is not that of the backbone; "
+                    "give the one it was trained with by --backbone or MODEL.BACKBONE.PATH"
+                )
 
 
 def newest_epoch(directory: str | Path, names: list[str]) -> int | None:

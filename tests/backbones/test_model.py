@@ -77,6 +77,11 @@ def reference_text(model: nn.Module, embeddings: Tensor, eot: Tensor) -> Tensor:
     return model.ln_final(x)[torch.arange(len(x)), eot] @ model.text_projection
 
 
+def from_embeddings(model: CLIP) -> Callable[[Tensor, Tensor], Tensor]:
+    """Our text tower from embeddings [C, L, e] that share nothing, and ends of text [C]."""
+    return lambda x, eot: model.encode_prompts(x[0, :0], x, tuple((eot + 1).tolist()))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_image_features_and_gradients(name: str, reference: Reference, shapes: dict[str, CLIPShape]) -> None:
     theirs = reference(name)
@@ -109,12 +114,12 @@ def test_truncation_is_exact(name: str, ends: list[int], reference: Reference, s
     lengths = []
     ours.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     eot, results = torch.tensor(ends), []
-    for model, encode in ((ours, ours.encode_embeddings), (theirs, lambda x, i: reference_text(theirs, x, i))):
+    for model, encode in ((ours, from_embeddings(ours)), (theirs, lambda x, i: reference_text(theirs, x, i))):
         embeddings = 0.1 * random(len(ends), shapes[name].context_length, shapes[name].text_width)
         embeddings.requires_grad_()
         features = encode(embeddings, eot)
         results.append(run(features, model, is_text_but_tokens, embeddings=embeddings))
-    assert lengths == [max(ends) + 1]
+    assert lengths == [sum(end + 1 for end in ends)]
     assert_same(*results)
     for row, end in zip(results[0]["embeddings"], ends, strict=True):
         assert row[: end + 1].abs().amax(dim=1).all() and not row[end + 1 :].any()
@@ -127,12 +132,12 @@ def test_what_follows_the_end_of_text_does_not_matter(
     ours = CLIP.from_state_dict(reference(name).state_dict()).eval()
     eot = torch.tensor([3, 7])
     embeddings = random(2, shapes[name].context_length, shapes[name].text_width)
-    expected = ours.encode_embeddings(embeddings, eot)
+    expected = from_embeddings(ours)(embeddings, eot)
     embeddings_after = embeddings.clone()
     embeddings_after[0, 4:] = 1e3  # row 1 keeps positions 4 to 7 in the computation
     embeddings_after[1, 8:] = float("nan")
-    assert torch.equal(ours.encode_embeddings(embeddings_after, eot), expected)
-    assert torch.equal(ours.encode_embeddings(embeddings[:, :8], eot), expected)
+    assert torch.equal(from_embeddings(ours)(embeddings_after, eot), expected)
+    assert torch.equal(from_embeddings(ours)(embeddings[:, :8], eot), expected)
 
 
 def test_gradients_reach_only_the_learned_embeddings(reference: Reference, shapes: dict[str, CLIPShape]) -> None:
@@ -141,7 +146,7 @@ def test_gradients_reach_only_the_learned_embeddings(reference: Reference, shape
     ours = CLIP.from_state_dict(theirs.state_dict()).eval().requires_grad_(False)
     tokens = random_tokens(shapes["small ViT"], [8, 6])
     gradients = []
-    for model, encode in ((ours, ours.encode_embeddings), (theirs, lambda x, i: reference_text(theirs, x, i))):
+    for model, encode in ((ours, from_embeddings(ours)), (theirs, lambda x, i: reference_text(theirs, x, i))):
         context = (0.02 * random(4, shapes["small ViT"].text_width)).requires_grad_()
         frozen = model.token_embedding(tokens)
         embeddings = torch.cat([frozen[:, :1], context.expand(2, -1, -1), frozen[:, 5:]], dim=1)

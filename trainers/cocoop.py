@@ -1,0 +1,70 @@
+"""CoCoOp: conditional context optimisation. A small network shifts the context vectors by what it sees in the image.
+
+    t_c(x) = [SOS] [V]_1 + pi(x) ... [V]_M + pi(x) [CLASS_c] . [EOT]      pi(x) = W_2 relu(W_1 z(x))
+
+with z the L2-normalised image feature; prompts and text features w_c(x) depend on the image, [B, C, d].
+
+Source: Zhou et al., "Conditional Prompt Learning for Vision-Language Models", CVPR 2022; upstream file
+CoOp/trainers/cocoop.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP, encode
+from oodprompt.contracts import Alignment, PromptLearner
+from oodprompt.engine.config import declare
+from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.prompts import ContextPrompts, initial_context
+
+declare(
+    "TRAINER.COCOOP",
+    {
+        "N_CTX": (16, "Number M of context vectors (without CTX_INIT)."),
+        "CTX_INIT": ("", "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2)."),
+        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
+    },
+)
+
+
+class ConditionalContextLearner(PromptLearner):
+    """Context vectors ``ctx`` [M, e] and the network ``meta_net`` (pi, d -> d / 16 -> e)."""
+
+    not_loaded = ("token_prefix", "token_suffix")
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
+        super().__init__(cfg, classnames, template, clip)
+        keys, width = cfg.TRAINER.COCOOP, clip.shape.embed_dim
+        words = keys.CTX_INIT.replace("_", " ").strip()
+        n_ctx = len(encode(words)) if words else keys.N_CTX
+        words, context = initial_context(clip, "TRAINER.COCOOP.N_CTX", n_ctx, words)
+        self.prompts = ContextPrompts(self, clip, self.classnames, words, context)
+        self.meta_net = nn.Sequential(
+            OrderedDict(
+                linear1=nn.Linear(width, width // 16),
+                relu=nn.ReLU(),
+                linear2=nn.Linear(width // 16, clip.shape.text_width),
+            )
+        )
+        print(f'Initial context: "{words}", {n_ctx} tokens, shifted by the image')
+
+    def forward(self, image_features: Tensor) -> Alignment:
+        context = self.ctx + self.meta_net(image_features).unsqueeze(1)  # [B, M, e]
+        return Alignment(image_features, self.prompts.text_features(context), self.clip.logit_scale.exp())
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        return cfg.TRAINER.COCOOP.PREC
+
+
+@TRAINER_REGISTRY.register()
+class CoCoOp(PromptTrainer):
+    """Conditional context optimisation: context vectors shifted by each image (Zhou et al. 2022)."""
+
+    learner_class = ConditionalContextLearner

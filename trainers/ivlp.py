@@ -1,0 +1,87 @@
+"""IVLP: independent vision-language prompts. Deep prompts in both towers that know nothing of each other.
+
+    text:   tokens 1..M_t of the prompt are P_0; ahead of block i they are replaced by P_i,  i = 1 ... J_t - 1
+    image:  M_v tokens V_0 stand beside the patches; ahead of block i they are replaced by V_i,  i = 1 ... J_v - 1
+
+Source: the ablation of Khattak et al., "MaPLe", CVPR 2023; upstream file
+multimodal-prompt-learning/trainers/independentVL.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP
+from oodprompt.contracts import TOWERS, Alignment, PromptLearner
+from oodprompt.engine.config import declare
+from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.prompts import ContextPrompts, TowerPrompts, depth_within, initial_context, visual_prompts
+
+declare(
+    "TRAINER.IVLP",
+    {
+        "N_CTX_VISION": (2, "Number M_v of visual prompts per depth."),
+        "N_CTX_TEXT": (2, "Number M_t of text prompts per depth."),
+        "CTX_INIT": ("a photo of a", "Words to start from where N_CTX_TEXT is 4 or less; else, or empty: random."),
+        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
+        "PROMPT_DEPTH_VISION": (9, "Blocks J_v of the image tower whose prompts are learned; 0: none."),
+        "PROMPT_DEPTH_TEXT": (9, "Blocks J_t of the text tower whose prompts are learned, at least 1."),
+    },
+)
+
+
+class VLPromptLearner(PromptLearner):
+    """``prompt_learner.ctx`` is P_0; the other prompts are in ``text_encoder`` and ``image_encoder``."""
+
+    model_name = "VLPromptLearner"
+    section = "IVLP"
+    not_loaded = ("prompt_learner.token_prefix", "prompt_learner.token_suffix")
+    foreign = TOWERS
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
+        super().__init__(cfg, classnames, template, clip)
+        keys, name = cfg.TRAINER[self.section], cfg.TRAINER.NAME
+        if keys.PROMPT_DEPTH_TEXT < 1:
+            raise UserError(
+                f"TRAINER.{self.section}.PROMPT_DEPTH_TEXT: {keys.PROMPT_DEPTH_TEXT} is less than 1; "
+                "for visual prompts alone take --trainer VPT"
+            )
+        words = keys.CTX_INIT.replace("_", " ").strip() if keys.N_CTX_TEXT <= 4 else ""
+        words, context = initial_context(clip, f"TRAINER.{self.section}.N_CTX_TEXT", keys.N_CTX_TEXT, words)
+        self.prompt_learner = nn.Module()
+        self.prompts = ContextPrompts(self.prompt_learner, clip, self.classnames, words, context)
+        depth = depth_within(keys.PROMPT_DEPTH_TEXT, clip.shape.text_layers, f"{name}, text tower")
+        self.text_encoder = TowerPrompts(keys.N_CTX_TEXT, clip.shape.text_width, depth, enters=False)
+        self.image_encoder = visual_prompts(clip, name, keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)
+        self.trains_image_tower = keys.PROMPT_DEPTH_VISION > 0
+        print(
+            f'Initial context: "{words}", {keys.N_CTX_TEXT} tokens in {depth} blocks; {keys.N_CTX_VISION} visual '
+            f"prompts in {self.image_encoder.depth} blocks"
+        )
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        if not self.trains_image_tower:
+            return super().encode_image(images)
+        z = self.clip.encode_image(images, self.image_encoder.VPT, self.image_encoder.deep())
+        return F.normalize(z.float(), dim=-1)
+
+    def forward(self, image_features: Tensor) -> Alignment:
+        text_features = self.prompts.text_features(deep=self.text_encoder.deep())
+        return Alignment(image_features, text_features, self.clip.logit_scale.exp())
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        return cfg.TRAINER[cls.section].PREC
+
+
+@TRAINER_REGISTRY.register()
+class IVLP(PromptTrainer):
+    """Independent deep prompts in both towers (Khattak et al. 2023)."""
+
+    learner_class = VLPromptLearner

@@ -1,0 +1,88 @@
+"""MaPLe: multi-modal prompts. Deep prompts in both towers, those of the image projected from those of the text.
+
+    text:   tokens 1..M of the prompt are P_0; ahead of block i they are replaced by P_i,  i = 1 ... J - 1
+    image:  M tokens F_0(P_0) stand beside the patches; ahead of block i they are replaced by F_i(P_i)
+
+with one linear layer F_i per depth, J = PROMPT_DEPTH. P_0 (``ctx``) starts from the first M tokens of CTX_INIT.
+
+Source: Khattak et al., "MaPLe: Multi-modal Prompt Learning", CVPR 2023; upstream file
+multimodal-prompt-learning/trainers/maple.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP
+from oodprompt.contracts import TOWERS, Alignment, PromptLearner
+from oodprompt.engine.config import declare
+from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.prompts import INIT_STD, ContextPrompts, depth_within, initial_context, need_vit
+
+declare(
+    "TRAINER.MAPLE",
+    {
+        "N_CTX": (2, "Number M of prompts per depth."),
+        "CTX_INIT": ("a photo of a", "Words to start from where N_CTX is 4 or less; else, or empty: N(0, 0.02^2)."),
+        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
+        "PROMPT_DEPTH": (9, "Blocks J whose prompts are learned, at least 1 (shallow)."),
+    },
+)
+
+
+class MultiModalPromptLearner(PromptLearner):
+    """``prompt_learner`` holds P_0 (``ctx``), P_1 ... (``compound_prompts_text``) and F_0 (``proj``), F_1 ...."""
+
+    model_name = "MultiModalPromptLearner"
+    not_loaded = ("prompt_learner.token_prefix", "prompt_learner.token_suffix")
+    foreign = TOWERS
+    trains_image_tower = True
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
+        super().__init__(cfg, classnames, template, clip)
+        keys, e, width = cfg.TRAINER.MAPLE, clip.shape.text_width, clip.shape.vision_width
+        need_vit(clip, "MaPLe")
+        if keys.PROMPT_DEPTH < 1:
+            raise UserError(f"TRAINER.MAPLE.PROMPT_DEPTH: {keys.PROMPT_DEPTH} is less than 1, the shallow prompts")
+        depth = depth_within(keys.PROMPT_DEPTH, max(clip.shape.text_layers, clip.shape.vision_layers), "MaPLe")
+        words, context = initial_context(
+            clip, "TRAINER.MAPLE.N_CTX", keys.N_CTX, keys.CTX_INIT.replace("_", " ").strip() if keys.N_CTX <= 4 else ""
+        )
+        self.prompt_learner = nn.Module()
+        self.prompts = ContextPrompts(self.prompt_learner, clip, self.classnames, words, context)
+        self.prompt_learner.proj = nn.Linear(e, width)
+        self.prompt_learner.compound_prompts_text = nn.ParameterList(
+            nn.Parameter(INIT_STD * torch.randn(keys.N_CTX, e)) for _ in range(depth - 1)
+        )
+        layer = nn.Linear(e, width)  # all deep projections start from the same values
+        self.prompt_learner.compound_prompt_projections = nn.ModuleList(copy.deepcopy(layer) for _ in range(depth - 1))
+        print(f'Initial context: "{words}", {keys.N_CTX} tokens, in the first {depth} blocks of both towers')
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        own = self.prompt_learner
+        layers = zip(own.compound_prompt_projections, own.compound_prompts_text, strict=True)
+        z = self.clip.encode_image(images, own.proj(own.ctx), [layer(prompts) for layer, prompts in layers])
+        return F.normalize(z.float(), dim=-1)
+
+    def forward(self, image_features: Tensor) -> Alignment:
+        text_features = self.prompts.text_features(deep=list(self.prompt_learner.compound_prompts_text))
+        return Alignment(image_features, text_features, self.clip.logit_scale.exp())
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        return cfg.TRAINER.MAPLE.PREC
+
+
+@TRAINER_REGISTRY.register()
+class MaPLe(PromptTrainer):
+    """Multi-modal prompts: deep prompts in both towers, coupled by linear layers (Khattak et al. 2023)."""
+
+    learner_class = MultiModalPromptLearner

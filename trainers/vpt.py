@@ -1,0 +1,69 @@
+"""VPT: visual prompt tuning. M learned tokens stand beside the patches; the text side is hand-written.
+
+    image:  V_0 enters beside the patches; ahead of block i it is replaced by V_i,  i = 1 ... J - 1
+    text:   w_c = l2norm(text_encoder("CTX_INIT [CLASS_c]."))
+
+Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, on CLIP; upstream file
+multimodal-prompt-learning/trainers/vpt.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP
+from oodprompt.contracts import TOWERS, Alignment, PromptLearner
+from oodprompt.engine.config import declare
+from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.prompts import class_text_features, visual_prompts
+
+declare(
+    "TRAINER.VPT",
+    {
+        "N_CTX_VISION": (2, "Number M of visual prompts per depth."),
+        "CTX_INIT": ("a photo of a", "Words ahead of the class name, which stay as they are."),
+        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
+        "PROMPT_DEPTH_VISION": (1, "Blocks J of the image tower whose prompts are learned; 1: shallow."),
+    },
+)
+
+
+class VisualPromptLearner(PromptLearner):
+    """``image_encoder`` holds V_0 (``VPT``) and V_1 ... (``transformer.resblocks.<i>.VPT_shallow``)."""
+
+    foreign = TOWERS
+    trains_image_tower = True
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
+        super().__init__(cfg, classnames, template, clip)
+        keys = cfg.TRAINER.VPT
+        if keys.PROMPT_DEPTH_VISION < 1:
+            raise UserError(f"TRAINER.VPT.PROMPT_DEPTH_VISION: {keys.PROMPT_DEPTH_VISION} leaves nothing to train")
+        self.image_encoder = visual_prompts(clip, "VPT", keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)
+        words = f"{keys.CTX_INIT.replace('_', ' ').strip()} {{}}.".strip()
+        self.register_buffer("text", class_text_features(clip, self.classnames, [words]), persistent=False)
+        print(f'Fixed prompts "{words}", {keys.N_CTX_VISION} visual prompts in {self.image_encoder.depth} blocks')
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        z = self.clip.encode_image(images, self.image_encoder.VPT, self.image_encoder.deep())
+        return F.normalize(z.float(), dim=-1)
+
+    def forward(self, image_features: Tensor) -> Alignment:
+        return Alignment(image_features, self.text, self.clip.logit_scale.exp())
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        return cfg.TRAINER.VPT.PREC
+
+
+@TRAINER_REGISTRY.register()
+class VPT(PromptTrainer):
+    """Visual prompt tuning: learned tokens in the image tower, hand-written text (Jia et al. 2022)."""
+
+    learner_class = VisualPromptLearner

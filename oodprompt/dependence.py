@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -55,6 +56,37 @@ def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = N
     if weight is not None:
         cross, covariance = weight @ cross, weight @ covariance @ weight.T
     return (cross**2).sum() / (cross.shape[-1] * covariance.diagonal().sum().clamp(min=1e-12))
+
+
+class RunningShare(nn.Module):
+    """``explained_share`` of batches, from sums over the batches so far, which fade by ``momentum`` per batch.
+
+    A batch of n images alone overstates the share by some 1 / n and pulls the features towards chance; about
+    n / (1 - momentum) images take part here. The value is that of the sums; its gradient reaches the last batch,
+    at the size that it would have if all images had been in it.
+    """
+
+    def __init__(self, classes: int, width: int, attributes: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("cross", torch.zeros(classes, width, attributes))
+        self.register_buffer("variance", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(classes))
+
+    def forward(self, x: Tensor, q: Tensor, label: Tensor) -> Tensor:
+        """x [B, d], q [B, A] standardised within classes over the training set, ``label`` [B] -> a scalar."""
+        member = F.one_hot(label, len(self.count)).to(x.dtype)  # [B, C]
+        present = member.sum(dim=0)
+        mean = member.T @ x / present.clamp(min=1).unsqueeze(1)
+        centred = x - mean[label]
+        batch = torch.einsum("bc,bd,ba->cda", member, centred, q)
+        cross = self.momentum * self.cross + batch
+        variance = self.momentum * self.variance + (centred**2).sum()
+        count = self.momentum * self.count + present
+        share = ((cross**2).sum(dim=(1, 2)) / count.clamp(min=1)).sum() / (q.shape[1] * variance.clamp(min=1e-12))
+        if self.training:
+            self.cross, self.variance, self.count = cross.detach(), variance.detach(), count.detach()
+        return share.detach() + (share - share.detach()) * (count.sum() / len(x))
 
 
 def cross_covariance(x: Tensor, y: Tensor) -> Tensor:

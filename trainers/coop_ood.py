@@ -37,6 +37,7 @@ from yacs.config import CfgNode
 from oodprompt.contracts import Alignment, Context, Contribution, Debiaser, Step
 from oodprompt.dependence import (
     Club,
+    RunningShare,
     cross_covariance,
     explained_share,
     hsic,
@@ -73,15 +74,21 @@ declare(
         "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
         "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
         "ANCHOR_ALPHA": (0.0, "Weight of L_s when anchored."),
-        "ANCHOR_BETA": (3000.0, "Weight of L_c when anchored."),
+        "ANCHOR_BETA": (3000.0, "Weight of L_c when anchored and the image tower is frozen."),
+        "ANCHOR_BETA_TOWER": (
+            100.0,
+            "Weight of L_c when anchored and the base trains the image tower, which the penalty then steers too.",
+        ),
         "ANCHOR_L_C": (
             "share",
             "L_c when anchored: share (of variance, above), or xcov, the squared covariance of z_u in the batch.",
         ),
         "ANCHOR_STATISTICS": (
             "auto",
-            "L_c when anchored over the training set (train), the batch, or auto: train where features are frozen.",
+            "L_c when anchored over the training set (train), each batch alone (batch), the batches so far (running), "
+            "or auto: train where features are frozen, else running.",
         ),
+        "ANCHOR_MOMENTUM": (0.95, "Statistics over the batches so far fade by this factor per batch."),
         "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),
         "ANCHOR_LR": (1e-3, "Learning rate of the projections when anchored."),
     },
@@ -104,7 +111,7 @@ class DecoupledProjections(Debiaser):
             "INFERENCE": ("invariant", "raw"),
             "ANCHOR": ("none", "attributes"),
             "ANCHOR_L_C": ("share", "xcov"),
-            "ANCHOR_STATISTICS": ("auto", "train", "batch"),
+            "ANCHOR_STATISTICS": ("auto", "train", "batch", "running"),
         }.items():
             if keys[key] not in known:
                 raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
@@ -120,6 +127,19 @@ class DecoupledProjections(Debiaser):
         if self.anchored:
             # [A, d]; not in the checkpoint: they follow from CLIP and the names
             self.register_buffer("attribute_text", attribute_text_features(context), persistent=False)
+        statistics = keys.ANCHOR_STATISTICS
+        if statistics == "auto":
+            statistics = "train" if context.features_are_frozen else "running"
+        if self.anchored and statistics == "train" and not context.features_are_frozen:
+            raise UserError(
+                "TRAINER.COOPOOD.ANCHOR_STATISTICS train: the base trains the image tower; use running, batch or auto"
+            )
+        if self.anchored and statistics == "running":
+            if not 0 <= keys.ANCHOR_MOMENTUM < 1:
+                raise UserError(f"TRAINER.COOPOOD.ANCHOR_MOMENTUM: {keys.ANCHOR_MOMENTUM} is not in [0, 1)")
+            attributes = len(context.attribute_prompts)
+            self.running = RunningShare(len(context.classnames), width, attributes, keys.ANCHOR_MOMENTUM)
+        self.statistics = statistics
 
     def _projection(self, width: int) -> nn.Linear:
         layer = nn.Linear(width, width, bias=self.keys.BIAS)
@@ -141,13 +161,7 @@ class DecoupledProjections(Debiaser):
             self.pseudo_attribute = posterior.argmax(dim=1)
             label = self.context.train_labels
             self.posterior = standardise_within(posterior, label)
-            choice = self.keys.ANCHOR_STATISTICS
-            if choice == "train" and not self.context.features_are_frozen:
-                raise UserError(
-                    "TRAINER.COOPOOD.ANCHOR_STATISTICS train: the base trains the image tower; use batch or auto"
-                )
-            self.moments = None
-            if choice != "batch" and self.context.features_are_frozen:
+            if self.statistics == "train":
                 self.moments = within_class_moments(self.context.train_features(), self.posterior, label)
 
     def project(self, layer: nn.Linear, z: Tensor) -> Tensor:
@@ -212,13 +226,15 @@ class DecoupledProjections(Debiaser):
         q = self.posterior[step.index]
         if keys.ANCHOR_L_C == "xcov":
             L_c = within_classes(cross_covariance, z_u, q, step.label, keys.MIN_PER_CLASS)
-        elif self.moments is None:
-            L_c = explained_share(*within_class_moments(z_u, q, step.label))
-        else:
+        elif self.statistics == "train":
             L_c = explained_share(*self.moments, self.h_u.weight)
+        elif self.statistics == "running":
+            L_c = self.running(z_u, q, step.label)
+        else:
+            L_c = explained_share(*within_class_moments(z_u, q, step.label))
         return Contribution(
             per_sample_loss=keys.ANCHOR_ALPHA * L_s + keys.ANCHOR_GAMMA * L_a,
-            penalty=keys.ANCHOR_BETA * L_c,
+            penalty=(keys.ANCHOR_BETA if self.context.features_are_frozen else keys.ANCHOR_BETA_TOWER) * L_c,
             log={"L_s": L_s.mean(), "L_c": L_c, "L_a": L_a.mean()},
         )
 

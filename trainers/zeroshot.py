@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, tokenize
+from oodprompt.backbones import CLIP
 from oodprompt.contracts import Alignment, PromptLearner
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.prompts import class_text_features
 
 
 class FixedPrompts(PromptLearner):
@@ -27,9 +26,7 @@ class FixedPrompts(PromptLearner):
         super().__init__(cfg, classnames, template, clip)
         prompts = [template.replace("{}", name) for name in self.classnames]
         print(f"Prompts: {prompts[:4]}{' ...' if len(prompts) > 4 else ''}")
-        with torch.no_grad():
-            tokens = tokenize(prompts).to(clip.logit_scale.device)
-            self.register_buffer("text_features", F.normalize(clip.encode_text(tokens).float(), dim=-1))
+        self.register_buffer("text_features", class_text_features(clip, self.classnames, [template]))
 
     def forward(self, image_features: Tensor) -> Alignment:
         return Alignment(image_features, self.text_features, self.clip.logit_scale.exp())

@@ -15,6 +15,7 @@ from torch import Tensor
 from oodprompt.contracts import Alignment
 from oodprompt.dependence import (
     Club,
+    RunningShare,
     cross_covariance,
     explained_share,
     hsic,
@@ -191,6 +192,53 @@ def test_explained_share_is_one_for_the_attribute_zero_without_it_and_free_of_sc
     assert math.isclose(explained_share(*within_class_moments(1e-2 * mixed, q, label)).item(), share, rel_tol=1e-4)
     shifted = mixed + 10 * label[:, None]  # what tells the classes apart is not the attribute's
     assert math.isclose(explained_share(*within_class_moments(shifted, q, label)).item(), share, rel_tol=1e-4)
+
+
+def draw(images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features [n, 3] and a standardised attribute [n, 1] that know nothing of each other, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.arange(images) % 2
+    q = standardise_within(torch.randn(images, 1, generator=generator), label)
+    return torch.randn(images, 3, generator=generator), q, label
+
+
+def test_running_share_of_one_batch_is_the_share_of_that_batch() -> None:
+    x, q, label = draw(40, seed=0)
+    expected_x, running_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = explained_share(*within_class_moments(expected_x, q, label))
+    for momentum, batches in ((0.0, 1), (0.9, 200)):  # the same batch again and again has the batch's own share
+        running = RunningShare(2, 3, 1, momentum)
+        for _ in range(batches):
+            value = running(running_x, q, label)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            torch.autograd.grad(value, running_x)[0],
+            torch.autograd.grad(expected, expected_x, retain_graph=True)[0],
+            rtol=1e-3,
+            atol=1e-6,
+        )
+
+
+def test_running_share_of_small_batches_is_not_inflated_by_chance() -> None:
+    x, q, label = draw(4000, seed=1)
+    whole = explained_share(*within_class_moments(x, q, label)).item()
+    running, alone = RunningShare(2, 3, 1, 0.99), []
+    for batch in torch.arange(4000).split(20):
+        value = running(x[batch], q[batch], label[batch]).item()
+        alone.append(explained_share(*within_class_moments(x[batch], q[batch], label[batch])).item())
+    assert sum(alone) / len(alone) > 0.04  # 1 / n of 20 images, where the truth is 0
+    assert whole < 0.002 and value < 0.004
+
+
+def test_running_share_rests_in_evaluation_and_keeps_classes_that_a_batch_lacks() -> None:
+    x, q, label = draw(40, seed=2)
+    running = RunningShare(2, 3, 1, 0.5)
+    running(x, q, label)
+    state = {key: value.clone() for key, value in running.state_dict().items()}
+    running.eval()(x, q, label)
+    assert all(torch.equal(value, state[key]) for key, value in running.state_dict().items())
+    running.train()(x[:1], q[:1], label[:1])  # class 0 alone
+    torch.testing.assert_close(running.cross[1] / running.count[1], state["cross"][1] / state["count"][1])
 
 
 def test_moments_of_the_training_set_equal_those_of_the_projected_features() -> None:

@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "accelerate>=1.0",
         "clip-anytorch>=2.6",  # OpenAI's tokenizer and vocabulary
+        "filelock>=3",
         "ftfy",
         "matplotlib>=3.6",
         "numpy>=1.24",

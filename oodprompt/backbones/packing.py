@@ -45,7 +45,7 @@ class Packing:
         outputs = []
         if P and not ends_only:
             outputs.append(F.scaled_dot_product_attention(q[:, :, :P], prefix_k, prefix_v, is_causal=True))
-        q = q * q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5
         done = 0
         for first, classes, length in self.buckets:
             rows = slice(first, first + classes * length)
@@ -58,7 +58,7 @@ class Packing:
                 later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
                 scores = scores.masked_fill(later, -torch.inf)
             to_prefix = (asked @ prefix_k.transpose(-1, -2)).unflatten(2, (classes, asking))
-            weights = torch.cat([to_prefix, scores], dim=-1).softmax(dim=-1)
+            weights = (scale * torch.cat([to_prefix, scores], dim=-1)).softmax(dim=-1)
             y = (weights[..., P:] @ own_v).flatten(2, 3) + weights[..., :P].flatten(2, 3) @ prefix_v
             outputs.append(y)
         return torch.cat(outputs, dim=2)

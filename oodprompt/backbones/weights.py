@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from oodprompt.backbones.model import CLIP
+from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.errors import UserError, nearest
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
@@ -37,6 +37,18 @@ OPENAI_WEIGHTS: dict[str, tuple[str, str]] = {
     "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
     "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
+}
+# The sizes of those CLIPs, which are otherwise read off their weights.
+SHAPES: dict[str, CLIPShape] = {
+    "RN50": CLIPShape(1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
+    "RN101": CLIPShape(512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512, 8, 12),
+    "RN50x4": CLIPShape(640, 288, (4, 6, 10, 6), 80, None, 77, 49408, 640, 10, 12),
+    "RN50x16": CLIPShape(768, 384, (6, 8, 18, 8), 96, None, 77, 49408, 768, 12, 12),
+    "RN50x64": CLIPShape(1024, 448, (3, 15, 36, 10), 128, None, 77, 49408, 1024, 16, 12),
+    "ViT-B/32": CLIPShape(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+    "ViT-B/16": CLIPShape(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+    "ViT-L/14": CLIPShape(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
+    "ViT-L/14@336px": CLIPShape(768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
 }
 TINY = Path(__file__).parent / "tiny.pt.gz"
 BACKBONES: dict[str, str] = {

@@ -71,7 +71,9 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
             raise UserError(f"{source}: {name!r} is a section, not a key")
         raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, known)}")
     value, default = _literal(raw), known[name]
-    if isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
+    if isinstance(default, str) and isinstance(raw, bool) and name.endswith(".CTX_INIT"):
+        value = "True" if raw else ""  # KgCoOp's and ProGrad's files say whether to start from words, not from which
+    elif isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
         value = "" if value is None else raw  # "{}", "1e5" and "True" are words where words are wanted
     elif isinstance(default, tuple) and value == "":
         value = ()
@@ -224,7 +226,18 @@ declare(
         "FEATURE_CACHE": (
             "auto",
             "Keep image features instead of encoding images at every step, where the image tower is not trained: "
-            "memory (insist), off, or auto (where it changes nothing, see INPUT.VIEWS). Evaluation uses it too.",
+            "memory or disk (insist), off, or auto (where it changes nothing, see INPUT.VIEWS; on disk what is larger than "
+            "CACHE_MEMORY_MIB). Evaluation uses it too.",
+        ),
+        "CACHE_DIR": (
+            "",
+            "Folder of the features on disk, which runs share; empty: ~/.cache/oodprompt/features. What is deleted there "
+            "is computed anew; nothing is deleted by itself.",
+        ),
+        "CACHE_MEMORY_MIB": (
+            64.0,
+            "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk; so many images take long "
+            "to encode that their features should outlive the run.",
         ),
         "K_TRANSFORMS": (1, "Kept for Dassl's files: transformed copies of each training image; only 1 is possible."),
         "RETURN_IMG0": (False, "Kept for Dassl's files: the untransformed image beside; only False is possible."),
@@ -289,6 +302,11 @@ declare(
         "CHECKPOINT_FREQ": (
             0,
             "Epochs between checkpoints that are kept; 0: the last one. The newest is always there to resume from.",
+        ),
+        "ACTIVATION_GIB": (
+            4.0,
+            "Activations of the text tower, in GiB, that are kept for the backward pass; what would take more is "
+            "computed a second time.",
         ),
         "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
         "COUNT_ITER": ("train_x", "Kept for Dassl's files."),

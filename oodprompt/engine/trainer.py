@@ -36,7 +36,7 @@ from oodprompt.backbones.weights import check_name
 from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step
 from oodprompt.engine import checkpoint, evaluation, features, report, seeding  # noqa: F401 (evaluation registers)
 from oodprompt.engine.config import leaves
-from oodprompt.engine.data import Batch, DataManager
+from oodprompt.engine.data import Batch, DataManager, is_random
 from oodprompt.engine.distributed import average_gradients, gather_rows
 from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
@@ -50,6 +50,8 @@ _FREE_KEYS = (
     "VERBOSE",
     "DATASET.ROOT",
     "DATALOADER.NUM_WORKERS",
+    "DATALOADER.CACHE_DIR",
+    "DATALOADER.CACHE_MEMORY_MIB",
     "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
     "TRAIN.CHECKPOINT_FREQ",
     "TRAIN.PRINT_FREQ",
@@ -93,6 +95,7 @@ class PromptTrainer:
         self.evaluated_checkpoint = ""
         self.train_seconds = 0.0
         self._step_times: list[float] = []
+        self._unchecked: list[tuple[int, Tensor]] = []
         self._loaded_step_ms = 0.0
         self.build_data_loader()
         self.build_model()
@@ -153,16 +156,20 @@ class PromptTrainer:
                 f"INPUT.SIZE is {tuple(cfg.INPUT.SIZE)}, but the backbone takes {takes} x {takes} pixels: "
                 f'add INPUT.SIZE "({takes}, {takes})"'
             )
+        self.clip.activation_limit = int(cfg.TRAIN.ACTIVATION_GIB * 2**30)
         seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, 0))
         self.learner = self.learner_type(cfg, self.dataset.classnames, self.dataset.template, self.clip)
         if cfg.MODEL.INIT_WEIGHTS:
             path = Path(cfg.MODEL.INIT_WEIGHTS)
-            checkpoint.load_weights(self.learner, checkpoint.load(path)["state_dict"], path, self.learner.not_loaded)
+            self._fill(self.learner, checkpoint.load(path)["state_dict"], path)
         self._register(self.learner, cfg.OPTIM.LR)
-        views = features.views_to_cache(cfg, self.learner.trains_image_tower)
+        own_encoder = self.learner_type.encode_image is not PromptLearner.encode_image
+        views = features.views_to_cache(cfg, self.learner.trains_image_tower, own_encoder)
+        self.feature_cache = features.FeatureCache(cfg, self.clip, self.precision, self.device, self.print)
+        self.learner_cache = None if own_encoder else self.feature_cache
         self.caches_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not self.learner.trains_image_tower
         self._cached: dict[str, features.FeatureLoader] = {}
-        self.views, self._frozen_train_features = views, None
+        self.views, self._frozen_train_features, self._frozen_view = views, None, None
         context = Context(
             clip=self.clip,
             classnames=self.learner.classnames,
@@ -223,19 +230,38 @@ class PromptTrainer:
             return self.learner.encode_image(images.to(self.device, non_blocking=True)).float()
 
     @torch.no_grad()
+    def encode_frozen(self, images: Tensor) -> Tensor:
+        """Normalised image features of CLIP as it was released, fp32."""
+        with self.autocast():
+            z = self.clip.encode_image(images.to(self.device, non_blocking=True))
+        return F.normalize(z.float(), dim=-1)
+
+    @torch.no_grad()
     def frozen_train_features(self) -> Tensor:
         """Normalised features [N, d] of the training images from CLIP as it was released, by the test transform."""
         if self._frozen_train_features is None:
             if "train" in self._cached and self.views == 1:
-                return self._cached["train"].features[0]
-
-            def encode(images: Tensor) -> Tensor:
-                with self.autocast():
-                    return F.normalize(self.clip.encode_image(images.to(self.device)).float(), dim=-1)
+                self._frozen_train_features = features.whole(self._cached["train"].features[0], self.device)
+                return self._frozen_train_features
 
             loader = self.dm.loader(self.dataset.train_x)
-            self._frozen_train_features = features.extract(encode, loader, "Features of training images", self._shows)
+            values = features.evaluation_view("train", loader, self.encode_frozen, self._shows, self.feature_cache)
+            self._frozen_train_features = features.whole(values[0], self.device)
         return self._frozen_train_features
+
+    def frozen_features(self, batch: Batch, z: Tensor) -> Tensor:
+        """Normalised features [B, d] of the batch from CLIP as it was released; ``z`` are the learner's.
+
+        Computed once where the training transform gives the same view in every epoch.
+        """
+        if not self.learner.trains_image_tower:
+            return z
+        if is_random(self.cfg) or self.cfg.DATALOADER.FEATURE_CACHE == "off":
+            return self.encode_frozen(batch["img"])
+        if self._frozen_view is None:
+            views = features.train_views(self.dm, self.encode_frozen, 1, self._shows, self.feature_cache)
+            self._frozen_view = views[0]
+        return features.rows_of(self._frozen_view, batch["index"], self.device)
 
     @property
     def _shows(self) -> bool:
@@ -249,10 +275,12 @@ class PromptTrainer:
         if split not in self._cached:
             self.learner.eval()
             if split == "train":
-                values = features.train_views(self.dm, self.encode_image, self.views, self._shows)
+                values = features.train_views(self.dm, self.encode_image, self.views, self._shows, self.learner_cache)
             else:
-                values = features.extract(self.encode_image, images, f"Features of {split} images", self._shows)[None]
-            self._cached[split] = features.FeatureLoader(values, images.dataset.data_source, images.batches)
+                values = features.evaluation_view(split, images, self.encode_image, self._shows, self.learner_cache)
+            self._cached[split] = features.FeatureLoader(
+                values, images.dataset.data_source, images.batches, self.device
+            )
         return self._cached[split]
 
     def align(self, batch: Batch) -> Alignment:
@@ -260,8 +288,11 @@ class PromptTrainer:
         z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"])
         with self.autocast():
             alignment = self.learner(z)
+        frozen = None
+        if self.learner.needs_frozen_features and self.learner.training:
+            frozen = self.frozen_features(batch, z)
         return Alignment(
-            alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float()
+            alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float(), frozen
         )
 
     def predict(self, alignment: Alignment) -> Tensor:
@@ -329,7 +360,7 @@ class PromptTrainer:
         self.num_batches = len(loader)
         sums: dict[str, Tensor] = {}
         samples = 0
-        end = time.time()
+        began = end = time.time()
         for self.batch_idx, batch in enumerate(loader):
             data_seconds = time.time() - end
             summary = self.forward_backward(batch)
@@ -337,13 +368,16 @@ class PromptTrainer:
                 sums[key] = sums.get(key, 0.0) + value.detach()
             samples += 1
             self._step_times.append(time.time() - end)
-            self.train_seconds += self._step_times[-1]
             self._bar.update()
             frequency = self.cfg.TRAIN.PRINT_FREQ
             if frequency > 0 and ((self.batch_idx + 1) % frequency == 0 or self.num_batches < frequency):
                 self._print_step(summary, {k: v / samples for k, v in sums.items()}, data_seconds)
             end = time.time()
         self._epoch_means = {key: float(value) / samples for key, value in sums.items()}
+        seconds = time.time() - began
+        self.train_seconds += seconds
+        if self.device.type == "cuda":  # steps only queue their work there; reading the means has waited for it
+            self._step_times[-samples:] = [seconds / samples] * samples
 
     def _print_step(self, now: dict[str, Tensor], mean: dict[str, Tensor], data_seconds: float) -> None:
         seconds = statistics.fmean(self._step_times[-50:])
@@ -361,12 +395,13 @@ class PromptTrainer:
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One step on one batch; returns scalars to print. The schedule advances after the epoch's last batch."""
-        loss, summary = self.objective(self.align(batch), batch)
+        alignment = gathered(self.align(batch))
+        loss, summary = self.objective(alignment, batch)
         self.detect_anomaly(loss)
         optims = [optim for optim in self._optims.values() if optim is not None]
         for optim in optims:
             optim.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.learner.backward(loss, alignment, self.scaler.scale)
         average_gradients(p for model in self._models.values() for p in model.parameters())
         for optim in optims:
             self.scaler.step(optim)
@@ -377,11 +412,10 @@ class PromptTrainer:
         return summary
 
     def objective(self, alignment: Alignment, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """mean(weights * (CE(prediction, y) + per-sample losses)) + penalties, over the batch of all processes."""
-        text = alignment.text_features
-        alignment = Alignment(
-            gather_rows(alignment.image_features), gather_rows(text) if text.ndim == 3 else text, alignment.logit_scale
-        )
+        """mean(weights * (CE(prediction, y) + per-sample losses)) + penalties, and scalars to print.
+
+        ``alignment`` is that of the batch of all processes, ``batch`` the own one.
+        """
         for debiaser in self.debiasers:
             debiaser.before_step()
         label, attribute, index = (gather_rows(batch[key].to(self.device)) for key in ("label", "attribute", "index"))
@@ -405,12 +439,20 @@ class PromptTrainer:
         return loss, {"loss": loss.detach(), "acc": accuracy, **{k: v.detach() for k, v in log.items()}}
 
     def detect_anomaly(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            last = f"the last whole checkpoint is of epoch {self.epoch}" if self.epoch else "no epoch was finished"
-            raise UserError(
-                f"the loss became {loss.item()} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}; {last}. "
-                f"Lower OPTIM.LR (now {self.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {self.precision})"
-            )
+        """``UserError`` when a loss is not finite. On a GPU losses are looked at 20 at a time, as looking waits."""
+        self._unchecked.append((self.batch_idx + 1, loss.detach()))
+        if self.device.type == "cuda" and self.batch_idx + 1 < self.num_batches and len(self._unchecked) < 20:
+            return
+        unchecked, self._unchecked = self._unchecked, []
+        for batch, value in zip(
+            [b for b, _ in unchecked], torch.stack([v for _, v in unchecked]).tolist(), strict=True
+        ):
+            if not math.isfinite(value):
+                last = f"the last whole checkpoint is of epoch {self.epoch}" if self.epoch else "no epoch was finished"
+                raise UserError(
+                    f"the loss became {value} in epoch {self.epoch + 1}, batch {batch}; {last}. "
+                    f"Lower OPTIM.LR (now {self.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {self.precision})"
+                )
 
     def update_lr(self) -> None:
         for sched in self._scheds.values():
@@ -427,6 +469,7 @@ class PromptTrainer:
             self._writer.add_scalar(tag, value, step)
 
     def after_epoch(self) -> None:
+        self.learner.after_epoch(self.epoch)
         for debiaser in self.debiasers:
             debiaser.after_epoch(self.epoch)
         done = self.epoch + 1
@@ -617,8 +660,7 @@ class PromptTrainer:
                 newest = checkpoint.newest_epoch(directory, [name])
                 path = checkpoint.file_of(directory, name, newest)
             state = checkpoint.load(path)
-            not_loaded = getattr(model, "not_loaded", ())
-            checkpoint.load_weights(model, state["state_dict"], path, not_loaded)
+            self._fill(model, state["state_dict"], path)
             self.evaluated_checkpoint = self.evaluated_checkpoint or str(path)
             if engine := state.get("oodprompt"):
                 if not self.history:  # not the best model of this very run
@@ -627,6 +669,13 @@ class PromptTrainer:
                     if key.startswith(("MODEL.", "TRAINER.", "INPUT.")):
                         self.print(f"Note: {text}")
             self.print(f"Loaded {name} from {path} (epoch {state['epoch']})")
+
+    def _fill(self, model: nn.Module, state_dict: dict[str, Tensor], path: Path) -> None:
+        """Load what was trained, by us or by upstream, for evaluation or as a start."""
+        if model is self.learner:
+            checkpoint.check_towers(self.clip, state_dict, path)
+        skip, foreign = getattr(model, "not_loaded", ()), getattr(model, "foreign", ())
+        checkpoint.load_weights(model, state_dict, path, skip, foreign)
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
@@ -715,6 +764,17 @@ class PromptTrainer:
 def _peak_memory_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def gathered(alignment: Alignment) -> Alignment:
+    """The alignment of the batch of all processes, with gradients."""
+    text, frozen = alignment.text_features, alignment.frozen_image_features
+    return Alignment(
+        gather_rows(alignment.image_features),
+        gather_rows(text) if text.ndim == 3 else text,
+        alignment.logit_scale,
+        None if frozen is None else gather_rows(frozen),
+    )
 
 
 def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[Debiaser]]]:

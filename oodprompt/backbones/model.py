@@ -150,6 +150,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
         length = x.shape[1]
+        if prompts is None and deep:
+            raise ValueError("deep prompts replace prompts at the entrance, and there are none")
         if prompts is not None:
             x = torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
         return self.transformer(self.ln_pre(x), deep=deep, deep_at=length, rows=rows)
@@ -389,8 +391,13 @@ class CLIP(nn.Module):
         ``images`` [B, 3, R, R], ``boxes`` [B, K, 4] as (left, top, right, bottom) in fractions of the image. Returns
         [B, K, embed_dim], not normalised.
         """
-        patches = self.visual.patch_features(images.to(self.dtype)).permute(0, 3, 1, 2)
-        regions = roi_align(patches, list(boxes.to(patches)), (1, 1), spatial_scale=patches.shape[-1], aligned=True)
+        patches = self.visual.patch_features(images.to(self.dtype)).permute(0, 3, 1, 2).float()
+        cells = patches.shape[-1]
+        # RoIAlign takes ceil(size in cells) samples a side: a box that rounding makes a little larger than k cells
+        # would take k + 1 and read its neighbours.
+        inward = torch.tensor([1.0, 1.0, -1.0, -1.0], device=patches.device) * (1e-5 / cells)
+        boxes = boxes.to(patches.device, torch.float32) + inward
+        regions = roi_align(patches, list(boxes), (1, 1), spatial_scale=cells, aligned=True)
         return regions.flatten(1).unflatten(0, boxes.shape[:2])
 
     def encode_prompts(

@@ -65,6 +65,7 @@ class Packing:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must also serve a later training step
 def pack(prefix: int, lengths: tuple[int, ...], device: torch.device) -> Packing:
     """The packing of prompts with ``prefix`` shared tokens and suffixes of ``lengths``."""
     longest = max(lengths)

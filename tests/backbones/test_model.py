@@ -108,7 +108,7 @@ def test_text_features_and_gradients(name: str, reference: Reference, shapes: di
 @pytest.mark.parametrize("ends", [[1], [4, 9, 6], [11, 2]], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_truncation_is_exact(name: str, ends: list[int], reference: Reference, shapes: dict[str, CLIPShape]) -> None:
-    """Stopping at the last end-of-text token changes neither features nor gradients, down to the embeddings."""
+    """Stopping each prompt at its end-of-text token changes neither features nor gradients, down to the embeddings."""
     theirs = reference(name)
     ours = CLIP.from_state_dict(theirs.state_dict()).eval()
     lengths = []
@@ -134,8 +134,8 @@ def test_what_follows_the_end_of_text_does_not_matter(
     embeddings = random(2, shapes[name].context_length, shapes[name].text_width)
     expected = from_embeddings(ours)(embeddings, eot)
     embeddings_after = embeddings.clone()
-    embeddings_after[0, 4:] = 1e3  # row 1 keeps positions 4 to 7 in the computation
-    embeddings_after[1, 8:] = float("nan")
+    embeddings_after[0, 4:] = torch.nan
+    embeddings_after[1, 8:] = torch.nan
     assert torch.equal(from_embeddings(ours)(embeddings_after, eot), expected)
     assert torch.equal(from_embeddings(ours)(embeddings[:, :8], eot), expected)
 

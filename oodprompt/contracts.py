@@ -43,8 +43,8 @@ class Alignment:
         return self.compare(self.image_features)
 
 
-# What upstream's checkpoints hold of the frozen towers beside the prompts, for ``PromptLearner.foreign``.
-TOWERS = ("image_encoder.", "text_encoder.", "logit_scale")
+# What upstream's checkpoints hold of the frozen towers beside the prompts (named VPT), for ``PromptLearner.foreign``.
+TOWERS = r"(image|text)_encoder\.(?!.*VPT)|logit_scale$"
 
 
 class PromptLearner(nn.Module):
@@ -52,14 +52,14 @@ class PromptLearner(nn.Module):
 
     Attributes: ``model_name``, the folder of its checkpoints (upstream's registered name); ``not_loaded``, state-dict
     keys that are left as they are when a model is loaded for evaluation (what depends on the class names);
-    ``foreign``, beginnings of keys that upstream's checkpoints have beyond ours and that are passed over;
+    ``foreign``, a pattern of the keys that upstream's checkpoints have beyond ours and that are passed over;
     ``trains_image_tower``, whether image features change during training (so that they must not be cached);
     ``needs_frozen_features``, whether alignments carry ``frozen_image_features`` in training.
     """
 
     model_name = "prompt_learner"
     not_loaded: tuple[str, ...] = ()
-    foreign: tuple[str, ...] = ()
+    foreign = ""
     trains_image_tower = False
     needs_frozen_features = False
 

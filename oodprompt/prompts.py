@@ -35,9 +35,25 @@ def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[
         raise UserError(f"{key}: {n_ctx} context vectors are not possible; give 1 or more")
     if not words:
         return " ".join(["X"] * n_ctx), INIT_STD * torch.randn(n_ctx, clip.shape.text_width)
+    if len(encode(words)) < n_ctx:
+        raise UserError(f"{key}: the {len(encode(words))} tokens of {words!r} are fewer than {n_ctx} context vectors")
     device = clip.logit_scale.device
     with torch.no_grad():
         return words, clip.token_embedding(tokenize(words).to(device))[0, 1 : 1 + n_ctx].clone()
+
+
+def padded_context(clip: CLIP, key: str, n_ctx: int, words: str) -> tuple[str, Tensor]:
+    """As ``initial_context``, with the words in the last of ``n_ctx`` vectors and zeros ahead of them."""
+    count = len(words.split())
+    if n_ctx < count:
+        raise UserError(f"{key}: {n_ctx} context vectors do not hold the {count} words {words!r}")
+    _, context = initial_context(clip, key, count, words)
+    return " ".join(["X"] * (n_ctx - count) + [words]), F.pad(context, (0, 0, n_ctx - count, 0))
+
+
+def words_of_template(template: str) -> str:
+    """What a template says ahead of the class name: "a photo of a {}." -> "a photo of a"."""
+    return template.split("{}")[0].strip()
 
 
 class ContextPrompts:

@@ -16,6 +16,7 @@ from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY
+from tests.test_resume import weights
 
 AUGMENTED = [
     "INPUT.TRANSFORMS",
@@ -30,6 +31,30 @@ CASES = {
         *("CoOpOOD", *AUGMENTED, "TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_STATISTICS", "batch"),
     ],
 }
+
+LEARNERS = {
+    "CoCoOp": ["CoCoOp"],
+    "MaPLe": ["MaPLe"],
+    "VPT": ["VPT", "TRAINER.VPT.PROMPT_DEPTH_VISION", 3],
+    "IVLP": ["IVLP"],
+    "KgCoOp": ["KgCoOp", "TRAINER.COOP.W", 8],
+    "ProGrad": ["ProGrad", "TRAINER.COOP.CTX_INIT", ""],
+    "PromptSRC": ["PromptSRC", *AUGMENTED, "TRAINER.PROMPTSRC.GPA_MEAN", 1],
+    "PromptSRC, frozen features computed once": ["PromptSRC", "TRAINER.PROMPTSRC.GPA_MEAN", 1],
+    "LinearProbe": ["LinearProbe", "TRAINER.LINEARPROBE.INIT", "text"],
+    "CoOpOOD over MaPLe": ["CoOpOOD", "--base", "MaPLe", "TRAINER.COOPOOD.BETA", 5],
+    "CoOpOOD anchored over MaPLe": [
+        *("CoOpOOD", "--base", "MaPLe", "TRAINER.COOPOOD.ANCHOR", "attributes"),
+        *("TRAINER.COOPOOD.ANCHOR_LR", 0.02, "TRAINER.COOPOOD.ANCHOR_GAMMA", 100),
+    ],
+}
+
+# Few steps that change a lot; the last batch of an epoch has 11 images, which two processes share as 6 and 5.
+FAST = [
+    *("DATASET.SHAPES.NUM_TRAIN", 43, "DATASET.SHAPES.NUM_TEST", 20, "DATALOADER.TEST.BATCH_SIZE", 19),
+    *("OPTIM.MAX_EPOCH", 2, "OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1, "TRAINER.COOPOOD.LR", 0.02),
+    *("TRAIN.CHECKPOINT_FREQ", 1, "DATALOADER.TRAIN_X.BATCH_SIZE"),
+]
 
 
 def torchrun(processes: int, arguments: list[str], script: str = "train.py") -> None:
@@ -76,3 +101,31 @@ def test_two_processes_equal_one_with_the_summed_batch(
     results = [json.loads((tmp_path / d / "results.json").read_text()) for d in ("one", "two")]
     for key in ("num_samples", "accuracy", "worst_group_accuracy", "groups"):
         assert results[0][key] == results[1][key]
+
+
+def test_every_learner_on_two_processes_equals_one_with_the_summed_batch(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """All in one process group, which takes longer to start than they take to train."""
+    alone, together = (
+        [arguments(trainer, f"{batch}/{name}", *keys, *FAST, batch) for name, (trainer, *keys) in LEARNERS.items()]
+        for batch in (16, 8)
+    )
+    (tmp_path / "runs.json").write_text(json.dumps(together))
+    torchrun(2, [str(tmp_path / "runs.json")], "tests/run_many.py")
+    problems = []
+    for name, command in zip(LEARNERS, alone, strict=True):
+        cli.run(command)
+        before, one, two = (
+            weights(tmp_path / run, epoch) for run, epoch in ((f"16/{name}", 1), (f"16/{name}", 2), (f"8/{name}", 2))
+        )
+        assert one and one.keys() == two.keys(), name
+        for key, value in one.items():
+            if not torch.allclose(two[key], value, rtol=1e-5, atol=1e-6):  # measured: 9e-8 at most
+                problems.append(f"{name}: {key} is off by {(two[key] - value).abs().max():.3g}")
+            if not key.endswith(("token_prefix", "token_suffix")) and (value - before[key]).abs().max() < 1e-4:
+                problems.append(f"{name}: {key} is hardly trained, which shows nothing")
+        results = [json.loads((tmp_path / batch / name / "results.json").read_text()) for batch in ("16", "8")]
+        if results[0]["groups"] != results[1]["groups"] or results[0]["num_samples"] != 20:
+            problems.append(f"{name}: the results differ")
+    assert problems == []

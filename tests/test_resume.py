@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from oodprompt import cli
 from oodprompt.engine import checkpoint
+from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -32,17 +33,20 @@ KEYS = [
 
 
 def weights(directory: Path, epoch: int | None) -> dict[str, torch.Tensor]:
-    files = [checkpoint.file_of(directory, name, epoch) for name in ("prompt_learner", "coopood")]
+    """All that the models of a run hold."""
+    files = sorted(directory.glob(f"*/{checkpoint.file_of('', '', epoch).name}"))
     return {f"{file.parent.name}.{k}": v for file in files for k, v in checkpoint.load(file)["state_dict"].items()}
 
 
-def assert_same_outcome(one: Path, other: Path) -> None:
+def assert_same_outcome(one: Path, other: Path, epochs: Sequence[int | None] = (6, None)) -> None:
     a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
     assert {k: a[k] for k in METRICS} == {k: b[k] for k in METRICS}
-    for epoch in (6, None):
+    for epoch in epochs:
         first, second = weights(one, epoch), weights(other, epoch)
-        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    histories = [checkpoint.load(checkpoint.file_of(d, "coopood", 6))["oodprompt"]["history"] for d in (one, other)]
+        assert first and first.keys() == second.keys()
+        assert [k for k in first if not torch.equal(first[k], second[k])] == []
+    files = [next(d.glob(f"*/model.pth.tar-{epochs[0]}")) for d in (one, other)]
+    histories = [checkpoint.load(file)["oodprompt"]["history"] for file in files]
     assert histories[0] == histories[1]
 
 
@@ -76,6 +80,41 @@ def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments,
     assert_same_outcome(tmp_path / "unbroken", tmp_path / "killed")
     log = (tmp_path / "killed" / "log.txt").read_text()
     assert "resuming after epoch" in log
+
+
+LEARNERS = {
+    "MaPLe": ["MaPLe"],
+    "PromptSRC": ["PromptSRC", "TRAINER.PROMPTSRC.GPA_MEAN", 2],
+    "PromptSRC, text prompts alone": ["PromptSRC", "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", 0],
+    "CoCoOp": ["CoCoOp"],
+    "CoOpOOD over MaPLe": ["CoOpOOD", "--base", "MaPLe", "TRAINER.COOPOOD.PHASES", "alternating"],
+    "CoOpOOD anchored over MaPLe": ["CoOpOOD", "--base", "MaPLe", "TRAINER.COOPOOD.ANCHOR", "attributes"],
+}
+
+
+@pytest.mark.parametrize("case", LEARNERS)
+def test_learners_interrupted_mid_epoch_end_where_the_unbroken_run_ends(
+    case: str, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, *keys = LEARNERS[case]
+    keys += [*KEYS[KEYS.index("INPUT.TRANSFORMS") :], "OPTIM.MAX_EPOCH", 3, "DATASET.SHAPES.NUM_TRAIN", 48]
+    keys += ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1]
+    cli.run(arguments(trainer, "unbroken", *keys))
+    step = PromptTrainer.forward_backward
+
+    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if (self.epoch, self.batch_idx) == (1, 1):
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(arguments(trainer, "broken", *keys))
+    assert not (tmp_path / "broken" / "results.json").exists()
+    cli.run(arguments(trainer, "broken", *keys))
+    assert "resuming after epoch 1 of 3" in (tmp_path / "broken" / "log.txt").read_text()
+    assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3, None))
 
 
 def test_checkpoint_of_one_model_ahead_of_the_other(arguments: Arguments, tmp_path: Path) -> None:

@@ -16,18 +16,22 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, encode
+from oodprompt.backbones import CLIP
 from oodprompt.contracts import Alignment, PromptLearner
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.prompts import ContextPrompts, initial_context
+from oodprompt.prompts import ContextPrompts, initial_context, padded_context, words_of_template
 
 declare(
     "TRAINER.COCOOP",
     {
         "N_CTX": (16, "Number M of context vectors (without CTX_INIT)."),
-        "CTX_INIT": ("", "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2)."),
+        "CTX_INIT": (
+            "",
+            "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2); True, as in ProGrad's "
+            "files: the template's words in the last of N_CTX vectors, zeros ahead of them.",
+        ),
         "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
     },
 )
@@ -42,8 +46,11 @@ class ConditionalContextLearner(PromptLearner):
         super().__init__(cfg, classnames, template, clip)
         keys, width = cfg.TRAINER.COCOOP, clip.shape.embed_dim
         words = keys.CTX_INIT.replace("_", " ").strip()
-        n_ctx = len(encode(words)) if words else keys.N_CTX
-        words, context = initial_context(clip, "TRAINER.COCOOP.N_CTX", n_ctx, words)
+        if words == "True":
+            words, context = padded_context(clip, "TRAINER.COCOOP.N_CTX", keys.N_CTX, words_of_template(template))
+        else:
+            n_ctx = len(words.split()) if words else keys.N_CTX
+            words, context = initial_context(clip, "TRAINER.COCOOP.N_CTX", n_ctx, words)
         self.prompts = ContextPrompts(self, clip, self.classnames, words, context)
         self.meta_net = nn.Sequential(
             OrderedDict(
@@ -52,7 +59,7 @@ class ConditionalContextLearner(PromptLearner):
                 linear2=nn.Linear(width // 16, clip.shape.text_width),
             )
         )
-        print(f'Initial context: "{words}", {n_ctx} tokens, shifted by the image')
+        print(f'Initial context: "{words}", {len(context)} tokens, shifted by the image')
 
     def forward(self, image_features: Tensor) -> Alignment:
         context = self.ctx + self.meta_net(image_features).unsqueeze(1)  # [B, M, e]

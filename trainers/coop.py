@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, encode
+from oodprompt.backbones import CLIP
 from oodprompt.contracts import Alignment, PromptLearner
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.prompts import INIT_STD, ContextPrompts, initial_context
+from oodprompt.prompts import INIT_STD, ContextPrompts, initial_context, padded_context, words_of_template
 
 declare(
     "TRAINER.COOP",
@@ -29,8 +29,8 @@ declare(
         "CSC": (False, "Class-specific contexts: M vectors for each class instead of M shared ones."),
         "CTX_INIT": (
             "",
-            "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2); True (as in ProGrad's "
-            "files): the words of the data set's template.",
+            "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2); True, as in ProGrad's "
+            "files: the template's words in the last of N_CTX vectors, zeros ahead of them.",
         ),
         "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
         "CLASS_TOKEN_POSITION": ("end", "Where the class name stands: end, middle or front."),
@@ -59,8 +59,10 @@ class ContextLearner(PromptLearner):
     def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:
         """The text ahead of the class name and the initial context vectors [M, e]."""
         keys = cfg.TRAINER.COOP
-        words = words_of_template(template) if keys.CTX_INIT == "True" else keys.CTX_INIT.replace("_", " ").strip()
-        n_ctx = len(encode(words)) if words else keys.N_CTX
+        if keys.CTX_INIT == "True":
+            return padded_context(self.clip, "TRAINER.COOP.N_CTX", keys.N_CTX, words_of_template(template))
+        words = keys.CTX_INIT.replace("_", " ").strip()
+        n_ctx = len(words.split()) if words else keys.N_CTX
         return initial_context(self.clip, "TRAINER.COOP.N_CTX", n_ctx, words)
 
     def forward(self, image_features: Tensor) -> Alignment:
@@ -69,11 +71,6 @@ class ContextLearner(PromptLearner):
     @classmethod
     def precision(cls, cfg: CfgNode) -> str:
         return cfg.TRAINER.COOP.PREC
-
-
-def words_of_template(template: str) -> str:
-    """What a template says ahead of the class name: "a photo of a {}." -> "a photo of a"."""
-    return template.split("{}")[0].strip()
 
 
 @TRAINER_REGISTRY.register()

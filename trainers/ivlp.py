@@ -40,20 +40,21 @@ class VLPromptLearner(PromptLearner):
     """``prompt_learner.ctx`` is P_0; the other prompts are in ``text_encoder`` and ``image_encoder``."""
 
     model_name = "VLPromptLearner"
-    section = "IVLP"
+    name = "IVLP"
     not_loaded = ("prompt_learner.token_prefix", "prompt_learner.token_suffix")
     foreign = TOWERS
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
-        keys, name = cfg.TRAINER[self.section], cfg.TRAINER.NAME
+        name, section = self.name, self.name.upper()
+        keys = cfg.TRAINER[section]
         if keys.PROMPT_DEPTH_TEXT < 1:
             raise UserError(
-                f"TRAINER.{self.section}.PROMPT_DEPTH_TEXT: {keys.PROMPT_DEPTH_TEXT} is less than 1; "
+                f"TRAINER.{section}.PROMPT_DEPTH_TEXT: {keys.PROMPT_DEPTH_TEXT} is less than 1; "
                 "for visual prompts alone take --trainer VPT"
             )
         words = keys.CTX_INIT.replace("_", " ").strip() if keys.N_CTX_TEXT <= 4 else ""
-        words, context = initial_context(clip, f"TRAINER.{self.section}.N_CTX_TEXT", keys.N_CTX_TEXT, words)
+        words, context = initial_context(clip, f"TRAINER.{section}.N_CTX_TEXT", keys.N_CTX_TEXT, words)
         self.prompt_learner = nn.Module()
         self.prompts = ContextPrompts(self.prompt_learner, clip, self.classnames, words, context)
         depth = depth_within(keys.PROMPT_DEPTH_TEXT, clip.shape.text_layers, f"{name}, text tower")
@@ -77,7 +78,7 @@ class VLPromptLearner(PromptLearner):
 
     @classmethod
     def precision(cls, cfg: CfgNode) -> str:
-        return cfg.TRAINER[cls.section].PREC
+        return cfg.TRAINER[cls.name.upper()].PREC
 
 
 @TRAINER_REGISTRY.register()

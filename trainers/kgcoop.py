@@ -16,7 +16,7 @@ from oodprompt.trainers.coop import ContextLearner
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, encode
+from oodprompt.backbones import CLIP
 from oodprompt.contracts import Alignment
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
@@ -26,7 +26,7 @@ from oodprompt.prompts import class_text_features, initial_context
 class KnowledgeGuidedLearner(ContextLearner):
     """Context vectors and the fixed text features ``hand_written`` [C, d] of the template."""
 
-    foreign = ("meta_net.", "bias_vectors")  # in upstream's checkpoints, and used by nothing there
+    foreign = r"meta_net\.|bias_vectors"  # in upstream's checkpoints, and used by nothing there
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
@@ -36,7 +36,7 @@ class KnowledgeGuidedLearner(ContextLearner):
     def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:
         if cfg.TRAINER.COOP.CTX_INIT == "True":  # upstream's files mean these words, whatever the template
             words = "a photo of a"
-            return initial_context(self.clip, "TRAINER.COOP.N_CTX", len(encode(words)), words)
+            return initial_context(self.clip, "TRAINER.COOP.N_CTX", len(words.split()), words)
         return super().start(cfg, template)
 
     def penalty(self, alignment: Alignment) -> Tensor:

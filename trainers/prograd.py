@@ -15,18 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from oodprompt.trainers.coop import ContextLearner, words_of_template
+from oodprompt.trainers.coop import ContextLearner
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, encode
+from oodprompt.backbones import CLIP
 from oodprompt.contracts import Alignment
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
-from oodprompt.prompts import class_text_features, initial_context
+from oodprompt.prompts import class_text_features, padded_context, words_of_template
 
 declare(
     "LOSS",
@@ -54,11 +52,7 @@ class PromptAlignedLearner(ContextLearner):
         words = words_of_template(template) if keys.CTX_INIT == "True" else keys.CTX_INIT.replace("_", " ").strip()
         if not words:
             return super().start(cfg, template)
-        padding = keys.N_CTX - len(encode(words))
-        if padding < 0:
-            raise UserError(f"TRAINER.COOP.N_CTX: {keys.N_CTX} context vectors do not hold the words {words!r}")
-        words_only, context = initial_context(self.clip, "TRAINER.COOP.N_CTX", len(encode(words)), words)
-        return " ".join(["X"] * padding + [words_only]), F.pad(context, (0, 0, padding, 0))
+        return padded_context(self.clip, "TRAINER.COOP.N_CTX", keys.N_CTX, words)
 
     def guide(self, alignment: Alignment) -> Tensor:
         """T^2 times the cross-entropy from zero-shot CLIP's prediction to the learned one, mean over the batch."""
@@ -70,9 +64,12 @@ class PromptAlignedLearner(ContextLearner):
     def backward(self, loss: Tensor, alignment: Alignment, scale: Callable[[Tensor], Tensor]) -> None:
         (h,) = torch.autograd.grad(scale(self.guide(alignment)), self.ctx, retain_graph=True)
         super().backward(loss, alignment, scale)
-        direction = h / torch.linalg.norm(h).clamp(min=torch.finfo(h.dtype).tiny)
-        conflict = (self.ctx.grad * direction).sum().clamp(max=0)
-        self.ctx.grad -= self.share * conflict * direction
+        g, size = self.ctx.grad, torch.linalg.norm(h)
+        direction = h / size.clamp(min=torch.finfo(h.dtype).tiny)
+        conflict = (g * direction).sum().clamp(max=0)
+        # Where the prediction is zero-shot CLIP's own, h is rounding noise and its direction says nothing.
+        conflict = torch.where(size > 1e-5 * torch.linalg.norm(g), conflict, 0)
+        g -= self.share * conflict * direction
 
 
 @TRAINER_REGISTRY.register()

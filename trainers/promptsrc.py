@@ -50,9 +50,9 @@ declare(
 class SelfRegulatedLearner(VLPromptLearner):
     """IVLP's prompts, the fixed text features ``hand_written`` [C, d], and ``gpa``, the average of the epochs so far."""
 
-    section = "PROMPTSRC"
+    name = "PromptSRC"
     not_loaded = (*VLPromptLearner.not_loaded, "gpa")
-    foreign = (*VLPromptLearner.foreign, "prompt_learner.ZS_image_encoder.")
+    foreign = rf"{VLPromptLearner.foreign}|prompt_learner\.ZS_image_encoder\."
     needs_frozen_features = True
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,18 @@ def load_weights(
     state_dict: dict[str, Tensor],
     source: Path,
     skip: tuple[str, ...] = (),
-    foreign: tuple[str, ...] = (),
+    foreign: str = "",
 ) -> None:
     """Fill ``module`` from ``state_dict``; keys in ``skip`` are left as they are.
 
-    Keys that the module has not and that begin with one of ``foreign`` are passed over. Raises ``UserError`` that
-    names keys which are missing, unknown or of another shape; then nothing is loaded.
+    Keys that the module has not and whose beginning matches the pattern ``foreign`` are passed over. Raises
+    ``UserError`` that names keys which are missing, unknown or of another shape; then nothing is loaded.
     """
     own = {key: value for key, value in module.state_dict().items() if key not in skip}
     given = {
         key: value
         for key, value in state_dict.items()
-        if key not in skip and (key in own or not key.startswith(foreign))
+        if key not in skip and (key in own or not foreign or not re.match(foreign, key))
     }
     problems = [f"{key} is missing" for key in own if key not in given]
     problems += [f"{key} is unknown" for key in given if key not in own]
@@ -143,7 +144,8 @@ def check_towers(clip: CLIP, state_dict: dict[str, Tensor], source: Path) -> Non
         name = key.replace("image_encoder.", "visual.", 1).removeprefix("text_encoder.")
         if name in own and isinstance(value, Tensor):
             expected = own[name].cpu()
-            if value.shape != expected.shape or not torch.allclose(value.float(), expected, rtol=2e-3, atol=1e-5):
+            # Half precision, and in PromptSRC's files the average of as many copies as there were epochs.
+            if value.shape != expected.shape or not torch.allclose(value.float(), expected, rtol=5e-3, atol=1e-5):
                 raise UserError(
                     f"{source} was trained with another CLIP: its {key} is not that of the backbone; "
                     "give the one it was trained with by --backbone or MODEL.BACKBONE.PATH"

@@ -71,8 +71,8 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
             raise UserError(f"{source}: {name!r} is a section, not a key")
         raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, known)}")
     value, default = _literal(raw), known[name]
-    if isinstance(default, str) and isinstance(raw, bool) and name.endswith(".CTX_INIT"):
-        value = "True" if raw else ""  # KgCoOp's and ProGrad's files say whether to start from words, not from which
+    if isinstance(value, bool) and name.endswith(".CTX_INIT"):
+        value = "True" if value else ""  # KgCoOp's and ProGrad's files say whether to start from words, not from which
     elif isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
         value = "" if value is None else raw  # "{}", "1e5" and "True" are words where words are wanted
     elif isinstance(default, tuple) and value == "":

@@ -674,7 +674,7 @@ class PromptTrainer:
         """Load what was trained, by us or by upstream, for evaluation or as a start."""
         if model is self.learner:
             checkpoint.check_towers(self.clip, state_dict, path)
-        skip, foreign = getattr(model, "not_loaded", ()), getattr(model, "foreign", ())
+        skip, foreign = getattr(model, "not_loaded", ()), getattr(model, "foreign", "")
         checkpoint.load_weights(model, state_dict, path, skip, foreign)
 
     # --- evaluation --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def towers() -> tuple[CLIP, nn.Module]:
     torch.manual_seed(0)
     theirs = load_clip_file("model").CLIP(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2).float().eval()
     with torch.no_grad():
-        theirs.logit_scale.fill_(3.0)
+        theirs.logit_scale.fill_(1.0)
     return CLIP.from_state_dict(theirs.state_dict()).eval().requires_grad_(False), theirs
 
 

@@ -68,6 +68,11 @@ class PromptLearner(nn.Module):
         self.classnames = [name.replace("_", " ") for name in classnames]
         self.__dict__["clip"] = clip  # not registered: neither trained nor saved with the learner
 
+    @property
+    def encodes_as_clip(self) -> bool:
+        """Whether ``encode_image`` is that of CLIP as it was released."""
+        return type(self).encode_image is PromptLearner.encode_image
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Preprocessed images [B, 3, R, R] -> L2-normalised features [B, d]."""
         return F.normalize(self.clip.encode_image(images).float(), dim=-1)

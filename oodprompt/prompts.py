@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, encode, tokenize
 from oodprompt.errors import UserError, nearest
@@ -42,6 +43,15 @@ def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[
         return words, clip.token_embedding(tokenize(words).to(device))[0, 1 : 1 + n_ctx].clone()
 
 
+def given_words(keys: CfgNode, section: str) -> str:
+    """The words of CTX_INIT; ``UserError`` for True, which says that there are words but not which."""
+    if keys.CTX_INIT == "True":
+        raise UserError(
+            f"{section}.CTX_INIT: True means something for CoOp, CoCoOp, KgCoOp and ProGrad only; give words"
+        )
+    return keys.CTX_INIT.replace("_", " ").strip()
+
+
 def padded_context(clip: CLIP, key: str, n_ctx: int, words: str) -> tuple[str, Tensor]:
     """As ``initial_context``, with the words in the last of ``n_ctx`` vectors and zeros ahead of them."""
     count = len(words.split())
@@ -52,8 +62,14 @@ def padded_context(clip: CLIP, key: str, n_ctx: int, words: str) -> tuple[str, T
 
 
 def words_of_template(template: str) -> str:
-    """What a template says ahead of the class name: "a photo of a {}." -> "a photo of a"."""
-    return template.split("{}")[0].strip()
+    """What a template says ahead of the class name: "a photo of a {}." -> "a photo of a"; ``UserError`` if nothing."""
+    words = template.split("{}")[0].strip()
+    if not words:
+        raise UserError(
+            f"CTX_INIT True takes the words ahead of the class name, and the template {template!r} has none: give words, "
+            "or another DATASET.TEMPLATE"
+        )
+    return words
 
 
 class ContextPrompts:
@@ -83,7 +99,7 @@ class ContextPrompts:
         holder.ctx = nn.Parameter(context.to(device))
         holder.register_buffer("token_prefix", embedding[:, :1])
         holder.register_buffer("token_suffix", embedding[:, 1 + n_ctx :].clone())
-        order = _token_order(position, classnames, n_ctx, tokens.shape[1])
+        order = _token_order(position, classnames, n_ctx, len(encode(words)), tokens.shape[1])
         # What stands at each place: a context vector (negative) or a frozen token; equal columns are shared.
         content = tokens.gather(1, order)
         own = torch.arange(len(classnames)).unsqueeze(1) * (n_ctx + 1) if context.ndim == 3 else 0
@@ -118,17 +134,20 @@ class ContextPrompts:
         return F.normalize(self.clip.encode_prompts(prefix, suffix, self.lengths, deep).float(), dim=-1)
 
 
-def _token_order(position: str, classnames: Sequence[str], n_ctx: int, length: int) -> Tensor:
-    """For every class, which token of (SOS, context, name and rest) stands at each place, [C, length]."""
+def _token_order(position: str, classnames: Sequence[str], n_ctx: int, ahead: int, length: int) -> Tensor:
+    """For every class, which token of (SOS, the ``ahead`` tokens ahead of the name, name and rest) stands at each place.
+
+    The first ``n_ctx`` of those ahead are context vectors. Returns [C, length].
+    """
     before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}  # context vectors ahead of the name
     if position not in before:
-        raise UserError(f"TRAINER.COOP.CLASS_TOKEN_POSITION: unknown place: {nearest(position, before)}")
+        raise UserError(f"TRAINER.COOP.CLASS_TOKEN_POSITION: unknown place {position!r}: {nearest(position, before)}")
     if position == "end":
         return torch.arange(length).expand(len(classnames), -1)
     rows = []
     for name in classnames:
-        context = list(range(1, 1 + n_ctx))
-        name_tokens = list(range(1 + n_ctx, 1 + n_ctx + len(encode(name))))
+        context = list(range(1, 1 + ahead))
+        name_tokens = list(range(1 + ahead, 1 + ahead + len(encode(name))))
         head = [0, *context[: before[position]], *name_tokens, *context[before[position] :]]
         rows.append(head + list(range(len(head), length)))
     return torch.tensor(rows)
@@ -143,17 +162,13 @@ class TowerPrompts(nn.Module):
 
     def __init__(self, n_ctx: int, width: int, depth: int, enters: bool) -> None:
         super().__init__()
+        self.depth = depth  # the number of blocks that have prompts of their own
         if enters and depth > 0:
             self.VPT = nn.Parameter(INIT_STD * torch.randn(n_ctx, width))
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleDict({str(i): nn.Module() for i in range(1, depth)})
         for block in self.transformer.resblocks.values():
             block.VPT_shallow = nn.Parameter(INIT_STD * torch.randn(n_ctx, width))
-
-    @property
-    def depth(self) -> int:
-        """The number of blocks that have prompts of their own."""
-        return len(self.transformer.resblocks) + 1 if hasattr(self, "VPT") else 0
 
     def deep(self) -> list[Tensor]:
         """The prompts of blocks 1, 2, ..., each [M, width]."""
@@ -176,7 +191,8 @@ def need_vit(clip: CLIP, trainer: str) -> None:
     if not clip.takes_visual_prompts:
         raise UserError(
             f"{trainer} puts prompts among the tokens of the image tower, and a ResNet has none: choose a ViT "
-            "(MODEL.BACKBONE.NAME ViT-B/16, ...) or a text prompt learner (CoOp, CoCoOp, KgCoOp, ProGrad)"
+            "(MODEL.BACKBONE.NAME ViT-B/16, ...), a text prompt learner (CoOp, CoCoOp, KgCoOp, ProGrad), or for IVLP and "
+            "PromptSRC PROMPT_DEPTH_VISION 0"
         )
 
 

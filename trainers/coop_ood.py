@@ -115,6 +115,10 @@ class DecoupledProjections(Debiaser):
         }.items():
             if keys[key] not in known:
                 raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
+        if keys.ANCHOR == "none" and keys.DETACH_HS and (keys.L_C == "none" or not keys.BETA):
+            raise UserError(
+                "TRAINER.COOPOOD.DETACH_HS: without L_c (L_C none or BETA 0) nothing trains h_s; set DETACH_HS False"
+            )
         if keys.MIN_PER_CLASS < 2:
             raise UserError("TRAINER.COOPOOD.MIN_PER_CLASS: one image tells nothing of dependence; give 2 or more")
         width = context.clip.shape.embed_dim

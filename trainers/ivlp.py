@@ -21,7 +21,7 @@ from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import ContextPrompts, TowerPrompts, depth_within, initial_context, visual_prompts
+from oodprompt.prompts import ContextPrompts, TowerPrompts, depth_within, given_words, initial_context, visual_prompts
 
 declare(
     "TRAINER.IVLP",
@@ -53,7 +53,7 @@ class VLPromptLearner(PromptLearner):
                 f"TRAINER.{section}.PROMPT_DEPTH_TEXT: {keys.PROMPT_DEPTH_TEXT} is less than 1; "
                 "for visual prompts alone take --trainer VPT"
             )
-        words = keys.CTX_INIT.replace("_", " ").strip() if keys.N_CTX_TEXT <= 4 else ""
+        words = given_words(keys, f"TRAINER.{section}") if keys.N_CTX_TEXT <= 4 else ""
         words, context = initial_context(clip, f"TRAINER.{section}.N_CTX_TEXT", keys.N_CTX_TEXT, words)
         self.prompt_learner = nn.Module()
         self.prompts = ContextPrompts(self.prompt_learner, clip, self.classnames, words, context)
@@ -65,6 +65,10 @@ class VLPromptLearner(PromptLearner):
             f'Initial context: "{words}", {keys.N_CTX_TEXT} tokens in {depth} blocks; {keys.N_CTX_VISION} visual '
             f"prompts in {self.image_encoder.depth} blocks"
         )
+
+    @property
+    def encodes_as_clip(self) -> bool:
+        return not self.trains_image_tower
 
     def encode_image(self, images: Tensor) -> Tensor:
         if not self.trains_image_tower:

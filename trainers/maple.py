@@ -25,7 +25,7 @@ from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import INIT_STD, ContextPrompts, depth_within, initial_context, need_vit
+from oodprompt.prompts import INIT_STD, ContextPrompts, depth_within, given_words, initial_context, need_vit
 
 declare(
     "TRAINER.MAPLE",
@@ -53,9 +53,8 @@ class MultiModalPromptLearner(PromptLearner):
         if keys.PROMPT_DEPTH < 1:
             raise UserError(f"TRAINER.MAPLE.PROMPT_DEPTH: {keys.PROMPT_DEPTH} is less than 1, the shallow prompts")
         depth = depth_within(keys.PROMPT_DEPTH, max(clip.shape.text_layers, clip.shape.vision_layers), "MaPLe")
-        words, context = initial_context(
-            clip, "TRAINER.MAPLE.N_CTX", keys.N_CTX, keys.CTX_INIT.replace("_", " ").strip() if keys.N_CTX <= 4 else ""
-        )
+        words = given_words(keys, "TRAINER.MAPLE") if keys.N_CTX <= 4 else ""
+        words, context = initial_context(clip, "TRAINER.MAPLE.N_CTX", keys.N_CTX, words)
         self.prompt_learner = nn.Module()
         self.prompts = ContextPrompts(self.prompt_learner, clip, self.classnames, words, context)
         self.prompt_learner.proj = nn.Linear(e, width)
@@ -64,7 +63,8 @@ class MultiModalPromptLearner(PromptLearner):
         )
         layer = nn.Linear(e, width)  # all deep projections start from the same values
         self.prompt_learner.compound_prompt_projections = nn.ModuleList(copy.deepcopy(layer) for _ in range(depth - 1))
-        print(f'Initial context: "{words}", {keys.N_CTX} tokens, in the first {depth} blocks of both towers')
+        text, image = (min(depth, layers) for layers in (clip.shape.text_layers, clip.shape.vision_layers))
+        print(f'Initial context: "{words}", {keys.N_CTX} tokens; prompts in {text} text and {image} image blocks')
 
     def encode_image(self, images: Tensor) -> Tensor:
         own = self.prompt_learner

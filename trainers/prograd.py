@@ -24,6 +24,7 @@ from oodprompt.contracts import Alignment
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
 from oodprompt.prompts import class_text_features, padded_context, words_of_template
 
 declare(
@@ -44,6 +45,8 @@ class PromptAlignedLearner(ContextLearner):
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         self.temperature, self.share = cfg.LOSS.T, cfg.LOSS.LAMBDA
+        if self.temperature <= 0:
+            raise UserError(f"LOSS.T: {self.temperature} is no temperature; give a number above 0")
         self.register_buffer("hand_written", class_text_features(clip, self.classnames, [template]), persistent=False)
 
     def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:

@@ -21,7 +21,7 @@ from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import class_text_features, visual_prompts
+from oodprompt.prompts import class_text_features, given_words, visual_prompts
 
 declare(
     "TRAINER.VPT",
@@ -46,7 +46,7 @@ class VisualPromptLearner(PromptLearner):
         if keys.PROMPT_DEPTH_VISION < 1:
             raise UserError(f"TRAINER.VPT.PROMPT_DEPTH_VISION: {keys.PROMPT_DEPTH_VISION} leaves nothing to train")
         self.image_encoder = visual_prompts(clip, "VPT", keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)
-        words = f"{keys.CTX_INIT.replace('_', ' ').strip()} {{}}.".strip()
+        words = f"{given_words(keys, 'TRAINER.VPT')} {{}}.".strip()
         self.register_buffer("text", class_text_features(clip, self.classnames, [words]), persistent=False)
         print(f'Fixed prompts "{words}", {keys.N_CTX_VISION} visual prompts in {self.image_encoder.depth} blocks')
 

@@ -38,7 +38,7 @@ class QuickGELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x) / 1.702
+        return F.silu(1.702 * x).div_(1.702)  # in place: the backward pass needs the input alone
 
 
 class Attention(nn.Module):
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """Projections ``start`` to ``end`` of (q, k, v) of x [B, L, width], each [B, H, L, d]."""
         rows = slice(start * x.shape[-1], end * x.shape[-1])
         y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        return y.view(*x.shape[:2], end - start, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return y.view(*x.shape[:2], end - start, self.heads, x.shape[-1] // self.heads).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention, rows: Rows | None = None) -> Tensor:
         """[B, L, width] -> [B, L, width], or [B, number of ``rows``, width] when only these are wanted."""

@@ -64,7 +64,7 @@ class Packing:
         return torch.cat(outputs, dim=2)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 @torch.inference_mode(False)  # what is kept must also serve a later training step
 def pack(prefix: int, lengths: tuple[int, ...], device: torch.device) -> Packing:
     """The packing of prompts with ``prefix`` shared tokens and suffixes of ``lengths``."""

@@ -51,7 +51,8 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever the bytes of a foreign or damaged file make torch and pickle say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the checkpoint {path}: {reason}; is the file complete?") from error
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} is no checkpoint: it has no dict 'state_dict', which Dassl's and ours have")
     return state
 
@@ -144,8 +145,8 @@ def check_towers(clip: CLIP, state_dict: dict[str, Tensor], source: Path) -> Non
         name = key.replace("image_encoder.", "visual.", 1).removeprefix("text_encoder.")
         if name in own and isinstance(value, Tensor):
             expected = own[name].cpu()
-            # Half precision, and in PromptSRC's files the average of as many copies as there were epochs.
-            if value.shape != expected.shape or not torch.allclose(value.float(), expected, rtol=5e-3, atol=1e-5):
+            # Half precision, in PromptSRC's files after an average of as many copies as there were epochs, is within 1 %.
+            if value.shape != expected.shape or (value.float() - expected).norm() > 0.01 * expected.norm():
                 raise UserError(
                     f"{source} was trained with another CLIP: its {key} is not that of the backbone; "
                     "give the one it was trained with by --backbone or MODEL.BACKBONE.PATH"

@@ -53,6 +53,8 @@ _FREE_KEYS = (
     "DATALOADER.CACHE_DIR",
     "DATALOADER.CACHE_MEMORY_MIB",
     "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
+    "DATALOADER.TEST.BATCH_SIZE",
+    "TRAIN.ACTIVATION_GIB",
     "TRAIN.CHECKPOINT_FREQ",
     "TRAIN.PRINT_FREQ",
     "TRAIN.VAL_FREQ",
@@ -161,15 +163,17 @@ class PromptTrainer:
         self.learner = self.learner_type(cfg, self.dataset.classnames, self.dataset.template, self.clip)
         if cfg.MODEL.INIT_WEIGHTS:
             path = Path(cfg.MODEL.INIT_WEIGHTS)
+            if not path.is_file():
+                raise UserError(f"MODEL.INIT_WEIGHTS: no file at {path}; give a checkpoint of {self.base_name}")
             self._fill(self.learner, checkpoint.load(path)["state_dict"], path)
         self._register(self.learner, cfg.OPTIM.LR)
-        own_encoder = self.learner_type.encode_image is not PromptLearner.encode_image
+        own_encoder = not self.learner.encodes_as_clip
         views = features.views_to_cache(cfg, self.learner.trains_image_tower, own_encoder)
         self.feature_cache = features.FeatureCache(cfg, self.clip, self.precision, self.device, self.print)
         self.learner_cache = None if own_encoder else self.feature_cache
         self.caches_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not self.learner.trains_image_tower
         self._cached: dict[str, features.FeatureLoader] = {}
-        self.views, self._frozen_train_features, self._frozen_view = views, None, None
+        self.views, self._frozen_train_features = views, None
         context = Context(
             clip=self.clip,
             classnames=self.learner.classnames,
@@ -238,30 +242,31 @@ class PromptTrainer:
 
     @torch.no_grad()
     def frozen_train_features(self) -> Tensor:
-        """Normalised features [N, d] of the training images from CLIP as it was released, by the test transform."""
+        """Normalised features [N, d] of the training images from CLIP as it was released.
+
+        By the training transform where nothing in it is random, else by the test transform.
+        """
         if self._frozen_train_features is None:
-            if "train" in self._cached and self.views == 1:
+            if "train" in self._cached and self.views == 1 and self.learner.encodes_as_clip:
                 self._frozen_train_features = features.whole(self._cached["train"].features[0], self.device)
                 return self._frozen_train_features
 
-            loader = self.dm.loader(self.dataset.train_x)
-            values = features.evaluation_view("train", loader, self.encode_frozen, self._shows, self.feature_cache)
+            values = features.train_views(self.dm, self.encode_frozen, 1, self._shows, self.feature_cache)
             self._frozen_train_features = features.whole(values[0], self.device)
         return self._frozen_train_features
 
     def frozen_features(self, batch: Batch, z: Tensor) -> Tensor:
-        """Normalised features [B, d] of the batch from CLIP as it was released; ``z`` are the learner's.
-
-        Computed once where the training transform gives the same view in every epoch.
-        """
-        if not self.learner.trains_image_tower:
+        """Normalised features [B, d] of the batch from CLIP as it was released; ``z`` are the learner's."""
+        if self.learner.encodes_as_clip:
             return z
-        if is_random(self.cfg) or self.cfg.DATALOADER.FEATURE_CACHE == "off":
-            return self.encode_frozen(batch["img"])
-        if self._frozen_view is None:
-            views = features.train_views(self.dm, self.encode_frozen, 1, self._shows, self.feature_cache)
-            self._frozen_view = views[0]
-        return features.rows_of(self._frozen_view, batch["index"], self.device)
+        if self.keeps_frozen_features:
+            return features.rows_of(self.frozen_train_features(), batch["index"], self.device)
+        return self.encode_frozen(batch["img"])
+
+    @property
+    def keeps_frozen_features(self) -> bool:
+        """Whether frozen features are computed once, because every epoch sees the same view of an image."""
+        return not is_random(self.cfg) and self.cfg.DATALOADER.FEATURE_CACHE != "off"
 
     @property
     def _shows(self) -> bool:
@@ -330,6 +335,8 @@ class PromptTrainer:
             self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=steps or None)
         if self.start_epoch < self.max_epoch:
             self.loader("train")
+            if self.learner.needs_frozen_features and self.keeps_frozen_features:
+                self.frozen_train_features()
             for debiaser in self.debiasers:
                 debiaser.before_train()
         self._bar = tqdm(
@@ -418,7 +425,9 @@ class PromptTrainer:
         """
         for debiaser in self.debiasers:
             debiaser.before_step()
-        label, attribute, index = (gather_rows(batch[key].to(self.device)) for key in ("label", "attribute", "index"))
+        label, attribute, index = (
+            gather_rows(batch[key].to(self.device, non_blocking=True)) for key in ("label", "attribute", "index")
+        )
         logits = self.predict(alignment)
         step = Step(alignment, logits, label, attribute, index)
         per_sample = F.cross_entropy(logits, label, reduction="none")

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="settings trained at the same time")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     args = parser.parse_args()
+    if args.rows != list(GRIDS) and args.out == DEFAULT_OUT:
+        parser.error(f"--rows needs --out: {DEFAULT_OUT.name} holds all tables")
     settings = [(row, keys) for row in args.rows for keys in (GRIDS | TOWER_GRIDS)[row]]
     validate(({}, args.seeds[0], args.root))  # renders the images once, before the workers start
     jobs = [(keys, seed, args.root) for _, keys in settings for seed in args.seeds]

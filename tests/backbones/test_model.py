@@ -274,3 +274,15 @@ def test_a_foreign_layout_is_refused(layout: str, reference: Reference, tmp_path
     with pytest.raises(UserError) as error:
         load_backbone("tiny", file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_images_and_no_prompts_give_no_features(
+    name: str, reference: Reference, shapes: dict[str, CLIPShape]
+) -> None:
+    """What a process computes that gets no image of the last batch."""
+    ours, shape = CLIP.from_state_dict(reference(name).state_dict()).eval(), shapes[name]
+    size = shape.image_resolution
+    assert ours.encode_image(torch.zeros(0, 3, size, size)).shape == (0, shape.embed_dim)
+    features = ours.encode_prompts(torch.zeros(0, 2, shape.text_width), torch.zeros(3, 2, shape.text_width), (1, 2, 2))
+    assert features.shape == (0, 3, shape.embed_dim)

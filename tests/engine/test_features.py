@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from oodprompt import cli
@@ -498,3 +499,19 @@ def test_digest_sees_names_shapes_types_parameters_and_buffers() -> None:
     ]
     assert len({digest(module(*parts)) for parts in different}) == len(different)
     assert digest(module(*usual)) == digest(module(*usual))
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_frozen_features_are_of_the_view_that_training_sees(
+    cache: str, build: Callable[..., PromptTrainer], tmp_path: Path
+) -> None:
+    """Wide images, which training squashes and testing crops."""
+    trainer = build("CoOpOOD", "--root", tmp_path / "own", "DATALOADER.FEATURE_CACHE", cache)
+    for datum in trainer.dataset.train_x:
+        with Image.open(datum.impath) as image:
+            image.resize((96, 48)).save(datum.impath)
+    if cache == "auto":
+        trainer.loader("train")
+    batch = next(iter(trainer.train_loader_x))
+    expected = trainer.encode_frozen(batch["img"])
+    torch.testing.assert_close(trainer.frozen_train_features()[batch["index"]], expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from oodprompt.backbones import CLIP, CLIPShape, encode, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
 from oodprompt.engine.config import get_cfg_default, set_key
 from oodprompt.errors import UserError
+from oodprompt.prompts import ContextPrompts, initial_context
 
 CLASSES = ["circle", "traffic_light", "golden retriever"]
 SHAPE = CLIPShape(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2)
@@ -113,3 +114,23 @@ def test_zero_shot_equals_openai(build: Callable[..., object]) -> None:
     with torch.no_grad():
         expected, _ = theirs(batch["img"], prompts)
         torch.testing.assert_close(trainer.align(batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("position", "expected"), [("front", "0 4 1 2 3 5"), ("middle", "0 1 4 2 3 5")])
+def test_words_of_several_tokens_stay_together(towers: tuple[CLIP, nn.Module], position: str, expected: str) -> None:
+    """Two words of three tokens: two context vectors, one frozen token, and the name where it belongs."""
+    clip, _ = towers
+    assert len(encode("gyrfalcon of")) == 3
+    torch.manual_seed(1)
+    holder = nn.Module()
+    context = initial_context(clip, "N_CTX", 2, "gyrfalcon of")[1]
+    prompts = ContextPrompts(holder, clip, ["cat", "dog"], "gyrfalcon of", context, position)
+    order = torch.cat([prompts.prefix_order, prompts.suffix_order[0]])[:6]
+    assert order.tolist() == [int(place) for place in expected.split()]
+
+
+def test_a_template_without_words_ahead_of_the_name_has_nothing_to_start_from(towers: tuple[CLIP, nn.Module]) -> None:
+    cfg = get_cfg_default()
+    set_key(cfg, "TRAINER.COOP.CTX_INIT", True, "test")
+    with pytest.raises(UserError, match=r"template '\{\} texture.' has none"):
+        ContextLearner(cfg, CLASSES, "{} texture.", towers[0])

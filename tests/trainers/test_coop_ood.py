@@ -298,3 +298,9 @@ def test_compare_handles_image_conditioned_text() -> None:
 def test_unknown_choices_are_refused(build: Build, key: str) -> None:
     with pytest.raises(UserError, match=f"TRAINER.COOPOOD.{key}"):
         build("CoOpOOD", f"TRAINER.COOPOOD.{key}", "nonsense")
+
+
+@pytest.mark.parametrize("rest", [["TRAINER.COOPOOD.L_C", "none"], ["TRAINER.COOPOOD.BETA", "0"]])
+def test_a_layer_that_nothing_trains_is_refused(build: Build, rest: list[str]) -> None:
+    with pytest.raises(UserError, match="nothing trains h_s"):
+        build("CoOpOOD", "TRAINER.COOPOOD.DETACH_HS", "True", *rest)

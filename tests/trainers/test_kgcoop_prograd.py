@@ -241,3 +241,8 @@ def test_bf16_is_close_to_fp32(build: Build, trainer: str) -> None:
     logits, cosine = bf16_deviation(build, trainer)
     # Measured: 0.036 each; cosines 0.99982, 0.99986 and 0.979.
     assert logits < 0.2 and cosine > (0.95 if trainer == "ProGrad" else 0.999)
+
+
+def test_a_temperature_of_zero_is_refused(build: Build) -> None:
+    with pytest.raises(UserError, match=r"LOSS.T: 0.0 is no temperature"):
+        build("ProGrad", "TRAINER.COOP.N_CTX", 4, "LOSS.T", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,3 +111,9 @@ def test_a_resnet_is_refused(resnet: CLIP) -> None:
 def test_bf16_is_close_to_fp32(build: Build) -> None:
     logits, cosine = bf16_deviation(build, "MaPLe")
     assert logits < 0.2 and cosine > 0.999  # measured: 0.045, 0.99984
+
+
+@pytest.mark.parametrize("trainer", ["MaPLe", "VPT", "IVLP", "PromptSRC"])
+def test_true_names_no_words(build: Callable[..., Any], trainer: str) -> None:
+    with pytest.raises(UserError, match="CTX_INIT: True means something for"):
+        build(trainer, f"TRAINER.{trainer.upper()}.CTX_INIT", "True")

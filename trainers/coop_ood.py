@@ -115,9 +115,11 @@ class DecoupledProjections(Debiaser):
         }.items():
             if keys[key] not in known:
                 raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
-        if keys.ANCHOR == "none" and keys.DETACH_HS and (keys.L_C == "none" or not keys.BETA):
+        takes_turns = keys.ANCHOR == "none" and keys.PHASES == "alternating"
+        if takes_turns and keys.DETACH_HS and (keys.L_C == "none" or not keys.BETA):
             raise UserError(
-                "TRAINER.COOPOOD.DETACH_HS: without L_c (L_C none or BETA 0) nothing trains h_s; set DETACH_HS False"
+                "TRAINER.COOPOOD.DETACH_HS: without L_c (L_C none or BETA 0) nothing trains h_s in its turn; set "
+                "DETACH_HS False or PHASES joint"
             )
         if keys.MIN_PER_CLASS < 2:
             raise UserError("TRAINER.COOPOOD.MIN_PER_CLASS: one image tells nothing of dependence; give 2 or more")

@@ -145,8 +145,8 @@ def check_towers(clip: CLIP, state_dict: dict[str, Tensor], source: Path) -> Non
         name = key.replace("image_encoder.", "visual.", 1).removeprefix("text_encoder.")
         if name in own and isinstance(value, Tensor):
             expected = own[name].cpu()
-            # Half precision, in PromptSRC's files after an average of as many copies as there were epochs, is within 1 %.
-            if value.shape != expected.shape or (value.float() - expected).norm() > 0.01 * expected.norm():
+            # Half precision, in PromptSRC's files after an average of as many copies as there were epochs, is within 0.4 %.
+            if value.shape != expected.shape or (value.float() - expected).norm() > 0.004 * expected.norm():
                 raise UserError(
                     f"{source} was trained with another CLIP: its {key} is not that of the backbone; "
                     "give the one it was trained with by --backbone or MODEL.BACKBONE.PATH"

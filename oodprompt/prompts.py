@@ -72,6 +72,18 @@ def words_of_template(template: str) -> str:
     return words
 
 
+def context_of(clip: CLIP, keys: CfgNode, section: str, template: str) -> tuple[str, Tensor]:
+    """The text ahead of the class name and the initial context [M, e] that N_CTX and CTX_INIT of ``section`` ask for.
+
+    CTX_INIT: words, all of them learned (M is their number); True: the template's words in the last of N_CTX vectors,
+    zeros ahead of them; empty: N_CTX random vectors.
+    """
+    if keys.CTX_INIT == "True":
+        return padded_context(clip, f"{section}.N_CTX", keys.N_CTX, words_of_template(template))
+    words = given_words(keys, section)
+    return initial_context(clip, f"{section}.N_CTX", len(words.split()) if words else keys.N_CTX, words)
+
+
 class ContextPrompts:
     """Prompts "[SOS] [V]_1 ... [V]_M rest of the prefix, class name . [EOT]" around learned context vectors.
 

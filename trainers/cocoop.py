@@ -21,7 +21,7 @@ from oodprompt.contracts import Alignment, PromptLearner
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.prompts import ContextPrompts, initial_context, padded_context, words_of_template
+from oodprompt.prompts import ContextPrompts, context_of
 
 declare(
     "TRAINER.COCOOP",
@@ -45,12 +45,7 @@ class ConditionalContextLearner(PromptLearner):
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         keys, width = cfg.TRAINER.COCOOP, clip.shape.embed_dim
-        words = keys.CTX_INIT.replace("_", " ").strip()
-        if words == "True":
-            words, context = padded_context(clip, "TRAINER.COCOOP.N_CTX", keys.N_CTX, words_of_template(template))
-        else:
-            n_ctx = len(words.split()) if words else keys.N_CTX
-            words, context = initial_context(clip, "TRAINER.COCOOP.N_CTX", n_ctx, words)
+        words, context = context_of(clip, keys, "TRAINER.COCOOP", template)
         self.prompts = ContextPrompts(self, clip, self.classnames, words, context)
         self.meta_net = nn.Sequential(
             OrderedDict(

@@ -20,7 +20,7 @@ from oodprompt.contracts import Alignment, PromptLearner
 from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.prompts import INIT_STD, ContextPrompts, initial_context, padded_context, words_of_template
+from oodprompt.prompts import INIT_STD, ContextPrompts, context_of
 
 declare(
     "TRAINER.COOP",
@@ -58,12 +58,7 @@ class ContextLearner(PromptLearner):
 
     def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:
         """The text ahead of the class name and the initial context vectors [M, e]."""
-        keys = cfg.TRAINER.COOP
-        if keys.CTX_INIT == "True":
-            return padded_context(self.clip, "TRAINER.COOP.N_CTX", keys.N_CTX, words_of_template(template))
-        words = keys.CTX_INIT.replace("_", " ").strip()
-        n_ctx = len(words.split()) if words else keys.N_CTX
-        return initial_context(self.clip, "TRAINER.COOP.N_CTX", n_ctx, words)
+        return context_of(self.clip, cfg.TRAINER.COOP, "TRAINER.COOP", template)
 
     def forward(self, image_features: Tensor) -> Alignment:
         return Alignment(image_features, self.prompts.text_features(), self.clip.logit_scale.exp())

@@ -229,13 +229,13 @@ def test_a_region_of_one_cell(clip: CLIP) -> None:
 
 
 def test_a_region_of_exactly_one_cell_does_not_read_its_neighbours(clip: CLIP) -> None:
-    """Boxes as left + size, whose rounding can make them a little larger than the cell, and under autocast."""
+    """Boxes that rounding has made a little larger than the cell, and under autocast."""
     images = make_images(clip, 1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         patches = clip.visual.patch_features(images)[0].float()
         grid = len(patches)
         lefts = [i / grid for i in range(grid)]
-        boxes = torch.tensor([[[x, 0.0, x + 1 / grid, 1 / grid] for x in lefts]])
+        boxes = torch.tensor([[[x, 0.0, x + 1 / grid + 1e-6, 1 / grid + 1e-6] for x in lefts]])
         regions = clip.region_features(images, boxes)[0]
     assert (regions - patches[0]).abs().max() < 1e-3 * patches.abs().max()
 

@@ -122,10 +122,10 @@ def _output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
         return cfg.RESUME
     if args.eval_only and args.model_dir:
         return str(Path(args.model_dir) / "eval")
-    from oodprompt.engine.registry import TRAINER_REGISTRY
+    from oodprompt.engine.trainer import base_of
 
-    trainer = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer")
-    name = cfg.TRAINER.NAME + (f"-{cfg.TRAINER.BASE}" if trainer.debiaser_class else "")
+    base = base_of(cfg)
+    name = cfg.TRAINER.NAME + (f"-{base}" if base != cfg.TRAINER.NAME else "")
     name = "+".join([name, *cfg.TRAINER.STACK])
     config = Path(args.config_file).stem if args.config_file else "default"
     run = Path("output") / (cfg.DATASET.NAME or "no_dataset") / name / config / f"seed{cfg.SEED}"

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
+from oodprompt.groups import Groups, PseudoAttributes, Split
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,26 @@ class Contribution:
 class Context:
     """What a debiaser is built from, besides the configuration.
 
-    ``train_labels`` [N]; ``train_features()`` gives the frozen CLIP's normalised features [N, d] of the training
-    images, computed once; ``features_are_frozen`` says whether image features stay those; ``attribute_names`` and ``attribute_prompts`` name the values of the spurious attribute.
+    ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS;
+    ``pseudo`` the pseudo-attributes; ``features_are_frozen`` says whether image features stay those of CLIP as it was
+    released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
+    stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
+    training images ``choose`` (None: all), and returns it with its logits on the training split [N, C].
+    ``outputs(split)`` gives image features [N, d] and logits [N, C] of the model as it stands. Both read the images
+    without augmentation where they evaluate, in the split's order.
     """
 
     clip: CLIP
     classnames: Sequence[str]
     attribute_names: Sequence[str]
-    attribute_prompts: Sequence[Sequence[str]]
-    train_labels: Tensor
-    train_features: Callable[[], Tensor]
+    train: Split
+    val: Split | None
+    pseudo: PseudoAttributes
+    groups: Callable[[Split], Groups]
     features_are_frozen: bool
+    learner: PromptLearner
+    fit_alone: Callable[[int, Tensor | None], tuple[PromptLearner, Tensor]]
+    outputs: Callable[[Split], tuple[Tensor, Tensor]]
 
 
 class Debiaser(nn.Module):
@@ -150,6 +161,7 @@ class Debiaser(nn.Module):
 
     model_name = "debiaser"
     predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
+    default_base = "CoOp"  # what goes under it when TRAINER.BASE is empty
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__()
@@ -162,9 +174,22 @@ class Debiaser(nn.Module):
     def before_train(self) -> None:
         """Called once, before the first epoch (also after a resume)."""
 
-    def before_epoch(self, epoch: int) -> None: ...
+    def before_epoch(self, epoch: int) -> None:
+        """Called before each epoch (0-based)."""
 
-    def after_epoch(self, epoch: int) -> None: ...
+    def after_epoch(self, epoch: int) -> None:
+        """Called after each epoch (0-based), before it is evaluated and saved."""
+
+    def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """Indices into the training split of an epoch, in order; where defined, in place of the sampler's.
+
+        One debiaser of a stack may. Every epoch must have the same number of images.
+        """
+        raise NotImplementedError
+
+    def by_group(self) -> dict[str, dict[str, float]]:
+        """What is to be drawn by epoch: name of a quantity -> name of a group -> its value after the epoch."""
+        return {}
 
     def before_step(self) -> None:
         """Called before each step's prediction; may say which parameters the step leaves alone (requires_grad)."""

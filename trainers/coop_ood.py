@@ -49,7 +49,6 @@ from oodprompt.engine.config import declare
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError, nearest
-from oodprompt.pseudo_attributes import attribute_posterior, attribute_text_features
 
 declare(
     "TRAINER.COOPOOD",
@@ -132,7 +131,7 @@ class DecoupledProjections(Debiaser):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is
         if self.anchored:
             # [A, d]; not in the checkpoint: they follow from CLIP and the names
-            self.register_buffer("attribute_text", attribute_text_features(context), persistent=False)
+            self.register_buffer("attribute_text", context.pseudo.text, persistent=False)
         statistics = keys.ANCHOR_STATISTICS
         if statistics == "auto":
             statistics = "train" if context.features_are_frozen else "running"
@@ -143,7 +142,7 @@ class DecoupledProjections(Debiaser):
         if self.anchored and statistics == "running":
             if not 0 <= keys.ANCHOR_MOMENTUM < 1:
                 raise UserError(f"TRAINER.COOPOOD.ANCHOR_MOMENTUM: {keys.ANCHOR_MOMENTUM} is not in [0, 1)")
-            attributes = len(context.attribute_prompts)
+            attributes = len(self.attribute_text)
             self.running = RunningShare(len(context.classnames), width, attributes, keys.ANCHOR_MOMENTUM)
         self.statistics = statistics
 
@@ -163,12 +162,11 @@ class DecoupledProjections(Debiaser):
 
     def before_train(self) -> None:
         if self.anchored:
-            posterior = attribute_posterior(self.context, self.attribute_text, self.scale)  # [N, A]
-            self.pseudo_attribute = posterior.argmax(dim=1)
-            label = self.context.train_labels
-            self.posterior = standardise_within(posterior, label)
+            train = self.context.train
+            self.pseudo_attribute = self.context.pseudo.of(train)
+            self.posterior = standardise_within(self.context.pseudo.posterior(train), train.label)  # [N, A]
             if self.statistics == "train":
-                self.moments = within_class_moments(self.context.train_features(), self.posterior, label)
+                self.moments = within_class_moments(train.features(), self.posterior, train.label)
 
     def project(self, layer: nn.Linear, z: Tensor) -> Tensor:
         """z [B, d], normalised -> l2norm(layer(z))."""

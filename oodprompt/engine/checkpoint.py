@@ -22,8 +22,10 @@ from oodprompt.files import write_atomically
 BEST = "model-best.pth.tar"
 
 
-def file_of(directory: str | Path, name: str, epoch: int | None) -> Path:
-    """The checkpoint of model ``name`` after ``epoch`` epochs, or the best one for None."""
+def file_of(directory: str | Path, name: str, epoch: int | str | None) -> Path:
+    """The checkpoint of model ``name`` after ``epoch`` epochs, the best one for None, or the best by a criterion."""
+    if isinstance(epoch, str):
+        return Path(directory) / name / f"model-best-{epoch}.pth.tar"
     return Path(directory) / name / (BEST if epoch is None else f"model.pth.tar-{epoch}")
 
 

@@ -73,6 +73,8 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
     value, default = _literal(raw), known[name]
     if isinstance(value, bool) and name.endswith(".CTX_INIT"):
         value = "True" if value else ""  # KgCoOp's and ProGrad's files say whether to start from words, not from which
+    elif isinstance(value, bool) and name == "TRAINER.GROUPS":
+        value = str(value).lower()  # yaml reads the choice "true" as a bool
     elif isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
         value = "" if value is None else raw  # "{}", "1e5" and "True" are words where words are wanted
     elif isinstance(default, tuple) and value == "":
@@ -327,8 +329,9 @@ declare(
         "FINAL_MODEL": ("last_step", "Which model is tested after training: last_step or best_val."),
         "SELECTION": (
             "auto",
-            "What best_val maximises: accuracy, worst_group_accuracy (needs attributes in validation data), or auto: "
-            "worst_group_accuracy where validation data have attributes, else accuracy.",
+            "What best_val maximises: accuracy, worst_group_accuracy (needs attributes in validation data), "
+            "worst_pseudo_group_accuracy (needs names of the attribute only), or auto: worst_group_accuracy where "
+            "validation data have attributes, else accuracy. What the others would have chosen is reported beside.",
         ),
     },
 )
@@ -336,8 +339,21 @@ declare(
     "TRAINER",
     {
         "NAME": ("", "Registered name of the trainer: a prompt learner, or a debiaser over BASE."),
-        "BASE": ("CoOp", "Prompt learner that a debiaser wraps."),
+        "BASE": (
+            "",
+            "Prompt learner that a debiaser wraps; empty: the debiaser's own choice, CoOp, or ZeroshotCLIP for those that "
+            "train nothing.",
+        ),
         "STACK": ((), "Debiasers to add to the trainer's own."),
+        "GROUPS": (
+            "pseudo",
+            "Groups (class, attribute) of methods that take groups: true (attribute labels of the data set) or pseudo "
+            "(what zero-shot CLIP sees of the named attribute; no labels).",
+        ),
+        "PSEUDO_NOISE": (
+            0.0,
+            "Share of images whose pseudo-attribute is moved to another value at random, to study wrong ones.",
+        ),
         "PREC": (
             "",
             "fp32, bf16, amp or fp16 (both: fp16 autocast with loss scaling); empty: the base's own PREC key.",

@@ -28,6 +28,7 @@ from oodprompt.engine.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError, nearest
 
 Batch = dict[str, Any]
+EpochOrder = Callable[[int, np.random.Generator], np.ndarray]  # (epoch, random numbers) -> indices in order
 
 
 class Datum:
@@ -345,18 +346,22 @@ class EpochBatches:
             known = nearest(self.sampler, _SAMPLERS[section])
             raise UserError(f"DATALOADER.{section}.SAMPLER: unknown sampler {self.sampler!r}: {known}")
         self.rank, self.num_processes, self.epoch = rank, num_processes, 0
+        self.order: EpochOrder | None = None  # in place of the sampler
 
     def batches(self) -> list[np.ndarray]:
         """Indices of every batch of the epoch, over all processes."""
         rng = np.random.default_rng(seeding.derive_seed(self.cfg.SEED, seeding.ORDER, self.epoch))
         loader = self.cfg.DATALOADER.TRAIN_X
-        order = np.asarray(epoch_order(self.sampler, self.data, self.whole, rng, loader.N_DOMAIN, loader.N_INS))
+        if self.order is not None:
+            order = self.order(self.epoch, rng)
+        else:
+            order = np.asarray(epoch_order(self.sampler, self.data, self.whole, rng, loader.N_DOMAIN, loader.N_INS))
         if self.is_train and len(order) >= self.whole:
             order = order[: len(order) // self.whole * self.whole]
         return [order[i : i + self.whole] for i in range(0, len(order), self.whole)]
 
     def __len__(self) -> int:
-        if self.sampler in ("RandomSampler", "SequentialSampler"):
+        if self.order is None and self.sampler in ("RandomSampler", "SequentialSampler"):
             drop = self.is_train and len(self.data) >= self.whole
             return len(self.data) // self.whole if drop else -(-len(self.data) // self.whole)
         return len(self.batches())

@@ -14,6 +14,9 @@ from yacs.config import CfgNode
 from oodprompt.engine.data import DatasetBase, Datum, attribute_name
 from oodprompt.engine.registry import EVALUATOR_REGISTRY
 
+# What an epoch can be chosen by on validation data. Pseudo-groups (class, pseudo-attribute) need no attribute labels.
+CRITERIA = ("accuracy", "worst_group_accuracy", "worst_pseudo_group_accuracy")
+
 
 @EVALUATOR_REGISTRY.register()
 class Classification:
@@ -133,3 +136,40 @@ def group_metrics(
         metrics["adjusted_average_accuracy"] = metrics["accuracy"]
     metrics["gap"] = metrics["accuracy"] - metrics["worst_group_accuracy"]
     return metrics
+
+
+def attribute_metrics(pseudo: Tensor, label: Tensor, attribute: Tensor, dataset: DatasetBase) -> dict[str, Any]:
+    """How far pseudo-attributes [N] agree with the attribute labels [N] (-1: unknown), overall and by group.
+
+    ``accuracy`` is None without labels; ``counts`` [C][A] are the images of each pseudo-group; ``confusion`` [A][A] the
+    share of images of an attribute (row) that were given each pseudo-attribute (column).
+    """
+    pseudo, label, attribute = (x.cpu() for x in (pseudo, label, attribute))
+    values = len(dataset.attribute_prompts)
+    counts = torch.bincount(label * values + pseudo, minlength=dataset.num_classes * values)
+    row: dict[str, Any] = {
+        "accuracy": None,
+        "groups": [],
+        "counts": counts.view(dataset.num_classes, values).tolist(),
+        "confusion": [],
+    }
+    known = (attribute >= 0) & (attribute < values)
+    if not known.any():
+        return row
+    right = (pseudo == attribute).double()
+    row["accuracy"] = right[known].mean().item()
+    for i, name in enumerate(dataset.classnames):
+        for a in range(values):
+            mine = (label == i) & (attribute == a)
+            if mine.any():
+                row["groups"].append(
+                    {
+                        "class": name,
+                        "attribute": attribute_name(dataset, a),
+                        "num_samples": int(mine.sum()),
+                        "accuracy": right[mine].mean().item(),
+                    }
+                )
+    table = torch.bincount(attribute[known] * values + pseudo[known], minlength=values**2).view(values, values).double()
+    row["confusion"] = (table / table.sum(1, keepdim=True).clamp(min=1)).tolist()
+    return row

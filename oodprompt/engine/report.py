@@ -30,43 +30,60 @@ def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
 
 def results_markdown(results: dict[str, Any]) -> str:
     """The results as tables that a person reads."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f} %"
-
     stack = "".join(f" + {name}" for name in results["stack"])
     title = results["trainer"] + (f" over {results['base']}" if results["base"] not in ("", results["trainer"]) else "")
     head = [
         ("data set", f"{results['dataset']} ({results['split']}, {results['num_samples']:,} images)"),
         ("backbone", results["backbone"]),
         ("seed", results["seed"]),
-        ("accuracy", percent(results["accuracy"])),
-        ("worst-group accuracy", percent(results["worst_group_accuracy"])),
-        ("gap", percent(results["gap"])),
-        ("adjusted average accuracy", percent(results["adjusted_average_accuracy"])),
-        ("macro F1", percent(results["macro_f1"])),
+        ("accuracy", _percent(results["accuracy"])),
+        ("worst-group accuracy", _percent(results["worst_group_accuracy"])),
+        ("gap", _percent(results["gap"])),
+        ("adjusted average accuracy", _percent(results["adjusted_average_accuracy"])),
+        ("macro F1", _percent(results["macro_f1"])),
         ("checkpoint", results["checkpoint"] or "none"),
     ]
     parts = [f"# {title}{stack}\n", markdown_table(("", ""), head)]
     if results["groups"]:
         rows = [
-            (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", percent(g["accuracy"]))
+            (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", _percent(g["accuracy"]))
             for g in results["groups"]
         ]
         parts += [
             "\n## Groups\n",
             markdown_table(("class", "attribute", "training images", "images", "accuracy"), rows),
         ]
-    rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
+    rows = [(c["class"], f"{c['num_samples']:,}", _percent(c["accuracy"])) for c in results["classes"]]
     parts += ["\n## Classes\n", markdown_table(("class", "images", "accuracy"), rows)]
     if results.get("other_predictions"):
         rows = [
-            (name, percent(m["accuracy"]), percent(m["worst_group_accuracy"]))
+            (name, _percent(m["accuracy"]), _percent(m["worst_group_accuracy"]))
             for name, m in results["other_predictions"].items()
         ]
         header = ("prediction", "accuracy", "worst-group accuracy")
         parts += ["\n## Other predictions of the same model\n", markdown_table(header, rows)]
+    if results.get("selections"):
+        parts += ["\n## Which epoch\n", selections_table(results["selections"])]
     return "\n".join(parts) + "\n"
+
+
+def selections_table(selections: Sequence[dict[str, Any]]) -> str:
+    """What each criterion on validation data would have chosen, and the accuracies of that epoch on the tested split."""
+    rows = [
+        (
+            s["criterion"].replace("_", " "),
+            s["epoch"],
+            _percent(s["validation"]),
+            _percent(s["accuracy"]),
+            _percent(s["worst_group_accuracy"]),
+        )
+        for s in selections
+    ]
+    return markdown_table(("epoch chosen by", "epoch", "its value", "accuracy", "worst-group accuracy"), rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -108,8 +125,97 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     return figure
 
 
-def write_training_curves(history: list[dict[str, float]], directory: str | Path) -> Path:
-    """Write ``training.png``: loss, learning rate, and accuracies by epoch."""
+def write_pseudo_attributes(
+    rows: dict[str, dict[str, Any]], dataset: Any, noise: float, directory: str | Path
+) -> list[str]:
+    """Write ``pseudo_attributes.json`` and, where labels are known, ``pseudo_attributes.png``; returns lines to print.
+
+    ``rows`` are ``evaluation.attribute_metrics`` by split.
+    """
+    names, directory = list(dataset.attribute_names), Path(directory)
+    content = {"attributes": names, "prompts": [list(p) for p in dataset.attribute_prompts], "noise": noise}
+    write_atomically(
+        directory / "pseudo_attributes.json",
+        json.dumps(content | {"splits": rows}, indent=2, ensure_ascii=False) + "\n",
+    )
+    lines = []
+    for split, row in rows.items():
+        if row["accuracy"] is None:
+            lines.append(f"Pseudo-attributes ({split}): no attribute labels to compare with")
+            continue
+        lines.append(f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels")
+        lines += [
+            f"  {g['class']} / {g['attribute']}\ttotal: {g['num_samples']:,}\tagree: {100 * g['accuracy']:.1f}%"
+            for g in row["groups"]
+        ]
+    known = {split: row for split, row in rows.items() if row["confusion"]}
+    if known:
+        write_figure(_confusions(known, names), directory / "pseudo_attributes.png")
+    return lines
+
+
+def _confusions(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> Figure:
+    """One square per split: how images of each attribute (row) were labelled (column), in per cent of the row."""
+    side = 1.6 + 0.55 * max(len(names), 2)
+    figure = Figure(figsize=(side * len(rows) + 0.8, side + 0.4), layout="constrained")
+    for axes, (split, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
+        values = [[100 * share for share in line] for line in row["confusion"]]
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=100)
+        places = range(len(names))
+        for i in places:
+            for j in places:
+                colour = "white" if values[i][j] > 60 else "black"
+                axes.text(j, i, f"{values[i][j]:.1f}", ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(list(places), names, rotation=30, ha="right")
+        axes.set_yticks(list(places), names)
+        axes.set_xlabel("what zero-shot CLIP sees")
+        axes.set_ylabel("attribute label")
+        axes.set_title(f"{split}: {100 * row['accuracy']:.1f} % right")
+    return figure
+
+
+def group_curves(history: Sequence[dict[str, Any]], most: int = 12) -> Figure | None:
+    """What debiasers keep by group, and validation accuracy by group, by epoch; None where there is nothing.
+
+    Of more than ``most`` groups those whose first quantity is largest in the last epoch are drawn.
+    """
+    rows = [row for row in history if row.get("by_group")]
+    titles = list(dict.fromkeys(title for row in rows for title in row["by_group"]))
+    if not rows:
+        return None
+    last = rows[-1]["by_group"][titles[0]]
+    names = sorted(last, key=lambda name: -last[name])[:most] if len(last) > most else list(last)
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    styles = {name: "-" if i < 10 else "--" for i, name in enumerate(names)}
+    figure = Figure(figsize=(4.3 * len(titles), 3.6), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
+        for name in names:
+            points = [(r["epoch"], r["by_group"][title][name]) for r in rows if name in r["by_group"].get(title, {})]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=colours[name],
+                    linestyle=styles[name],
+                    label=name,
+                    marker="." if len(points) < 60 else None,
+                )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    handles = {h.get_label(): h for axes in figure.axes for h in axes.get_lines()}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    return figure
+
+
+def write_training_curves(history: list[dict[str, Any]], directory: str | Path) -> Path:
+    """Write ``training.png``: loss, learning rate, and accuracies by epoch; and ``groups_by_epoch.png`` where debiasers
+    keep something by group.
+    """
+    curves = group_curves(history)
+    if curves is not None:
+        write_figure(curves, Path(directory) / "groups_by_epoch.png")
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
 
@@ -129,6 +235,7 @@ def write_training_curves(history: list[dict[str, float]], directory: str | Path
     draw(accuracies, "acc", "training batches", _GREY)
     draw(accuracies, "val_accuracy", "validation", _BLUE, 100)
     draw(accuracies, "val_worst_group_accuracy", "validation, worst group", _RED, 100)
+    draw(accuracies, "val_worst_pseudo_group_accuracy", "validation, worst pseudo-group", _GREEN, 100)
     accuracies.set_ylabel("accuracy, %")
     accuracies.set_ylim(0, 103)
     accuracies.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

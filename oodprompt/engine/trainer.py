@@ -19,9 +19,11 @@ import statistics
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -35,6 +37,7 @@ from oodprompt.backbones import load_backbone
 from oodprompt.backbones.weights import check_name
 from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step
 from oodprompt.engine import checkpoint, evaluation, features, report, seeding  # noqa: F401 (evaluation registers)
+from oodprompt.engine.alone import fit_alone, outputs
 from oodprompt.engine.config import leaves
 from oodprompt.engine.data import Batch, DataManager, is_random
 from oodprompt.engine.distributed import average_gradients, gather_rows
@@ -42,6 +45,7 @@ from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
+from oodprompt.groups import PseudoAttributes, Split, groups_of
 
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 _FREE_KEYS = (
@@ -93,7 +97,9 @@ class PromptTrainer:
         self.max_epoch = cfg.OPTIM.MAX_EPOCH
         self.output_dir = Path(cfg.OUTPUT_DIR)
         self.history: list[dict[str, Any]] = []
-        self.best_result, self.best_epoch, self.selection = -math.inf, 0, ""
+        self.best: dict[str, dict[str, float]] = {}  # criterion -> its best validation value and the epoch of it
+        self.selections: list[dict[str, Any]] = []
+        self.pseudo_accuracy: dict[str, float | None] = {}
         self.evaluated_checkpoint = ""
         self.train_seconds = 0.0
         self._step_times: list[float] = []
@@ -112,7 +118,8 @@ class PromptTrainer:
         choices = {
             "TEST.FINAL_MODEL": (cfg.TEST.FINAL_MODEL, ("last_step", "best_val")),
             "TEST.SPLIT": (cfg.TEST.SPLIT, ("test", "val")),
-            "TEST.SELECTION": (cfg.TEST.SELECTION, ("auto", "accuracy", "worst_group_accuracy")),
+            "TEST.SELECTION": (cfg.TEST.SELECTION, ("auto", *evaluation.CRITERIA)),
+            "TRAINER.GROUPS": (cfg.TRAINER.GROUPS, ("true", "pseudo")),
         }
         for key, (value, known) in choices.items():
             if value not in known:
@@ -159,13 +166,7 @@ class PromptTrainer:
                 f'add INPUT.SIZE "({takes}, {takes})"'
             )
         self.clip.activation_limit = int(cfg.TRAIN.ACTIVATION_GIB * 2**30)
-        seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, 0))
-        self.learner = self.learner_type(cfg, self.dataset.classnames, self.dataset.template, self.clip)
-        if cfg.MODEL.INIT_WEIGHTS:
-            path = Path(cfg.MODEL.INIT_WEIGHTS)
-            if not path.is_file():
-                raise UserError(f"MODEL.INIT_WEIGHTS: no file at {path}; give a checkpoint of {self.base_name}")
-            self._fill(self.learner, checkpoint.load(path)["state_dict"], path)
+        self.learner = self.build_learner(cfg)
         self._register(self.learner, cfg.OPTIM.LR)
         own_encoder = not self.learner.encodes_as_clip
         views = features.views_to_cache(cfg, self.learner.trains_image_tower, own_encoder)
@@ -173,16 +174,9 @@ class PromptTrainer:
         self.learner_cache = None if own_encoder else self.feature_cache
         self.caches_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not self.learner.trains_image_tower
         self._cached: dict[str, features.FeatureLoader] = {}
-        self.views, self._frozen_train_features = views, None
-        context = Context(
-            clip=self.clip,
-            classnames=self.learner.classnames,
-            attribute_names=self.dataset.attribute_names,
-            attribute_prompts=self.dataset.attribute_prompts,
-            train_labels=torch.tensor([datum.label for datum in self.dataset.train_x], device=self.device),
-            train_features=self.frozen_train_features,
-            features_are_frozen=not self.learner.trains_image_tower,
-        )
+        self.views = views
+        self._frozen: dict[str, Tensor] = {}
+        context = self.build_context()
         self.debiasers: list[Debiaser] = []
         for i, debiaser_type in enumerate(self.debiaser_types, 1):
             seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, i))
@@ -194,7 +188,65 @@ class PromptTrainer:
             names = " and ".join(type(d).__name__ for d in predictors)
             raise UserError(f"TRAINER.STACK: {names} each replace the prediction; only one of a stack can")
         self.predictor = predictors[0] if predictors else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision in ("amp", "fp16"))
+        orders = [d for d in self.debiasers if type(d).epoch_order is not Debiaser.epoch_order]
+        if len(orders) > 1:
+            names = " and ".join(type(d).__name__ for d in orders)
+            raise UserError(f"TRAINER.STACK: {names} each choose the images of an epoch; only one of a stack can")
+        if orders:
+            self.train_loader_x.batches.order = orders[0].epoch_order
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.uses_scaler)
+
+    @property
+    def uses_scaler(self) -> bool:
+        """Whether losses are scaled because gradients are computed in fp16."""
+        return self.precision in ("amp", "fp16")
+
+    def build_learner(self, cfg: CfgNode) -> PromptLearner:
+        """A prompt learner at its initial values, the same at every call."""
+        seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, 0))
+        learner = self.learner_type(cfg, self.dataset.classnames, self.dataset.template, self.clip)
+        if cfg.MODEL.INIT_WEIGHTS:
+            path = Path(cfg.MODEL.INIT_WEIGHTS)
+            if not path.is_file():
+                raise UserError(f"MODEL.INIT_WEIGHTS: no file at {path}; give a checkpoint of {self.base_name}")
+            state_dict = checkpoint.load(path)["state_dict"]
+            checkpoint.check_towers(self.clip, state_dict, path)
+            checkpoint.load_weights(learner, state_dict, path, learner.not_loaded, learner.foreign)
+        return learner
+
+    def build_context(self) -> Context:
+        """What the debiasers are given."""
+        cfg, data = self.cfg, self.dataset
+        numbers = {"train": 0, "val": 1, "test": 2}
+        self.pseudo = PseudoAttributes(
+            self.clip,
+            data.attribute_names,
+            data.attribute_prompts,
+            cfg.TRAINER.PSEUDO_NOISE,
+            lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, numbers[split])),
+        )
+        classnames = self.learner.classnames
+        return Context(
+            clip=self.clip,
+            classnames=classnames,
+            attribute_names=data.attribute_names,
+            train=self.split("train"),
+            val=self.split("val") if self.val_loader else None,
+            pseudo=self.pseudo,
+            groups=lambda split: groups_of(split, cfg.TRAINER.GROUPS, classnames, data.attribute_names, self.pseudo),
+            features_are_frozen=not self.learner.trains_image_tower,
+            learner=self.learner,
+            fit_alone=lambda epochs, choose=None: fit_alone(self, epochs, choose),
+            outputs=lambda split: outputs(self, split.name, self.learner, self.predict),
+        )
+
+    def split(self, name: str) -> Split:
+        """Labels, attributes and frozen features of a split."""
+        data = {"train": self.dataset.train_x, "val": self.dataset.val, "test": self.dataset.test}[name]
+        label, attribute = (
+            torch.tensor([getattr(datum, key) for datum in data], device=self.device) for key in ("label", "attribute")
+        )
+        return Split(name, label, attribute, lambda: self.frozen_features_of(name))
 
     def _register(self, module: nn.Module, lr: float) -> None:
         module.to(self.device)
@@ -218,6 +270,9 @@ class PromptTrainer:
     def get_model_names(self) -> list[str]:
         return list(self._models)
 
+    def models(self) -> list[nn.Module]:
+        return list(self._models.values())
+
     # --- printing ----------------------------------------------------------------------------------------------
 
     def print(self, *lines: str) -> None:
@@ -228,10 +283,10 @@ class PromptTrainer:
 
     # --- features and alignment --------------------------------------------------------------------------------
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, learner: PromptLearner | None = None) -> Tensor:
         """Normalised image features of the learner, fp32."""
         with self.autocast():
-            return self.learner.encode_image(images.to(self.device, non_blocking=True)).float()
+            return (learner or self.learner).encode_image(images.to(self.device, non_blocking=True)).float()
 
     @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
@@ -241,26 +296,31 @@ class PromptTrainer:
         return F.normalize(z.float(), dim=-1)
 
     @torch.no_grad()
-    def frozen_train_features(self) -> Tensor:
-        """Normalised features [N, d] of the training images from CLIP as it was released.
+    def frozen_features_of(self, split: str) -> Tensor:
+        """Normalised features [N, d] of a split's images from CLIP as it was released.
 
-        By the training transform where nothing in it is random, else by the test transform.
+        By the test transform, but for training images where nothing in the training transform is random.
         """
-        if self._frozen_train_features is None:
-            if "train" in self._cached and self.views == 1 and self.learner.encodes_as_clip:
-                self._frozen_train_features = features.whole(self._cached["train"].features[0], self.device)
-                return self._frozen_train_features
-
-            values = features.train_views(self.dm, self.encode_frozen, 1, self._shows, self.feature_cache)
-            self._frozen_train_features = features.whole(values[0], self.device)
-        return self._frozen_train_features
+        if split not in self._frozen:
+            own = self.learner.encodes_as_clip and (
+                split in self._cached and self.views == 1 if split == "train" else self.caches_evaluation
+            )
+            if own:
+                values = self.loader(split).features
+            elif split == "train":
+                values = features.train_views(self.dm, self.encode_frozen, 1, self.shows, self.feature_cache)
+            else:
+                images = {"val": self.val_loader, "test": self.test_loader}[split]
+                values = features.evaluation_view(split, images, self.encode_frozen, self.shows, self.feature_cache)
+            self._frozen[split] = features.whole(values[0], self.device)
+        return self._frozen[split]
 
     def frozen_features(self, batch: Batch, z: Tensor) -> Tensor:
         """Normalised features [B, d] of the batch from CLIP as it was released; ``z`` are the learner's."""
         if self.learner.encodes_as_clip:
             return z
         if self.keeps_frozen_features:
-            return features.rows_of(self.frozen_train_features(), batch["index"], self.device)
+            return features.rows_of(self.frozen_features_of("train"), batch["index"], self.device)
         return self.encode_frozen(batch["img"])
 
     @property
@@ -269,7 +329,8 @@ class PromptTrainer:
         return not is_random(self.cfg) and self.cfg.DATALOADER.FEATURE_CACHE != "off"
 
     @property
-    def _shows(self) -> bool:
+    def shows(self) -> bool:
+        """Whether this process shows progress."""
         return self.state.is_main_process
 
     def loader(self, split: str) -> Any:
@@ -280,21 +341,22 @@ class PromptTrainer:
         if split not in self._cached:
             self.learner.eval()
             if split == "train":
-                values = features.train_views(self.dm, self.encode_image, self.views, self._shows, self.learner_cache)
+                values = features.train_views(self.dm, self.encode_image, self.views, self.shows, self.learner_cache)
             else:
-                values = features.evaluation_view(split, images, self.encode_image, self._shows, self.learner_cache)
+                values = features.evaluation_view(split, images, self.encode_image, self.shows, self.learner_cache)
             self._cached[split] = features.FeatureLoader(
                 values, images.dataset.data_source, images.batches, self.device
             )
         return self._cached[split]
 
-    def align(self, batch: Batch) -> Alignment:
-        """The alignment of a batch of images or of cached image features."""
-        z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"])
+    def align(self, batch: Batch, learner: PromptLearner | None = None) -> Alignment:
+        """The alignment of a batch of images or of cached image features, by ``learner`` or the run's own."""
+        learner = learner or self.learner
+        z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"], learner)
         with self.autocast():
-            alignment = self.learner(z)
+            alignment = learner(z)
         frozen = None
-        if self.learner.needs_frozen_features and self.learner.training:
+        if learner.needs_frozen_features and learner.training:
             frozen = self.frozen_features(batch, z)
         return Alignment(
             alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float(), frozen
@@ -303,6 +365,17 @@ class PromptTrainer:
     def predict(self, alignment: Alignment) -> Tensor:
         """Logits [B, C]: the predicting debiaser's, else the alignment's."""
         return self.predictor.predict(alignment) if self.predictor else alignment.logits
+
+    @staticmethod
+    def gathered(alignment: Alignment) -> Alignment:
+        """The alignment of the batch of all processes, with gradients."""
+        text, frozen = alignment.text_features, alignment.frozen_image_features
+        return Alignment(
+            gather_rows(alignment.image_features),
+            gather_rows(text) if text.ndim == 3 else text,
+            alignment.logit_scale,
+            None if frozen is None else gather_rows(frozen),
+        )
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -330,23 +403,35 @@ class PromptTrainer:
         self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
         self.print(f"Image features: {cached}")
         self.time_start = time.time()
-        if self.state.is_main_process and self.trainable:
-            steps = self.start_epoch * len(self.train_loader_x)
-            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=steps or None)
         if self.start_epoch < self.max_epoch:
             self.loader("train")
             if self.learner.needs_frozen_features and self.keeps_frozen_features:
-                self.frozen_train_features()
+                self.frozen_features_of("train")
             for debiaser in self.debiasers:
                 debiaser.before_train()
+            self.report_pseudo_attributes()
+        if self.state.is_main_process and self.trainable:
+            steps = self.start_epoch * len(self.train_loader_x) if self.start_epoch else None
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=steps)
+        steps = len(self.train_loader_x) if self.start_epoch < self.max_epoch else 0
         self._bar = tqdm(
-            total=self.max_epoch * len(self.train_loader_x),
-            initial=self.start_epoch * len(self.train_loader_x),
+            total=self.max_epoch * steps,
+            initial=self.start_epoch * steps,
             desc=self.cfg.TRAINER.NAME,
             unit="step",
-            disable=None if self._shows else True,
+            disable=None if self.shows else True,
             leave=False,
         )
+
+    def report_pseudo_attributes(self) -> None:
+        """How far pseudo-attributes are right, where the data set knows: printed, drawn and kept for the results."""
+        rows = {
+            name: evaluation.attribute_metrics(self.pseudo.of(split), split.label, split.attribute, self.dataset)
+            for name, split in ((name, self.split(name)) for name in self.pseudo.splits)
+        }
+        if rows and self.state.is_main_process:
+            self.print(*report.write_pseudo_attributes(rows, self.dataset, self.pseudo.noise, self.output_dir))
+        self.pseudo_accuracy = {name: row["accuracy"] for name, row in rows.items()}
 
     def save_config(self) -> None:
         """Write ``config.yaml``, which reruns the run."""
@@ -402,7 +487,7 @@ class PromptTrainer:
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One step on one batch; returns scalars to print. The schedule advances after the epoch's last batch."""
-        alignment = gathered(self.align(batch))
+        alignment = self.gathered(self.align(batch))
         loss, summary = self.objective(alignment, batch)
         self.detect_anomaly(loss)
         optims = [optim for optim in self._optims.values() if optim is not None]
@@ -483,37 +568,64 @@ class PromptTrainer:
             debiaser.after_epoch(self.epoch)
         done = self.epoch + 1
         row: dict[str, Any] = {"epoch": done, "lr": self._last_lr, **self._epoch_means}
-        best_val = self.cfg.TEST.FINAL_MODEL == "best_val"
         every = self.cfg.TRAIN.VAL_FREQ
-        is_best = False
-        if best_val or (every > 0 and (done % every == 0 or done == self.max_epoch) and self.val_loader):
+        improved: list[str] = []
+        by_group = {name: values for d in self.debiasers for name, values in d.by_group().items()}
+        if self.selects or (every > 0 and (done % every == 0 or done == self.max_epoch) and self.val_loader):
             metrics = self.evaluate("val")
-            for key in ("accuracy", "worst_group_accuracy"):
-                row[f"val_{key}"] = metrics[key]
+            for key in evaluation.CRITERIA:
+                if metrics[key] is not None or key != "worst_pseudo_group_accuracy":
+                    row[f"val_{key}"] = metrics[key]
                 if metrics[key] is not None:
                     self.write_scalar(f"val/{key}", metrics[key], done * self.num_batches - 1)
-            if best_val:
-                is_best = self._selection_value(metrics) > self.best_result
-                if is_best:
-                    self.best_result, self.best_epoch = self._selection_value(metrics), done
+            if self.selects:
+                improved = self._improved(metrics, done)
+            if by_group and metrics["groups"]:
+                by_group["validation accuracy"] = {
+                    f"{g['class']} / {g['attribute']}": g["accuracy"] for g in metrics["groups"]
+                }
+        if by_group:
+            row["by_group"] = by_group
         self.history.append(row)
         for key, value in self._epoch_means.items():
             self.write_scalar(f"train_epoch/{key}", value, done * self.num_batches - 1)
         if self.cfg.TRAIN.PRINT_FREQ <= 0:
-            values = " ".join(
-                f"{key} {value:.4g}" for key, value in row.items() if key != "epoch" and value is not None
-            )
-            self.print(f"epoch [{done}/{self.max_epoch}] {values}")
-        self.save_model(done, is_best)
+            numbers = {k: v for k, v in row.items() if k not in ("epoch", "by_group") and v is not None}
+            self.print(f"epoch [{done}/{self.max_epoch}] " + " ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        self.save_model(done, improved)
 
-    def _selection_value(self, metrics: dict[str, Any]) -> float:
+    @property
+    def selects(self) -> bool:
+        """Whether the epoch that is tested is chosen on validation data."""
+        return self.cfg.TEST.FINAL_MODEL == "best_val"
+
+    def _improved(self, metrics: dict[str, Any], epoch: int) -> list[str]:
+        """The criteria by which ``epoch`` is the best so far, all of those that the validation data allow."""
+        if metrics[self.criterion(metrics)] is None:
+            needs = {"worst_group_accuracy": "attributes", "worst_pseudo_group_accuracy": "names of attribute values"}
+            raise UserError(
+                f"TEST.SELECTION {self.cfg.TEST.SELECTION}: the validation data have no "
+                f"{needs[self.cfg.TEST.SELECTION]}; use accuracy"
+            )
+        improved = []
+        for criterion in evaluation.CRITERIA:
+            value = metrics[criterion]
+            if value is not None and value > self.best.get(criterion, {"value": -math.inf})["value"]:
+                self.best[criterion] = {"value": value, "epoch": epoch}
+                improved.append(criterion)
+        return improved
+
+    def criterion(self, metrics: dict[str, Any] | None = None) -> str:
+        """What best_val maximises; TEST.SELECTION auto is told by what there is a value (or a best value) of."""
         choice = self.cfg.TEST.SELECTION
-        if choice == "worst_group_accuracy" and metrics["worst_group_accuracy"] is None:
-            raise UserError("TEST.SELECTION worst_group_accuracy: the validation data have no attributes; use accuracy")
-        if choice == "auto":
-            choice = "accuracy" if metrics["worst_group_accuracy"] is None else "worst_group_accuracy"
-        self.selection = choice
-        return metrics[choice]
+        if choice != "auto":
+            return choice
+        known = self.best if metrics is None else {key for key in evaluation.CRITERIA if metrics[key] is not None}
+        return "worst_group_accuracy" if "worst_group_accuracy" in known else "accuracy"
+
+    @property
+    def best_epoch(self) -> int:
+        return self.best[self.criterion()]["epoch"] if self.best else 0
 
     def after_train(self) -> None:
         self._bar.close()
@@ -522,8 +634,10 @@ class PromptTrainer:
         if self.history and self.state.is_main_process:
             report.write_training_curves(self.history, self.output_dir)
         if not self.cfg.TEST.NO_TEST:
-            if self.trainable and self.cfg.TEST.FINAL_MODEL == "best_val":
-                by = f" by {self.selection} on validation data" if self.selection else ""
+            if self.trainable and self.selects:
+                if self.best:
+                    self.compare_selections()
+                by = f" by {self.criterion()} on validation data" if self.best else ""
                 self.print(f"Deploy the model with the best validation performance{by}")
                 self.load_model(self.output_dir)
             elif self.trainable and self.max_epoch:
@@ -535,13 +649,33 @@ class PromptTrainer:
         if self._writer is not None:
             self._writer.close()
 
+    def compare_selections(self) -> None:
+        """What each criterion on validation data would have chosen, and the last epoch, on the tested split."""
+        split = self.tested_split()
+        chosen = [(criterion, int(best["epoch"]), best["value"]) for criterion, best in self.best.items()]
+        metrics: dict[int, dict[str, Any]] = {}
+        for criterion, epoch, value in [*chosen, ("last epoch", self.max_epoch, None)]:
+            if epoch not in metrics:
+                for name, model in self._models.items():
+                    path = checkpoint.file_of(self.output_dir, name, epoch if value is None else self._slot(criterion))
+                    checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
+                metrics[epoch] = self.evaluate(split)
+            row = {key: metrics[epoch][key] for key in ("accuracy", "worst_group_accuracy", "gap")}
+            self.selections.append({"criterion": criterion, "epoch": epoch, "validation": value, **row})
+
+    def _slot(self, criterion: str) -> str | None:
+        """Which checkpoint holds the best model by ``criterion``: the best one (None) for the one that counts."""
+        return None if criterion == self.criterion() else criterion
+
     # --- checkpoints -------------------------------------------------------------------------------------------
 
-    def _checkpoint_files(self, epoch: int | None) -> list[Path]:
+    def _checkpoint_files(self, epoch: int | str | None) -> list[Path]:
         return [checkpoint.file_of(self.output_dir, name, epoch) for name in self._models]
 
-    def save_model(self, epoch: int, is_best: bool = False) -> None:
+    def save_model(self, epoch: int, improved: Sequence[str] = ()) -> None:
         """Write the checkpoint after ``epoch`` epochs; the previous one goes unless CHECKPOINT_FREQ keeps it.
+
+        It is also the best one by every criterion that ``improved`` names.
 
         All files of an epoch are written before any pointer names them and before any older file goes, so that a
         kill at any moment leaves one whole checkpoint of all models.
@@ -562,8 +696,7 @@ class PromptTrainer:
         engine = {
             "config": {key: value for key, value in leaves(self.cfg).items() if key not in _FREE_KEYS},
             "history": self.history,
-            "best_result": self.best_result,
-            "best_epoch": self.best_epoch,
+            "best": self.best,
             "train_seconds": self.train_seconds,
             "step_ms_median": self.step_ms_median,
             "whole_batch": self.train_loader_x.batches.whole,
@@ -580,8 +713,8 @@ class PromptTrainer:
                 "oodprompt": {**engine, "scaler": self.scaler.state_dict()},
             }
             checkpoint.save(state, checkpoint.file_of(self.output_dir, name, epoch))
-            if is_best:
-                checkpoint.save(state, checkpoint.file_of(self.output_dir, name, None))
+            for criterion in improved:
+                checkpoint.save(state, checkpoint.file_of(self.output_dir, name, self._slot(criterion)))
         previous = checkpoint.newest_epoch(self.output_dir, self.get_model_names())
         for file in self._checkpoint_files(epoch):
             checkpoint.write_pointer(file)
@@ -618,7 +751,7 @@ class PromptTrainer:
         engine = state["oodprompt"]
         self.history = engine["history"]
         self.train_seconds, self._loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
-        self.best_result, self.best_epoch = engine["best_result"], engine["best_epoch"]
+        self.best = engine["best"]
         self.scaler.load_state_dict(engine["scaler"])
         self.print(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {self.max_epoch}")
         if Path(directory).resolve() != self.output_dir.resolve() and self.state.is_main_process:
@@ -628,7 +761,7 @@ class PromptTrainer:
     def _take_over(self, directory: Path, epoch: int) -> None:
         """Copy the newest and the best checkpoints of the run that is resumed into this run's folder."""
         for name in self._models:
-            for source in (checkpoint.file_of(directory, name, e) for e in (epoch, None)):
+            for source in (checkpoint.file_of(directory, name, e) for e in (epoch, None, *evaluation.CRITERIA)):
                 if source.is_file():
                     write_atomically(self.output_dir / name / source.name, source.read_bytes())
         for file in self._checkpoint_files(epoch):
@@ -688,6 +821,11 @@ class PromptTrainer:
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
+    @property
+    def watches_pseudo_groups(self) -> bool:
+        """Whether validation is also by pseudo-groups: where a choice may rest on them, or a debiaser already does."""
+        return len(self.pseudo.prompts) > 1 and (self.selects or "train" in self.pseudo.splits)
+
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, Any]:
         """Metrics of a split; other predictions of the debiasers under ``other_predictions``."""
@@ -695,6 +833,8 @@ class PromptTrainer:
             model.eval()
         evaluators = {"": self.evaluator}
         self.evaluator.reset()
+        pseudo = self.pseudo.of(self.split(split)) if split == "val" and self.watches_pseudo_groups else None
+        by_pseudo = type(self.evaluator)(self.cfg, self.dataset)
         for batch in self.loader(split):
             alignment = self.align(batch)
             label, attribute = (gather_rows(batch[key].to(self.device)) for key in ("label", "attribute"))
@@ -705,18 +845,20 @@ class PromptTrainer:
                 if name not in evaluators:
                     evaluators[name] = type(self.evaluator)(self.cfg, self.dataset)
                 evaluators[name].process(gather_rows(logits), label, attribute)
+            if pseudo is not None:
+                index = gather_rows(batch["index"].to(self.device))
+                by_pseudo.process(gather_rows(predictions[""]), label, pseudo[index])
         metrics = {name: evaluator.evaluate(self.dataset.train_x) for name, evaluator in evaluators.items()}
         result = metrics.pop("")
+        groups = by_pseudo.evaluate(self.dataset.train_x) if pseudo is not None else {"worst_group_accuracy": None}
+        result["worst_pseudo_group_accuracy"] = groups["worst_group_accuracy"]
         keys = ("accuracy", "worst_group_accuracy", "gap")
         result["other_predictions"] = {name: {key: m[key] for key in keys} for name, m in metrics.items()}
         return result
 
     def test(self, split: str | None = None) -> float:
         """Evaluate, print, and write the results; returns the accuracy in [0, 1]."""
-        split = split or self.cfg.TEST.SPLIT
-        if split == "val" and self.val_loader is None:
-            self.print("There are no validation data: the test split is evaluated")
-            split = "test"
+        split = split or self.tested_split()
         began = time.time()
         self.print(f"Evaluate on the *{split}* set")
         metrics = self.evaluate(split)
@@ -727,14 +869,24 @@ class PromptTrainer:
                 worst = other["worst_group_accuracy"]
                 worst_text = "" if worst is None else f", worst group {100 * worst:.1f}%"
                 print(f"* {name}: accuracy {100 * other['accuracy']:.1f}%{worst_text}")
+            if self.selections:
+                print(report.selections_table(self.selections))
             files = report.write_results(self.results(metrics, split, seconds), self.output_dir)
             if self.cfg.TEST.COMPUTE_CMAT:
                 files.append(self.output_dir / "cmat.pt")
                 checkpoint.save(self.evaluator.confusion_matrix(), files[-1])
             if self.history:
                 files.append(self.output_dir / "training.png")
+                files += [p for p in [self.output_dir / "groups_by_epoch.png"] if p.is_file()]
             self.print("Wrote " + ", ".join(str(file) for file in files))
         return metrics["accuracy"]
+
+    def tested_split(self) -> str:
+        """TEST.SPLIT, or test where there are no validation data."""
+        if self.cfg.TEST.SPLIT == "val" and self.val_loader is None:
+            self.print("There are no validation data: the test split is evaluated")
+            return "test"
+        return self.cfg.TEST.SPLIT
 
     def results(self, metrics: dict[str, Any], split: str, test_seconds: float) -> dict[str, Any]:
         """The content of results.json."""
@@ -754,7 +906,10 @@ class PromptTrainer:
             "groups": metrics["groups"],
             "classes": metrics["classes"],
             "other_predictions": metrics["other_predictions"],
-            "best_epoch": self.best_epoch if cfg.TEST.FINAL_MODEL == "best_val" else None,
+            "best_epoch": self.best_epoch if self.selects else None,
+            "selections": self.selections,
+            "groups_by": cfg.TRAINER.GROUPS if self.debiasers else None,
+            "pseudo_attribute_accuracy": self.pseudo_accuracy,
             "time": {
                 "train_s": self.train_seconds,
                 "step_ms_median": self.step_ms_median,
@@ -775,24 +930,13 @@ def _peak_memory_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def gathered(alignment: Alignment) -> Alignment:
-    """The alignment of the batch of all processes, with gradients."""
-    text, frozen = alignment.text_features, alignment.frozen_image_features
-    return Alignment(
-        gather_rows(alignment.image_features),
-        gather_rows(text) if text.ndim == 3 else text,
-        alignment.logit_scale,
-        None if frozen is None else gather_rows(frozen),
-    )
-
-
 def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[Debiaser]]]:
     """From TRAINER.NAME, BASE and STACK: the base's name, its learner, and the debiasers in order."""
     main = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer")
     bases = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.learner_class]
     others = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.debiaser_class]
     debiasers = [main.debiaser_class] if main.debiaser_class else []
-    base_name = cfg.TRAINER.BASE if debiasers else cfg.TRAINER.NAME
+    base_name = base_of(cfg)
     if base_name in others:
         raise UserError(f"TRAINER.BASE: {base_name} is a debiaser, not a prompt learner; bases are: {', '.join(bases)}")
     if base_name not in bases:
@@ -804,6 +948,12 @@ def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[D
             raise UserError(f"TRAINER.STACK: unknown debiaser {name!r}: {nearest(name, others)}")
         debiasers.append(TRAINER_REGISTRY.get(name).debiaser_class)
     return base_name, TRAINER_REGISTRY.get(base_name).learner_class, debiasers
+
+
+def base_of(cfg: CfgNode) -> str:
+    """The name of the prompt learner: TRAINER.BASE under a debiaser (its own choice when empty), else TRAINER.NAME."""
+    debiaser = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer").debiaser_class
+    return (cfg.TRAINER.BASE or debiaser.default_base) if debiaser else cfg.TRAINER.NAME
 
 
 def build_trainer(cfg: CfgNode) -> PromptTrainer:

@@ -441,12 +441,12 @@ def test_auto_of_a_trainer(split: str, build: Callable[..., PromptTrainer], tmp_
 
 @pytest.mark.parametrize("first", ["loader", "frozen"])
 def test_frozen_train_features_from_files(first: str, build: Callable[..., PromptTrainer], tmp_path: Path) -> None:
-    memory = build("CoOp").frozen_train_features()
+    memory = build("CoOp").frozen_features_of("train")
     disk = build("CoOp", "DATALOADER.FEATURE_CACHE", "disk", "DATALOADER.CACHE_DIR", tmp_path / "cache")
     if first == "loader":
         disk.loader("train")
-    frozen = disk.frozen_train_features()
-    assert type(frozen) is Tensor and torch.equal(frozen, memory) and disk.frozen_train_features() is frozen
+    frozen = disk.frozen_features_of("train")
+    assert type(frozen) is Tensor and torch.equal(frozen, memory) and disk.frozen_features_of("train") is frozen
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
@@ -514,4 +514,4 @@ def test_frozen_features_are_of_the_view_that_training_sees(
         trainer.loader("train")
     batch = next(iter(trainer.train_loader_x))
     expected = trainer.encode_frozen(batch["img"])
-    torch.testing.assert_close(trainer.frozen_train_features()[batch["index"]], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trainer.frozen_features_of("train")[batch["index"]], expected, rtol=1e-4, atol=1e-5)

@@ -257,12 +257,10 @@ def test_constant_attribute_within_a_class_adds_nothing() -> None:
 
 
 def test_anchor_needs_names(build: Build) -> None:
-    trainer = build("CoOpOOD")
-    trainer.debiasers[0].context.attribute_prompts = []
-    from oodprompt.pseudo_attributes import attribute_text_features
-
+    pseudo = build("CoOpOOD").pseudo
+    pseudo.prompts = []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
-        attribute_text_features(trainer.debiasers[0].context)
+        _ = pseudo.text
 
 
 def test_pseudo_attributes_need_no_labels(build: Build) -> None:

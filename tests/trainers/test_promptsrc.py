@@ -116,7 +116,7 @@ def test_the_objective_adds_the_regularisers(build: Build, depth: int) -> None:
     alignment = trainer.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     s, z, w = alignment.logit_scale, alignment.image_features, alignment.text_features
-    z_clip, w_clip = trainer.frozen_train_features()[batch["index"]], trainer.learner.hand_written
+    z_clip, w_clip = trainer.frozen_features_of("train")[batch["index"]], trainer.learner.hand_written
     log_p, log_q = (s * z @ w.T).log_softmax(1), (s * z_clip @ w_clip.T).log_softmax(1)
     expected = F.cross_entropy(s * z @ w.T, batch["label"]) + (log_q.exp() * (log_q - log_p)).mean()
     expected = expected + 25 * (w - w_clip).abs().mean() + 10 * (z - z_clip).abs().mean()

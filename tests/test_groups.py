@@ -1,0 +1,228 @@
+"""Groups and pseudo-attributes: what they are made of, their noise, and the report on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from oodprompt.backbones import load_backbone, tokenize
+from oodprompt.engine.evaluation import attribute_metrics
+from oodprompt.engine.report import group_curves
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.groups import PseudoAttributes, Split, groups_of, per_group
+
+PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of snow."]]
+NAMES = ("water", "land", "snow")
+
+
+def a_split(n: int = 50, name: str = "train") -> Split:
+    torch.manual_seed(0)
+    z = F.normalize(torch.randn(n, load_backbone("tiny").shape.embed_dim), dim=1)
+    return Split(name, torch.arange(n) % 2, torch.arange(n) % 3, lambda: z)
+
+
+def pseudo(noise: float = 0.0) -> PseudoAttributes:
+    return PseudoAttributes(
+        load_backbone("tiny"), NAMES, PROMPTS, noise, lambda split: np.random.default_rng(len(split))
+    )
+
+
+def test_posterior_is_the_formula() -> None:
+    clip, split, ours = load_backbone("tiny"), a_split(), pseudo()
+    rows = []
+    with torch.no_grad():
+        for prompts in PROMPTS:
+            each = [F.normalize(clip.encode_text(tokenize([p]))[0], dim=0) for p in prompts]
+            rows.append(F.normalize(sum(each) / len(each), dim=0))
+        expected = (clip.logit_scale.exp() * split.features() @ torch.stack(rows).T).softmax(1)
+    torch.testing.assert_close(ours.posterior(split), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.of(split), expected.argmax(1)) and ours.splits == ("train",)
+
+
+def test_noise_moves_that_share_and_keeps_the_values() -> None:
+    split, clean = a_split(), pseudo()
+    noisy = pseudo(0.3)
+    moved = noisy.of(split) != clean.of(split)
+    assert moved.sum() == 15
+    torch.testing.assert_close(noisy.posterior(split).sort(1)[0], clean.posterior(split).sort(1)[0])
+    assert torch.equal(noisy.posterior(split)[~moved], clean.posterior(split)[~moved])
+    assert torch.equal(pseudo(0.3).of(split), noisy.of(split))
+    val = a_split(name="val")
+    assert not torch.equal(pseudo(0.3).of(val), noisy.of(split))  # another draw for another split
+    offsets = (noisy.of(split) - clean.of(split))[moved] % 3
+    assert set(offsets.tolist()) == {1, 2}
+
+
+def test_groups_of_both_kinds() -> None:
+    split, seen = a_split(), pseudo()
+    true = groups_of(split, "true", ["a", "b"], NAMES, seen)
+    assert torch.equal(true.index, split.label * 3 + split.attribute)
+    assert true.names == ("a / water", "a / land", "a / snow", "b / water", "b / land", "b / snow")
+    assert true.count.tolist() == [sum((true.index == g).tolist()) for g in range(6)]
+    assert not seen.splits  # labels are enough, nothing is encoded
+    guessed = groups_of(split, "pseudo", ["a", "b"], NAMES, seen)
+    assert torch.equal(guessed.index, split.label * 3 + seen.of(split)) and guessed.count.sum() == 50
+    nameless = groups_of(split, "true", ["a", "b"], (), seen)
+    assert nameless.names[:3] == ("a / 0", "a / 1", "a / 2")
+
+
+def test_unknown_attributes_and_choices_are_refused() -> None:
+    split = a_split()
+    split.attribute[3:5] = -1
+    with pytest.raises(UserError, match=r"2 of 50 images of the train split have no\s+attribute label.*pseudo"):
+        groups_of(split, "true", ["a", "b"], NAMES, pseudo())
+    with pytest.raises(UserError, match=r"TRAINER.GROUPS.*'treu'.*true"):
+        groups_of(split, "treu", ["a", "b"], NAMES, pseudo())
+
+
+def test_sums_by_group() -> None:
+    total, count = per_group(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 2]), 4)
+    assert total.tolist() == [2, 0, 5, 0] and count.tolist() == [1, 0, 2, 0] and total.dtype == torch.float64
+
+
+def test_agreement_with_labels() -> None:
+    data = SimpleNamespace(
+        attribute_prompts=PROMPTS[:2], attribute_names=NAMES[:2], classnames=["a", "b"], num_classes=2
+    )
+    label = torch.tensor([0, 0, 0, 1, 1, 1])
+    attribute = torch.tensor([0, 0, 1, 1, 1, 1])
+    seen = torch.tensor([0, 1, 1, 1, 1, 0])
+    row = attribute_metrics(seen, label, attribute, data)
+    assert row["accuracy"] == pytest.approx(4 / 6)
+    shown = [(g["class"], g["attribute"], g["num_samples"], g["accuracy"]) for g in row["groups"]]
+    assert shown == [("a", "water", 2, 0.5), ("a", "land", 1, 1.0), ("b", "land", 3, pytest.approx(2 / 3))]
+    assert row["counts"] == [[1, 2], [1, 2]]
+    assert row["confusion"] == [[0.5, 0.5], [0.25, 0.75]]
+    unknown = attribute_metrics(seen, label, torch.full((6,), -1), data)
+    assert unknown["accuracy"] is None and not unknown["groups"] and unknown["counts"] == [[1, 2], [1, 2]]
+
+
+def test_report_lies_with_the_run(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    results = run("DebiasedPT", "one", "OPTIM.MAX_EPOCH", 1, "TRAINER.PSEUDO_NOISE", 0.2)
+    report = json.loads((tmp_path / "one" / "pseudo_attributes.json").read_text())
+    assert report["attributes"] == ["water", "land"] and report["noise"] == 0.2 and len(report["prompts"]) == 2
+    row = report["splits"]["train"]
+    assert row["accuracy"] == results["pseudo_attribute_accuracy"]["train"] == pytest.approx(0.8, abs=0.02)
+    assert sum(g["num_samples"] for g in row["groups"]) == sum(map(sum, row["counts"])) == 80
+    assert (tmp_path / "one" / "pseudo_attributes.png").stat().st_size > 3000
+    assert "Pseudo-attributes (train): 80.0% agree" in (tmp_path / "one" / "log.txt").read_text()
+    run("CoOp", "none", "OPTIM.MAX_EPOCH", 1)
+    assert not (tmp_path / "none" / "pseudo_attributes.json").exists()
+
+
+# --- which epoch is tested -------------------------------------------------------------------------------------
+
+BEST = ["TEST.FINAL_MODEL", "best_val"]
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, values: list[dict[str, float | None]]) -> None:
+    """Validation gives ``values`` epoch by epoch; everything else is evaluated as usual."""
+    evaluate, rows = PromptTrainer.evaluate, iter(values)
+
+    def told(self: PromptTrainer, split: str) -> dict[str, Any]:
+        metrics = evaluate(self, split)
+        return {**metrics, **next(rows)} if split == "val" else metrics
+
+    monkeypatch.setattr(PromptTrainer, "evaluate", told)
+
+
+def told(accuracy: float, worst: float | None, pseudo: float | None) -> dict[str, float | None]:
+    return {"accuracy": accuracy, "worst_group_accuracy": worst, "worst_pseudo_group_accuracy": pseudo}
+
+
+VALUES = [told(0.9, 0.1, 0.2), told(0.8, 0.7, 0.5), told(0.7, 0.6, 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("selection", "epoch"),
+    [("auto", 2), ("accuracy", 1), ("worst_group_accuracy", 2), ("worst_pseudo_group_accuracy", 3)],
+)
+def test_every_criterion_chooses_its_epoch(
+    selection: str, epoch: int, run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow(monkeypatch, VALUES)
+    results = run("DebiasedPT", "best", *BEST, "TEST.SELECTION", selection, "OPTIM.LR", 0.05, "OPTIM.WARMUP_EPOCH", -1)
+    assert results["best_epoch"] == epoch
+    chosen = {s["criterion"]: (s["epoch"], s["validation"]) for s in results["selections"]}
+    assert chosen == {
+        "accuracy": (1, 0.9),
+        "worst_group_accuracy": (2, 0.7),
+        "worst_pseudo_group_accuracy": (3, 0.6),
+        "last epoch": (3, None),
+    }
+    by_epoch = {s["epoch"]: s["accuracy"] for s in results["selections"]}
+    assert results["accuracy"] == by_epoch[epoch]
+    files = {p.name for p in (tmp_path / "best" / "prompt_learner").glob("model-best*")}
+    assert len(files) == 3 and "model-best.pth.tar" in files
+    state = torch.load(tmp_path / "best" / "prompt_learner" / "model-best.pth.tar", weights_only=True)
+    assert state["epoch"] == epoch
+    assert "epoch chosen by" in (tmp_path / "best" / "results.md").read_text()
+
+
+def test_selected_models_are_what_they_were(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accuracies of the comparison are those of runs that choose by that criterion."""
+    keys = [*BEST, "OPTIM.LR", 0.05, "OPTIM.WARMUP_EPOCH", -1]
+    follow(monkeypatch, 3 * VALUES)
+    results = run("DebiasedPT", "auto", *keys)
+    for criterion in ("accuracy", "worst_pseudo_group_accuracy"):
+        other = run("DebiasedPT", criterion, *keys, "TEST.SELECTION", criterion)
+        row = next(s for s in results["selections"] if s["criterion"] == criterion)
+        assert row["accuracy"] == other["accuracy"] and row["gap"] == other["gap"]
+
+
+def test_no_attribute_labels_in_validation(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    without = [told(0.9, None, 0.2), told(0.8, None, 0.5), told(0.7, None, 0.6)]
+    with monkeypatch.context() as patch:
+        follow(patch, without)
+        results = run("DebiasedPT", "auto", *BEST)
+    assert results["best_epoch"] == 1 and "worst_group_accuracy" not in [s["criterion"] for s in results["selections"]]
+    follow(monkeypatch, without)
+    with pytest.raises(UserError, match=r"worst_group_accuracy.*no attributes"):
+        run("DebiasedPT", "true", *BEST, "TEST.SELECTION", "worst_group_accuracy")
+
+
+def test_resumed_run_selects_as_the_unbroken_one(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        follow(patch, VALUES)
+        whole = run("DebiasedPT", "whole", *BEST)
+    step = PromptTrainer.forward_backward
+
+    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> Any:
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        follow(patch, VALUES)
+        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("DebiasedPT", "broken", *BEST)
+    with monkeypatch.context() as patch:
+        follow(patch, VALUES[2:])
+        elsewhere = run("DebiasedPT", "moved", *BEST, "--resume", str(tmp_path / "broken"))
+    assert elsewhere["selections"] == whole["selections"]
+
+
+def test_pictures_by_group() -> None:
+    rows = [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "by_group": {"share": {"a": 0.2, "b": 0.8}, "acc": {"a": 1.0}}}]
+    figure = group_curves(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["share", "acc"]
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["a", "b"]
+    assert figure.axes[0].get_lines()[1].get_ydata() == [0.8]
+    assert group_curves(rows[:1]) is None
+    many = {"epoch": 1, "by_group": {"share": {f"g{i}": i for i in range(30)}}}
+    assert [line.get_label() for line in group_curves([many]).axes[0].get_lines()][0] == "g29"
+    assert len(group_curves([many]).axes[0].get_lines()) == 12

@@ -1,48 +1,52 @@
-"""Waterbirds' file list: ``metadata.csv`` with the columns img_filename, y, split (0, 1, 2) and place."""
+"""File lists in the form of Waterbirds' ``metadata.csv``: an image, its class, its split (0, 1, 2), its attribute."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from oodprompt.engine.data import Datum
+from oodprompt.datasets.files import Splits, listed, read_rows
+
 from oodprompt.errors import UserError
 
-_COLUMNS = ("img_filename", "y", "split", "place")
+WATERBIRDS = ("img_filename", "y", "split", "place")
+SUBPOPBENCH = ("filename", "y", "split", "a")
 
 
-def read_metadata(path: Path, folder: Path, classnames: Sequence[str]) -> tuple[list[Datum], list[Datum], list[Datum]]:
+def read_metadata(
+    path: Path,
+    folder: Path,
+    classnames: Sequence[str],
+    attributes: int | None = None,
+    columns: tuple[str, str, str, str] = WATERBIRDS,
+    after: str = "",
+) -> Splits:
     """Train, validation and test ``Datum``s of ``path``; image names are relative to ``folder``.
 
-    Raises ``UserError`` that names the file and line for a missing file or column, a bad value, or a missing image.
+    ``columns`` name image, class, split and attribute; the attribute is below ``attributes`` where that is given.
+    With ``after``, only the part of an image's name behind the folder of that name counts: lists that another machine
+    wrote hold its absolute paths. Raises ``UserError`` that names the file and line for a missing file or column, a
+    bad value, or a missing image.
     """
     if not path.is_file():
-        raise UserError(f"no file list at {path}; expected a csv with the columns {', '.join(_COLUMNS)}")
-    splits: tuple[list[Datum], list[Datum], list[Datum]] = ([], [], [])
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                raise UserError(f"{path}: column {', '.join(missing)} is missing; expected {', '.join(_COLUMNS)}")
-            for row in reader:
-                line = reader.line_num
-                try:
-                    label, split, place = (int(row[key]) for key in ("y", "split", "place"))
-                except (TypeError, ValueError):
-                    raise UserError(f"{path}, line {line}: y, split and place must be whole numbers") from None
-                if not (0 <= label < len(classnames) and split in (0, 1, 2) and place >= 0):
-                    raise UserError(
-                        f"{path}, line {line}: y {label}, split {split}, place {place} are out of range "
-                        f"(y below {len(classnames)}, split 0 train, 1 val or 2 test, place 0 or more)"
-                    )
-                image = folder / (row["img_filename"] or "")
-                if not image.is_file():
-                    raise UserError(
-                        f"{path}, line {line} names {image}, which is missing; restore it or take the line out"
-                    )
-                splits[split].append(Datum(str(image), label, place, classnames[label], place))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a csv file: {error}") from error
+        raise UserError(f"no file list at {path}; expected a csv with the columns {', '.join(columns)}")
+    splits: Splits = ([], [], [])
+    _, y, s, a = columns
+    for line, (name, *numbers) in read_rows(path, columns, strict=False):
+        try:
+            label, split, attribute = (int(number) for number in numbers)
+        except ValueError:
+            raise UserError(f"{path}, line {line}: {y}, {s} and {a} must be whole numbers") from None
+        known = attribute >= 0 if attributes is None else 0 <= attribute < attributes
+        if not (0 <= label < len(classnames) and split in (0, 1, 2) and known):
+            raise UserError(
+                f"{path}, line {line}: {y} {label}, {s} {split}, {a} {attribute} are out of range "
+                f"({y} below {len(classnames)}, {s} 0 train, 1 val or 2 test, "
+                f"{a} {'0 or more' if attributes is None else f'below {attributes}'})"
+            )
+        if after:
+            _, found, name = name.replace("\\", "/").rpartition(f"{after}/")
+            if not found:
+                raise UserError(f"{path}, line {line}: the image's path has no folder {after}")
+        splits[split].append(listed(path, line, folder / name, label, classnames[label], attribute))
     return splits

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can mend. ``str(error)`` says in one line what is wrong, where, and what to do.
 
-    The command line prints that line without a traceback and exits with status 2.
+    Where files are missing, the tree that is expected follows on lines of its own. The command line prints this without
+    a traceback and exits with status 2.
     """
 
 

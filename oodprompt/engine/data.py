@@ -8,6 +8,7 @@ processes; and BATCH_SIZE counts per process, whose batches together are one bat
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ class Datum:
     def __init__(
         self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "", attribute: int = -1
     ) -> None:
-        if not Path(impath).is_file():
+        if not os.path.isfile(impath):  # four times as fast as Path, which counts where there are 200,000
             raise UserError(f"no image at {impath}; the data set's file list names it")
         self._impath, self._label, self._domain = str(impath), int(label), int(domain)
         self._classname, self._attribute = str(classname), int(attribute)
@@ -82,7 +83,7 @@ class DatasetBase:
         train_x = few_shot(train_x, cfg.DATASET.NUM_SHOTS, cfg.SEED)
         self.train_x, self.val, self.test = subsample_classes(cfg.DATASET.SUBSAMPLE_CLASSES, train_x, val, test)
         if not self.test:
-            raise UserError(f"{type(self).__name__}: the test split is empty")
+            raise UserError(f"{type(self).__name__}: the test split is empty; give it at least one image")
         self.lab2cname = {datum.label: datum.classname for datum in sorted(self.train_x, key=lambda d: d.label)}
         self.classnames = [self.lab2cname[label] for label in range(len(self.lab2cname))]
         self.num_classes = len(self.classnames)
@@ -103,7 +104,7 @@ class DatasetBase:
     def _check_classes(self, train_x: Sequence[Datum], *others: Sequence[Datum]) -> None:
         name = type(self).__name__
         if not train_x:
-            raise UserError(f"{name}: the train split is empty")
+            raise UserError(f"{name}: the train split is empty; give it at least one image of every class")
         count = Counter(datum.label for datum in train_x)
         last = max(datum.label for split in (train_x, *others) for datum in split)
         missing = [label for label in range(last + 1) if label not in count]
@@ -366,9 +367,13 @@ class EpochBatches:
             return len(self.data) // self.whole if drop else -(-len(self.data) // self.whole)
         return len(self.batches())
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def parts(self) -> Iterator[np.ndarray]:
+        """Indices of every batch, those of this process."""
         for batch in self.batches():
-            part = np.array_split(batch, self.num_processes)[self.rank]
+            yield np.array_split(batch, self.num_processes)[self.rank]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for part in self.parts():
             yield [(int(i), seeding.derive_seed(self.cfg.SEED, seeding.AUGMENT, self.epoch, int(i))) for i in part]
 
 

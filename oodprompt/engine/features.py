@@ -40,8 +40,8 @@ class FeatureLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         view = self.features[self.batches.epoch % len(self.features)]
-        for batch in self.batches:
-            index = torch.tensor([i for i, _ in batch], dtype=torch.long)
+        for part in self.batches.parts():
+            index = torch.from_numpy(part.astype(np.int64))
             yield {
                 "image_features": rows_of(view, index, self.device),
                 "index": index,

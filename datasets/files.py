@@ -1,0 +1,158 @@
+"""What data sets that read the user's files share: finding the folder, listing images, csv rows, a validation split."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from oodprompt.engine.data import DatasetBase, Datum
+from oodprompt.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+Splits = tuple[list[Datum], list[Datum], list[Datum]]
+
+
+class FilesDataset(DatasetBase):
+    """A data set whose files the user has put under ROOT.
+
+    Class attributes: ``places`` (where its folder may be under ROOT), ``tree`` (the files expected) and ``address``
+    (where to get them); an error about missing files shows all three.
+    """
+
+    places: Sequence[str] = ()
+    tree = ""
+    address = ""
+
+    @classmethod
+    def folder(cls, cfg: CfgNode, *needed: str) -> Path:
+        """The first of ``places`` under ROOT that holds every path of ``needed``; ``UserError`` if none does."""
+        root = cls.root(cfg)
+        for place in cls.places:
+            if all((root / place / name).exists() for name in needed):
+                return root / place
+        raise cls.not_in(root, " and ".join(needed))
+
+    @classmethod
+    def not_in(cls, root: Path, what: str) -> UserError:
+        """The error for something that none of ``places`` holds."""
+        looked = ", ".join("ROOT itself" if place == "." else place for place in cls.places)
+        return cls.missing(f"no {what} in {root.absolute()} (looked in {looked})")
+
+    @classmethod
+    def missing(cls, problem: str) -> UserError:
+        """The error for files that are not there: the problem, the tree that is expected, the address."""
+        tree = textwrap.indent(textwrap.dedent(cls.tree).strip("\n"), "  ")
+        source = f"\nget it from {cls.address}" if cls.address else ""
+        return UserError(f"{cls.__name__}: {problem}; expected (ROOT is --root):\n{tree}{source}")
+
+
+def image_names(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
+    """Names of the images right in ``folder``, sorted: the order in which a disk lists them differs by machine."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    return sorted(name for name in names if name.lower().endswith(tuple(suffixes)) and not name.startswith("."))
+
+
+def listed(
+    path: Path, line: int, image: Path | str, label: int, classname: str, attribute: int, remedy: str = ""
+) -> Datum:
+    """The ``Datum`` of an image that a line of a file list names; ``UserError`` names file and line if it is missing.
+
+    The attribute serves as the domain too, for samplers that balance domains.
+    """
+    try:
+        return Datum(str(image), label, attribute, classname, attribute)
+    except UserError:  # asked for only now, so that an image is looked for once
+        remedy = remedy or "restore it or take the line out"
+        raise UserError(f"{path}, line {line} names {image}, which is missing; {remedy}") from None
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], optional: Sequence[str] = (), strict: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """(line number, values of ``columns`` and ``optional``) of every row of a csv file with a header.
+
+    UTF-8 with or without a byte order mark. Absent ``optional`` columns read as "". ``UserError`` names the file (and
+    line) for a missing column and, if ``strict``, for a row with more or fewer fields than the header; else what such
+    a row lacks reads as "".
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            missing = [column for column in columns if column not in header]
+            if missing:
+                raise UserError(
+                    f"{path}: column {', '.join(missing)} is missing; expected {', '.join(columns)}, "
+                    f"found {', '.join(header)[:300] or 'nothing'}"
+                )
+            wanted = [header.index(c) if c in header else len(header) for c in (*columns, *optional)]
+            for row in reader:
+                if not row:
+                    continue
+                if strict and len(row) != len(header):
+                    raise UserError(
+                        f"{path}, line {reader.line_num} has {len(row)} fields and the header {len(header)}; "
+                        "put values that hold a comma in double quotes"
+                    )
+                row = row[: len(header)] + [""] * (len(header) + 1 - len(row))  # one more, for absent columns
+                yield reader.line_num, [row[i] for i in wanted]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a csv file: {error}") from error
+
+
+def sorted_values(values: Iterable[str]) -> list[str]:
+    """Sorted, as numbers if all of them are."""
+    values = list(values)
+    return sorted(values, key=int if all(value.isdecimal() for value in values) else str)
+
+
+def number_attributes(cfg: CfgNode, where: Path, values: Iterable[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """(number of each attribute value that occurs, names of the numbers).
+
+    DATASET.ATTRIBUTE_NAMES renames the sorted values or, where it holds all of them, orders them; ``UserError`` if it
+    has another number of names. Without any value, its names stand, for methods that need names alone.
+    """
+    values, names = sorted_values(values), tuple(cfg.DATASET.ATTRIBUTE_NAMES)
+    if names and set(values) <= set(names):
+        values = list(names)
+    elif len(names) not in (0, len(values)):
+        raise UserError(
+            f"DATASET.ATTRIBUTE_NAMES has {len(names)} names, but {where} has {len(values)} attribute values: "
+            f"{'; '.join(values)[:200]}"
+        )
+    return {value: i for i, value in enumerate(values)}, names or tuple(values)
+
+
+def split_off_validation(cfg: CfgNode, name: str, train: Sequence[Datum]) -> tuple[list[Datum], list[Datum]]:
+    """(train, val): of every class the share DATASET.VAL_PERCENT goes to val, for data sets without validation images.
+
+    The draw is always the same, whatever SEED, so that runs with different seeds are compared on the same images; it
+    does not look at the attribute. A class keeps at least one training image.
+    """
+    share = cfg.DATASET.VAL_PERCENT
+    if not 0 <= share < 1:
+        raise UserError(f"DATASET.VAL_PERCENT is a share from 0 to below 1, not {share}")
+    by_label: dict[int, list[int]] = defaultdict(list)
+    for i, datum in enumerate(train):
+        by_label[datum.label].append(i)
+    draw = random.Random(0)
+    chosen: set[int] = set()
+    for label in sorted(by_label):
+        indices = by_label[label]
+        chosen.update(draw.sample(indices, min(round(share * len(indices)), len(indices) - 1)))
+    print(
+        f"{name} has no validation images: {len(chosen):,} of {len(train):,} training images are set aside "
+        f"(DATASET.VAL_PERCENT {share:g}, the same for every SEED)"
+    )
+    return [d for i, d in enumerate(train) if i not in chosen], [d for i, d in enumerate(train) if i in chosen]

@@ -267,6 +267,26 @@ def comparison_figure(rows: list[tuple[str, float, float]], title: str) -> Figur
     return figure
 
 
+def strengths_figure(rows: dict[str, list[tuple[str, float, float]]]) -> Figure:
+    """Worst-group and average accuracy, in per cent, of methods under several settings: one line per method.
+
+    ``rows``: method -> (setting, worst group, average) in the order of the settings.
+    """
+    figure = Figure(figsize=(11, 2.6 + 0.13 * len(rows) + 2.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for i, (name, points) in enumerate(rows.items()):
+        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "marker": "os^"[i // 10 % 3]}
+        for axes, column in zip(panels, (1, 2), strict=True):
+            axes.plot([p[0] for p in points], [p[column] for p in points], label=name, markersize=4, **style)
+    for axes, title in zip(panels, ("worst group", "average"), strict=True):
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
 def write_figure(figure: Figure, path: str | Path) -> None:
     """Save a figure as PNG, atomically."""
     write_atomically(path, _png(figure))

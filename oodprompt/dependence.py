@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor, nn
 
 
@@ -56,6 +57,35 @@ def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = N
     if weight is not None:
         cross, covariance = weight @ cross, weight @ covariance @ weight.T
     return (cross**2).sum() / (cross.shape[-1] * covariance.diagonal().sum().clamp(min=1e-12))
+
+
+def centred_within(x: Tensor, label: Tensor) -> Tensor:
+    """x [N, d] minus the mean of its class."""
+    result = x.clone()
+    for c in label.unique():
+        result[label == c] -= x[label == c].mean(dim=0)
+    return result
+
+
+def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
+    """The linear map W [d, d] that leaves q [N, A] no linear trace in x [N, d] within classes and moves x least.
+
+    W = I - S^(1/2) P S^(-1/2), with S the covariance of x within classes and P the orthogonal projection onto the
+    columns of S^(-1/2) Cov_c(x, q). Then W Cov_c(x, q) = 0 in every class c, and E |x - W x|^2 over centred x is the
+    smallest possible. S is shrunk towards a multiple of the identity as far as the number of images asks for (Ledoit
+    and Wolf 2004), which costs some of "least" and none of "no trace".
+
+    Source: Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023, within classes here.
+    """
+    cross, covariance = (moment.double() for moment in within_class_moments(x.double(), q.double(), label))
+    share = max(ledoit_wolf_shrinkage(centred_within(x, label).cpu().numpy(), assume_centered=True), 1e-6)
+    identity = torch.eye(len(covariance)).to(covariance)
+    values, vectors = torch.linalg.eigh((1 - share) * covariance + share * covariance.diagonal().mean() * identity)
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    columns = inverse @ cross.permute(1, 0, 2).flatten(1)  # [d, C A]
+    left, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+    basis = left[:, sizes > 1e-4 * sizes.max().clamp(min=1e-12)]
+    return (identity - root @ basis @ basis.T @ inverse).to(x.dtype)
 
 
 class RunningShare(nn.Module):

@@ -1,9 +1,14 @@
-"""The 60 prompt templates whose mean text feature PromptSRC holds its prompts near.
+"""Sets of prompt templates, selections of the 80 that Radford et al. 2021 evaluated ImageNet with; the words are theirs.
 
-A selection of the 80 that Radford et al. 2021 evaluated ImageNet with; the words are theirs.
+``PROMPTSRC_TEMPLATES``: the 60 whose mean text feature PromptSRC holds its prompts near. ``IMAGENET_SELECT``: the 7 that
+do nearly as well as all 80.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oodprompt.errors import UserError, nearest
 
 # What stands ahead of the class name, by the word between: "a bad photo of" + " a {}.", and so on.
 _OF_A = (
@@ -33,3 +38,26 @@ PROMPTSRC_TEMPLATES: tuple[str, ...] = (
     "a {} in a video game.",
     "the {} in a video game.",
 )
+
+IMAGENET_SELECT: tuple[str, ...] = (
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
+    "art of the {}.", "a photo of the small {}.",
+)  # fmt: skip
+
+TEMPLATE_SETS = {"imagenet_select": IMAGENET_SELECT, "imagenet_60": PROMPTSRC_TEMPLATES}
+
+
+def expand_templates(entries: Sequence[str], key: str) -> list[str]:
+    """The templates that ``entries`` name: names of ``TEMPLATE_SETS`` and templates with {} for the class name.
+
+    Raises ``UserError`` that names ``key`` for anything else.
+    """
+    templates: list[str] = []
+    for entry in map(str, entries):
+        if entry not in TEMPLATE_SETS and "{}" not in entry:
+            raise UserError(
+                f"{key}: {entry!r} has no {{}} for the class name, nor is it the name of a set: "
+                f"{nearest(entry, TEMPLATE_SETS)}"
+            )
+        templates += TEMPLATE_SETS.get(entry, (entry,))
+    return templates

@@ -115,19 +115,12 @@ def train(command: list[str], output: str) -> str | None:
 def commands(grid: dict[str, Any], seeds: list[int], out: Path, root: str) -> dict[Path, list[str]]:
     """Output folder -> command line, of every run of the grid."""
     runs = {}
+    cache = ["DATALOADER.CACHE_MEMORY_MIB", "0", "DATALOADER.CACHE_DIR", str(out / "features")]
     for (setting, line), method, seed in itertools.product(grid["settings"].items(), grid["methods"], seeds):
         folder = out / str(setting) / method.folder / f"seed{seed}"
-        flags = ["--config-file", grid["config"], "--root", root, "--seed", str(seed), *shlex.split(method.args)]
-        cache = [
-            "DATALOADER.FEATURE_CACHE",
-            "auto",
-            "DATALOADER.CACHE_MEMORY_MIB",
-            "0",
-            "DATALOADER.CACHE_DIR",
-            str(out / "features"),
-        ]
-        pairs = [*cache, *shlex.split(grid.get("common") or ""), *shlex.split(line or "")]
-        runs[folder] = [*flags, *pairs, *(["TEST.SPLIT", "val"] if grid["rank"] else [])]
+        flags = ["--config-file", grid["config"], "--root", root, "--seed", str(seed)]
+        keys = [*shlex.split(grid.get("common") or ""), *shlex.split(line or ""), *shlex.split(method.args)]
+        runs[folder] = [*flags, *cache, *keys, *(["TEST.SPLIT", "val"] if grid["rank"] else [])]
     return runs
 
 

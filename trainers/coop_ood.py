@@ -39,6 +39,7 @@ from oodprompt.dependence import (
     Club,
     RunningShare,
     cross_covariance,
+    eraser,
     explained_share,
     hsic,
     standardise_within,
@@ -89,6 +90,10 @@ declare(
         ),
         "ANCHOR_MOMENTUM": (0.95, "Statistics over the batches so far fade by this factor per batch."),
         "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),
+        "ANCHOR_START": (
+            "identity",
+            "h_u starts as INIT says (identity) or as the map that erases the attribute (erased).",
+        ),
         "ANCHOR_LR": (1e-3, "Learning rate of the projections when anchored."),
     },
 )
@@ -111,6 +116,7 @@ class DecoupledProjections(Debiaser):
             "ANCHOR": ("none", "attributes"),
             "ANCHOR_L_C": ("share", "xcov"),
             "ANCHOR_STATISTICS": ("auto", "train", "batch", "running"),
+            "ANCHOR_START": ("identity", "erased"),
         }.items():
             if keys[key] not in known:
                 raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
@@ -167,6 +173,17 @@ class DecoupledProjections(Debiaser):
             self.posterior = standardise_within(self.context.pseudo.posterior(train), train.label)  # [N, A]
             if self.statistics == "train":
                 self.moments = within_class_moments(train.features(), self.posterior, train.label)
+            if self.keys.ANCHOR_START == "erased" and not self.steps:
+                self._start_erased(train.features(), train.label)
+
+    @torch.no_grad()
+    def _start_erased(self, z: Tensor, label: Tensor) -> None:
+        """h_u becomes the map that erases the attribute; a bias keeps the mean of z [N, d]."""
+        W = eraser(z, self.posterior, label)
+        self.h_u.weight.copy_(W)
+        if self.h_u.bias is not None:
+            scale = 1 if self.keys.NORMALIZE_INPUT else 10
+            self.h_u.bias.copy_(scale * (z.mean(dim=0) - W @ z.mean(dim=0)))
 
     def project(self, layer: nn.Linear, z: Tensor) -> Tensor:
         """z [B, d], normalised -> l2norm(layer(z))."""

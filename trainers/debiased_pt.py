@@ -37,7 +37,8 @@ declare(
         "MEASURE": (
             "epoch",
             "When p_g is measured: epoch (over the steps of each epoch), pass (by a pass over the training images ahead "
-            "of each epoch) or step (a running mean, with an update of the weights after every step). [open]",
+            "of each epoch), step (a running mean, with an update of the weights after every step), or held_out (ours: by a "
+            "pass over the validation images, which the prompts have not seen). [open]",
         ),
         "MOMENTUM": (0.9, "MEASURE step: how much of the former p_g stays. [open]"),
         "NORMALIZE": (
@@ -59,7 +60,7 @@ class GroupWeights(Debiaser):
         super().__init__(cfg, context)
         self.keys, self.context = cfg.TRAINER.DEBIASEDPT, context
         for key, known in {
-            "MEASURE": ("epoch", "pass", "step"),
+            "MEASURE": ("epoch", "pass", "step", "held_out"),
             "NORMALIZE": ("mean", "groups", "none"),
             "START": ("balanced", "uniform"),
         }.items():
@@ -70,6 +71,8 @@ class GroupWeights(Debiaser):
         for key in ("EMA", "MOMENTUM"):
             if not 0 <= self.keys[key] < 1:
                 raise UserError(f"TRAINER.DEBIASEDPT.{key}: {self.keys[key]} is not in [0, 1)")
+        if self.keys.MEASURE == "held_out" and context.val is None:
+            raise UserError("TRAINER.DEBIASEDPT.MEASURE held_out: the data set has no validation images; use epoch")
         count = len(context.classnames) * max(len(context.attribute_names), 1)
         if cfg.TRAINER.GROUPS == "true":
             count = len(context.groups(context.train).names)
@@ -90,9 +93,10 @@ class GroupWeights(Debiaser):
 
     def before_epoch(self, epoch: int) -> None:
         self._begin_measuring()
-        if self.keys.MEASURE == "pass":
-            _, logits = self.context.outputs(self.context.train)
-            self._measure(logits, self.context.train.label, self.g)
+        if self.keys.MEASURE in ("pass", "held_out"):
+            split = self.context.train if self.keys.MEASURE == "pass" else self.context.val
+            _, logits = self.context.outputs(split)
+            self._measure(logits, split.label, self.context.groups(split).index)
             self._update()
 
     def _measure(self, logits: Tensor, y: Tensor, g: Tensor) -> None:
@@ -113,7 +117,7 @@ class GroupWeights(Debiaser):
     def contribute(self, step: Step) -> Contribution:
         g = self.g[step.index]
         weights = self.w[g].to(step.logits.dtype)
-        if self.keys.MEASURE != "pass":
+        if self.keys.MEASURE in ("epoch", "step"):
             self._measure(step.logits, step.label, g)
         if self.keys.MEASURE == "step":
             first = self.p.sum() == 0  # no former p_g yet

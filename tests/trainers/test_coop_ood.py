@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from oodprompt.trainers.coop_ood import uniformity_loss
 from torch import Tensor
 
-from oodprompt.contracts import Alignment
+from oodprompt.contracts import Alignment, Step
 from oodprompt.dependence import (
     Club,
     RunningShare,
     cross_covariance,
+    eraser,
     explained_share,
     hsic,
     standardise_within,
@@ -256,6 +257,59 @@ def test_constant_attribute_within_a_class_adds_nothing() -> None:
     assert torch.equal(q[3:], torch.zeros(3, 1))
 
 
+def test_eraser_leaves_no_linear_trace_and_moves_features_least() -> None:
+    torch.manual_seed(0)
+    label = torch.arange(600) % 3
+    q = torch.randn(600, 1) * torch.tensor([1.0, -1.0])  # a posterior and its complement
+    x = torch.randn(600, 8) @ torch.randn(8, 8) + 3 * torch.randn(3, 8)[label] + q[:, :1] * torch.randn(8)
+    q = standardise_within(q, label)
+    moments, W = within_class_moments(x, q, label), eraser(x, q, label)
+    assert explained_share(*moments) > 0.01
+    assert explained_share(*moments, W) < 1e-8
+    torch.testing.assert_close(W @ W, W, rtol=1e-4, atol=1e-4)  # a projection
+
+    def moved(M: Tensor) -> Tensor:
+        """E |z - M z|^2 within classes."""
+        D = torch.eye(8) - M
+        return (D @ moments[1] @ D.T).diagonal().sum()
+
+    basis = torch.linalg.svd(moments[0].permute(1, 0, 2).flatten(1))[0][
+        :, : torch.linalg.matrix_rank(moments[0].permute(1, 0, 2).flatten(1))
+    ]
+    orthogonal = torch.eye(8) - basis @ basis.T
+    assert explained_share(*moments, orthogonal) < 1e-8
+    assert 1.001 * moved(W) < moved(orthogonal)
+    for _ in range(20):  # every other map that erases moves more: W + N with N cross = 0
+        other = W + 0.05 * torch.randn(8, 8) @ orthogonal
+        assert moved(W) < moved(other)
+    torch.testing.assert_close(eraser(x, torch.zeros(600, 2), label), torch.eye(8))
+    few = eraser(x[:6], q[:6], label[:6])  # fewer images than features
+    assert few.isfinite().all() and explained_share(*within_class_moments(x[:6], q[:6], label[:6]), few) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_erased_start(bias: bool, build: Build) -> None:
+    """h_u starts as the eraser, which with a bias keeps the mean; the share is 0 and stays where it is after a resume."""
+    keys = ["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_START", "erased"]
+    trainer = build("CoOpOOD", *keys, "TRAINER.COOPOOD.BIAS", bias)
+    batch = first_batch(trainer)
+    debiaser, z = trainer.debiasers[0], trainer.frozen_features_of("train")
+    assert debiaser.contribute(_step(trainer, batch)).log["L_c"] < 1e-6
+    W = eraser(z, debiaser.posterior, trainer.split("train").label)
+    torch.testing.assert_close(debiaser.h_u.weight, W)
+    kept = debiaser.h_u(z).mean(0)
+    torch.testing.assert_close(kept, z.mean(0) if bias else (z @ W.T).mean(0), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        debiaser.h_u.weight.zero_()
+    debiaser.before_train()  # as after a resume: a step has been taken
+    assert debiaser.h_u.weight.abs().max() == 0
+
+
+def _step(trainer: PromptTrainer, batch: dict[str, Any]) -> Step:
+    alignment = trainer.align(batch)
+    return Step(alignment, alignment.logits, batch["label"], batch["attribute"], batch["index"])
+
+
 def test_anchor_needs_names(build: Build) -> None:
     pseudo = build("CoOpOOD").pseudo
     pseudo.prompts = []
@@ -292,7 +346,9 @@ def test_compare_handles_image_conditioned_text() -> None:
     torch.testing.assert_close(alignment.logits, torch.stack([7 * w[i] @ z[i] for i in range(4)]))
 
 
-@pytest.mark.parametrize("key", ["L_C", "INIT", "PHASES", "INFERENCE", "ANCHOR", "ANCHOR_L_C", "ANCHOR_STATISTICS"])
+@pytest.mark.parametrize(
+    "key", ["L_C", "INIT", "PHASES", "INFERENCE", "ANCHOR", "ANCHOR_L_C", "ANCHOR_STATISTICS", "ANCHOR_START"]
+)
 def test_unknown_choices_are_refused(build: Build, key: str) -> None:
     with pytest.raises(UserError, match=f"TRAINER.COOPOOD.{key}"):
         build("CoOpOOD", f"TRAINER.COOPOOD.{key}", "nonsense")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oodprompt.trainers.debiased_pt import group_weights
+from oodprompt.trainers.debiased_pt import GroupWeights, group_weights
 from torch import Tensor
 
 from oodprompt import cli
@@ -107,13 +107,16 @@ def test_weights_do_not_depend_on_the_order_of_images(build: Build) -> None:
     assert weights[0].std() > 0
 
 
-def test_measured_by_a_pass_ahead_of_the_epoch(build: Build) -> None:
-    trainer = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", "pass", "TRAINER.DEBIASEDPT.EMA", 0)
+@pytest.mark.parametrize(("measure", "split", "count"), [("pass", "train", 80), ("held_out", "val", 16)])
+def test_measured_by_a_pass_ahead_of_the_epoch(measure: str, split: str, count: int, build: Build) -> None:
+    trainer = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.DEBIASEDPT.EMA", 0)
     batches = start(trainer)
     debiaser = trainer.debiasers[0]
-    z = trainer.frozen_features_of("train")
-    p_y = trainer.learner(z).logits.softmax(1)[torch.arange(80), trainer.split("train").label]
-    p = torch.stack([p_y[debiaser.g == g].mean() for g in range(4)]).double()
+    z, label = trainer.frozen_features_of(split), trainer.split(split).label
+    p_y = trainer.learner(z).logits.softmax(1)[torch.arange(count), label]
+    data = {"train": trainer.dataset.train_x, "val": trainer.dataset.val}[split]
+    group = torch.tensor([2 * d.label + d.attribute for d in data])
+    p = torch.stack([p_y[group == g].mean() for g in range(4)]).double()
     torch.testing.assert_close(debiaser.p, p, rtol=1e-5, atol=1e-6)
     expected = group_weights(p, debiaser.N_g, 1.0)
     torch.testing.assert_close(debiaser.w, expected, rtol=1e-5, atol=1e-6)
@@ -181,7 +184,7 @@ def test_true_groups_and_wrong_pseudo_groups(build: Build) -> None:
     assert noisy.objective(noisy.align(batch), unknown)[0] == blind
 
 
-@pytest.mark.parametrize("measure", ["epoch", "pass", "step"])
+@pytest.mark.parametrize("measure", ["epoch", "pass", "step", "held_out"])
 def test_interrupted_and_resumed_equals_unbroken(
     measure: str, arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +216,14 @@ def test_goes_over_every_base(base: str, run: Callable[..., dict[str, Any]], tmp
     results = run("DebiasedPT", "over", "--base", base, "OPTIM.MAX_EPOCH", 1, "TRAINER.GROUPS", "true")
     assert results["base"] == base and results["groups_by"] == "true"
     assert (tmp_path / "over" / "groups_by_epoch.png").is_file() == (base != "ZeroshotCLIP")
+
+
+def test_held_out_needs_validation_images(build: Build) -> None:
+    context = build("DebiasedPT").debiasers[0].context
+    context.val = None
+    cfg = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", "held_out").cfg
+    with pytest.raises(UserError, match="MEASURE held_out.*no validation"):
+        GroupWeights(cfg, context)
 
 
 @pytest.mark.parametrize(

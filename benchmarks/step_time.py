@@ -247,7 +247,9 @@ def plan(args: argparse.Namespace, opts: Sequence[str]) -> list[dict[str, Any]]:
         raise UserError("--classes: there are names for 1000 classes")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    learners = [name for name, trainer in TRAINER_REGISTRY.items() if name != "ZeroshotCLIP"]  # which trains nothing
+    # What trains, and one debiaser; others add next to nothing to a step, or a whole training ahead of the first.
+    learners = [n for n, t in TRAINER_REGISTRY.items() if t.learner_class and not n.startswith("ZeroshotCLIP")]
+    learners = sorted([*learners, "CoOpOOD"])
     names = learners if args.trainer == ["all"] else args.trainer
     shape = SHAPES[args.backbone] if args.backbone in SHAPES else load_backbone(args.backbone).shape
     size = (shape.image_resolution, shape.image_resolution)

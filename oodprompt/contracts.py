@@ -7,6 +7,7 @@ them, so any of one goes with any of the other, and debiasers stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -134,8 +135,9 @@ class Contribution:
 class Context:
     """What a debiaser is built from, besides the configuration.
 
-    ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS;
-    ``pseudo`` the pseudo-attributes; ``features_are_frozen`` says whether image features stay those of CLIP as it was
+    ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS,
+    ``num_groups()`` how many there are, also where no image features are at hand yet; ``pseudo`` the pseudo-attributes;
+    ``autocast()`` the precision of the towers; ``features_are_frozen`` says whether image features stay those of CLIP as it was
     released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
     stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
     training images ``choose`` (None: all), and returns it with its logits on the training split [N, C].
@@ -150,6 +152,8 @@ class Context:
     val: Split | None
     pseudo: PseudoAttributes
     groups: Callable[[Split], Groups]
+    num_groups: Callable[[], int]
+    autocast: Callable[[], AbstractContextManager]
     features_are_frozen: bool
     learner: PromptLearner
     fit_alone: Callable[[int, Tensor | None], tuple[PromptLearner, Tensor]]
@@ -161,6 +165,7 @@ class Debiaser(nn.Module):
 
     model_name = "debiaser"
     predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
+    chooses_images = False  # whether ``epoch_order`` takes the place of the sampler; one debiaser of a stack may
     default_base = "CoOp"  # what goes under it when TRAINER.BASE is empty
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
@@ -181,9 +186,9 @@ class Debiaser(nn.Module):
         """Called after each epoch (0-based), before it is evaluated and saved."""
 
     def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
-        """Indices into the training split of an epoch, in order; where defined, in place of the sampler's.
+        """Indices into the training split of an epoch, in order; used when ``chooses_images``.
 
-        One debiaser of a stack may. Every epoch must have the same number of images.
+        Every epoch must have the same number of images.
         """
         raise NotImplementedError
 

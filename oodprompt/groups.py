@@ -83,12 +83,17 @@ class PseudoAttributes:
                 "or use attribute labels with TRAINER.GROUPS true, where the method takes groups"
             )
         if self._text is None:
-            device, rows = self.clip.logit_scale.device, []
+            rows = []
             for prompts in self.prompts:
-                features = F.normalize(self.clip.encode_text(tokenize(list(prompts)).to(device)).float(), dim=-1)
-                rows.append(F.normalize(features.mean(dim=0), dim=0))
-            self._text = torch.stack(rows)
+                rows.append(F.normalize(prompt_features(self.clip, prompts).mean(dim=0), dim=0))
+            self._text = torch.stack(rows).float()
         return self._text
+
+    @property
+    def basis(self) -> Tensor:
+        """An orthonormal basis [d, r] of the text features of all prompts, each by itself. Raises as ``text`` does."""
+        _ = self.text
+        return span(prompt_features(self.clip, [prompt for prompts in self.prompts for prompt in prompts]))
 
     @torch.no_grad()
     def posterior(self, split: Split) -> Tensor:
@@ -114,6 +119,22 @@ class PseudoAttributes:
         return posterior.gather(1, places.to(posterior.device))
 
 
+@torch.no_grad()
+def prompt_features(clip: CLIP, prompts: Sequence[str]) -> Tensor:
+    """Normalised text features [n, d] of prompts, in float64 for the linear algebra that follows."""
+    tokens = tokenize(list(prompts)).to(clip.logit_scale.device)
+    return F.normalize(clip.encode_text(tokens).double(), dim=-1)
+
+
+def span(vectors: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """An orthonormal basis [d, r] of the rows of ``vectors`` [n, d].
+
+    Directions whose singular value is below ``tolerance`` times the largest are rounding, as dependent rows leave it.
+    """
+    _, size, directions = torch.linalg.svd(vectors, full_matrices=False)
+    return directions[size > tolerance * size.max()].T
+
+
 def groups_of(
     split: Split, choice: str, classnames: Sequence[str], attribute_names: Sequence[str], pseudo: PseudoAttributes
 ) -> Groups:
@@ -121,22 +142,26 @@ def groups_of(
 
     Raises ``UserError`` for another choice, or where an attribute label is unknown.
     """
-    if choice not in ("true", "pseudo"):
-        raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, ['true', 'pseudo'])}")
-    if choice == "true":
-        attribute = split.attribute
-        unknown = int((attribute < 0).sum())
-        if unknown:
-            raise UserError(
-                f"TRAINER.GROUPS true: {unknown:,} of {len(attribute):,} images of the {split.name} split have no "
-                "attribute label; use TRAINER.GROUPS pseudo"
-            )
-        values = max(len(attribute_names), int(attribute.max()) + 1)
-    else:
-        attribute, values = pseudo.of(split), len(pseudo.prompts)
+    values = num_values(split, choice, pseudo)
+    attribute = split.attribute if choice == "true" else pseudo.of(split)
     named = [attribute_names[a] if a < len(attribute_names) else str(a) for a in range(values)]
     names = tuple(f"{c} / {a}" for c in classnames for a in named)
     return Groups(split.label * values + attribute, names)
+
+
+def num_values(split: Split, choice: str, pseudo: PseudoAttributes) -> int:
+    """A, the number of attribute values by ``choice``; raises as ``groups_of`` does, without asking for features."""
+    if choice not in ("true", "pseudo"):
+        raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, ['true', 'pseudo'])}")
+    if choice == "pseudo":
+        return len(pseudo.text)
+    unknown = int((split.attribute < 0).sum())
+    if unknown:
+        raise UserError(
+            f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
+            "attribute label; use TRAINER.GROUPS pseudo"
+        )
+    return max(len(pseudo.names), int(split.attribute.max()) + 1)
 
 
 def per_group(values: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("data", TREES)
 def test_runs_unchanged(data: str, trainer: str, weights: Path, tmp_path: Path) -> None:
     TREES[data](tmp_path / "data")
-    flags = ["--root", str(tmp_path / "data"), "--trainer", trainer, "--seed", "1", "--output-dir", str(tmp_path / "out")]
+    flags = [
+        "--root",
+        str(tmp_path / "data"),
+        "--trainer",
+        trainer,
+        "--seed",
+        "1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     files = ["--dataset-config-file", f"configs/datasets/{data}.yaml", "--config-file", METHODS[trainer]]
     files[1::2] = [str(REPOSITORY / file) for file in files[1::2]]
     cli.run([*flags, *files, "MODEL.BACKBONE.PATH", str(weights), "OPTIM.MAX_EPOCH", "3"])

@@ -73,9 +73,7 @@ class GroupWeights(Debiaser):
                 raise UserError(f"TRAINER.DEBIASEDPT.{key}: {self.keys[key]} is not in [0, 1)")
         if self.keys.MEASURE == "held_out" and context.val is None:
             raise UserError("TRAINER.DEBIASEDPT.MEASURE held_out: the data set has no validation images; use epoch")
-        count = len(context.classnames) * max(len(context.attribute_names), 1)
-        if cfg.TRAINER.GROUPS == "true":
-            count = len(context.groups(context.train).names)
+        count = context.num_groups()
         self.register_buffer("w", torch.ones(count, dtype=torch.float64))  # [G]
         self.register_buffer("p", torch.zeros(count, dtype=torch.float64))  # [G], as last measured
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))

@@ -16,6 +16,7 @@ from oodprompt.engine.data import EpochBatches
 from oodprompt.engine.distributed import average_gradients, gather_rows
 from oodprompt.engine.features import FeatureLoader
 from oodprompt.engine.optim import LRScheduler, build_optimizer
+from oodprompt.errors import UserError
 
 if TYPE_CHECKING:
     from oodprompt.engine.trainer import PromptTrainer
@@ -78,11 +79,14 @@ def _train(
     choose: Tensor | None,
 ) -> None:
     loader, scaler = trainer.loader("train"), torch.amp.GradScaler(trainer.device.type, enabled=trainer.uses_scaler)
-    kept = loader.batches.order
-    if choose is not None:
-        indices = choose.cpu().numpy()
-        loader.batches.order = lambda epoch, rng: rng.permutation(indices)
-    with tqdm(total=epochs * len(loader), desc="First training", disable=None if trainer.shows else True) as bar:
+    # Without ``choose`` the sampler's order, not that of a debiaser beside the one that asks.
+    indices = None if choose is None else choose.cpu().numpy()
+    order = None if indices is None else (lambda epoch, rng: rng.permutation(indices))
+    hidden = None if trainer.shows else True
+    with (
+        loader.batches.ordered_by(order),
+        tqdm(total=epochs * len(loader), desc="First training", unit="step", disable=hidden, leave=False) as bar,
+    ):
         for epoch in range(epochs):
             seeding.set_random_seed(seeding.derive_seed(trainer.cfg.SEED, seeding.ALONE, epoch))
             loader.set_epoch(epoch)
@@ -98,6 +102,10 @@ def _train(
                 scaler.step(optim)
                 scaler.update()
                 bar.update()
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss.item()} in epoch {epoch + 1} of the first training; lower OPTIM.LR "
+                    f"(now {trainer.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {trainer.precision})"
+                )
             learner.after_epoch(epoch)
             sched.step()
-    loader.batches.order = kept

@@ -367,6 +367,15 @@ class EpochBatches:
             return len(self.data) // self.whole if drop else -(-len(self.data) // self.whole)
         return len(self.batches())
 
+    @contextlib.contextmanager
+    def ordered_by(self, order: EpochOrder | None) -> Iterator[None]:
+        """Another order for a while; None: the sampler's."""
+        kept, self.order = self.order, order
+        try:
+            yield
+        finally:
+            self.order = kept
+
     def parts(self) -> Iterator[np.ndarray]:
         """Indices of every batch, those of this process."""
         for batch in self.batches():

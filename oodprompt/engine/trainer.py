@@ -45,7 +45,7 @@ from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
-from oodprompt.groups import PseudoAttributes, Split, groups_of
+from oodprompt.groups import PseudoAttributes, Split, groups_of, num_values
 
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 _FREE_KEYS = (
@@ -188,7 +188,7 @@ class PromptTrainer:
             names = " and ".join(type(d).__name__ for d in predictors)
             raise UserError(f"TRAINER.STACK: {names} each replace the prediction; only one of a stack can")
         self.predictor = predictors[0] if predictors else None
-        orders = [d for d in self.debiasers if type(d).epoch_order is not Debiaser.epoch_order]
+        orders = [d for d in self.debiasers if d.chooses_images]
         if len(orders) > 1:
             names = " and ".join(type(d).__name__ for d in orders)
             raise UserError(f"TRAINER.STACK: {names} each choose the images of an epoch; only one of a stack can")
@@ -225,15 +225,17 @@ class PromptTrainer:
             cfg.TRAINER.PSEUDO_NOISE,
             lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, numbers[split])),
         )
-        classnames = self.learner.classnames
+        classnames, train = self.learner.classnames, self.split("train")
         return Context(
             clip=self.clip,
             classnames=classnames,
             attribute_names=data.attribute_names,
-            train=self.split("train"),
+            train=train,
             val=self.split("val") if self.val_loader else None,
             pseudo=self.pseudo,
             groups=lambda split: groups_of(split, cfg.TRAINER.GROUPS, classnames, data.attribute_names, self.pseudo),
+            num_groups=lambda: len(classnames) * num_values(train, cfg.TRAINER.GROUPS, self.pseudo),
+            autocast=self.autocast,
             features_are_frozen=not self.learner.trains_image_tower,
             learner=self.learner,
             fit_alone=lambda epochs, choose=None: fit_alone(self, epochs, choose),

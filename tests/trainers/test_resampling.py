@@ -1,0 +1,183 @@
+"""SUBG and RWG: the shares of the groups in an epoch; and what every method of this family is held to by a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oodprompt.trainers.resampling import balanced_draws, balanced_subset
+
+from oodprompt import cli
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.groups import Split
+from tests.test_resume import assert_same_outcome
+
+Arguments = Callable[..., list[str]]
+Build = Callable[..., PromptTrainer]
+Run = Callable[..., dict[str, Any]]
+
+TINY = [
+    *("DATASET.SHAPES.NUM_TRAIN", 40, "DATALOADER.TRAIN_X.BATCH_SIZE", 8, "OPTIM.MAX_EPOCH", 2),
+    *("OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1),
+]
+# Frozen features, an image tower that is trained, prompts that depend on the image; what resumes is pseudo over CoOp.
+OVER = [("CoOp", "true"), ("MaPLe", "pseudo"), ("CoCoOp", "true")]
+
+
+def assert_runs_over(run: Run, trainer: str, base: str, groups: str, *keys: Any) -> dict[str, Any]:
+    """A run of two short epochs over ``base`` ends, and reports what was asked for."""
+    results = run(trainer, "out", "--base", base, "TRAINER.GROUPS", groups, *TINY, *keys)
+    assert (results["trainer"], results["base"], results["groups_by"]) == (trainer, base, groups)
+    assert 0 <= results["worst_group_accuracy"] <= results["accuracy"] <= 1
+    return results
+
+
+def assert_resumes(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, *keys: Any
+) -> None:
+    """A run that is interrupted in the middle of an epoch, then goes on, ends where the unbroken one ends.
+
+    The second half must not train a first learner again.
+    """
+    keys = (*TINY, "OPTIM.MAX_EPOCH", 3, *keys)
+    cli.run(arguments(trainer, "unbroken", *keys))
+    step = PromptTrainer.forward_backward
+
+    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if (self.epoch, self.batch_idx) == (1, 1):
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    def again(*args: Any) -> None:
+        raise AssertionError("a resumed run trains the first learner again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(arguments(trainer, "broken", *keys))
+    with monkeypatch.context() as patch:
+        patch.setattr("oodprompt.engine.trainer.fit_alone", again)
+        cli.run(arguments(trainer, "broken", *keys))
+    assert "resuming after epoch 1 of 3" in (tmp_path / "broken" / "log.txt").read_text()
+    assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3,))
+
+
+def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, no image has an attribute label."""
+    split = PromptTrainer.split
+
+    def unlabelled(self: PromptTrainer, name: str) -> Split:
+        known = split(self, name)
+        return replace(known, attribute=torch.full_like(known.attribute, -1))
+
+    monkeypatch.setattr(PromptTrainer, "split", unlabelled)
+
+
+def order_of(trainer: PromptTrainer, epoch: int) -> np.ndarray:
+    """What the engine takes for the order of an epoch."""
+    batches = trainer.train_loader_x.batches
+    batches.epoch = epoch
+    return np.concatenate(batches.batches())
+
+
+def groups_of(trainer: PromptTrainer) -> np.ndarray:
+    return np.array([2 * datum.label + datum.attribute for datum in trainer.dataset.train_x])
+
+
+SMALL_BATCHES = ["TRAINER.GROUPS", "true", "DATALOADER.TRAIN_X.BATCH_SIZE", 4]
+
+
+def test_subset_has_equally_many_of_every_group_that_has_images() -> None:
+    group = np.array([0] * 9 + [3] * 4 + [1] * 6)
+    subset = balanced_subset(group, np.random.default_rng(0))
+    assert np.bincount(group[subset]).tolist() == [4, 4, 0, 4]
+    assert len(set(subset.tolist())) == 12
+    assert (np.diff(group[subset]) != 0).sum() > 2  # groups are mixed, not one after the other
+    seen = {i for seed in range(60) for i in balanced_subset(group, np.random.default_rng(seed)).tolist()}
+    assert seen == set(range(19))
+
+
+def test_draws_meet_groups_equally_and_images_of_a_group_equally() -> None:
+    group = np.array([0] * 3600 + [2] * 390 + [3] * 10)
+    draws = balanced_draws(group, np.random.default_rng(0))
+    assert draws.shape == group.shape
+    share = np.bincount(group[draws], minlength=4) / len(group)
+    assert share[1] == 0 and np.abs(share[[0, 2, 3]] - 1 / 3).max() < 0.03  # 4 standard deviations
+    assert np.bincount(draws)[-10:].min() > 80  # 133 of each of ten images are expected
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+def test_subg_in_the_engine(build: Build, redraw: bool) -> None:
+    trainer, again, other = (
+        build("SUBG", *SMALL_BATCHES, "TRAINER.SUBG.REDRAW", redraw, "SEED", seed) for seed in (1, 1, 2)
+    )
+    group = groups_of(trainer)
+    N_g = np.bincount(group)
+    assert N_g.min() < N_g.max() / 2
+    orders = [order_of(trainer, epoch) for epoch in range(3)]
+    for order in orders:
+        assert np.bincount(group[order]).tolist() == [N_g.min()] * 4
+        assert len(set(order.tolist())) == len(order)
+    assert all(np.array_equal(order, order_of(again, epoch)) for epoch, order in enumerate(orders))
+    assert set(orders[0].tolist()) != set(order_of(other, 0).tolist())
+    assert not np.array_equal(orders[0], orders[1])
+    same = [set(orders[0].tolist()) == set(order.tolist()) for order in orders[1:]]
+    assert same == [not redraw] * 2
+    assert len(trainer.loader("train")) == len(orders[0]) // 4
+
+
+def test_rwg_in_the_engine(build: Build) -> None:
+    trainer, again = (build("RWG", *SMALL_BATCHES, "DATASET.SHAPES.NUM_TRAIN", 400) for _ in range(2))
+    group, orders = groups_of(trainer), [order_of(trainer, epoch) for epoch in range(4)]
+    assert {len(order) for order in orders} == {400}
+    assert np.array_equal(orders[1], order_of(again, 1)) and not np.array_equal(orders[0], orders[1])
+    assert np.bincount(group).max() > 120
+    assert np.abs(np.bincount(group[np.concatenate(orders)]) - 400).max() < 70  # 4 standard deviations
+
+
+@pytest.mark.parametrize("name", ["SUBG", "RWG"])
+def test_the_loss_is_plain_cross_entropy(build: Build, name: str) -> None:
+    trainer = build(name, *SMALL_BATCHES)
+    batch = next(iter(trainer.loader("train")))
+    alignment = trainer.align(batch)
+    loss, _ = trainer.objective(alignment, batch)
+    assert torch.equal(loss, torch.nn.functional.cross_entropy(alignment.logits, batch["label"]))
+
+
+def test_the_share_of_groups_is_said(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    build("SUBG", "TRAINER.GROUPS", "true").debiasers[0].before_train()
+    assert "epochs of 32 of 80 training images, 4 groups with equal shares" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SUBG", "RWG"])
+def test_attribute_labels_that_are_missing_are_named(build: Build, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    without_labels(monkeypatch)
+    build(name, "TRAINER.GROUPS", "pseudo").debiasers[0].before_train()
+    with pytest.raises(UserError, match="80 of 80 images of the train split have no attribute label"):
+        build(name, "TRAINER.GROUPS", "true").before_train()
+
+
+def test_two_orders_in_one_stack_are_refused(build: Build) -> None:
+    with pytest.raises(UserError, match=r"Subsampling and Reweighting each choose the images"):
+        build("SUBG", "TRAINER.STACK", "('RWG',)")
+
+
+@pytest.mark.parametrize("name", ["SUBG", "RWG"])
+@pytest.mark.parametrize(("base", "groups"), OVER)
+def test_runs_over(run: Run, name: str, base: str, groups: str) -> None:
+    assert_runs_over(run, name, base, groups)
+
+
+@pytest.mark.parametrize("case", ["SUBG", "SUBG False", "RWG"])
+def test_resumed_equals_never_stopped(
+    case: str, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *redraw = case.split()
+    keys = ["TRAINER.SUBG.REDRAW", *redraw] if redraw else []
+    assert_resumes(arguments, tmp_path, monkeypatch, name, *keys, "DATASET.SHAPES.NUM_TRAIN", 80)

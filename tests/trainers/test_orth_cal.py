@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from oodprompt.trainers.orth_cal import ProjectedText, calibrated
 from torch import Tensor
 
-from oodprompt.backbones import tokenize
 from oodprompt import groups
+from oodprompt.backbones import tokenize
 from oodprompt.contracts import Alignment
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError

@@ -183,18 +183,19 @@ class PromptTrainer:
             debiaser = debiaser_type(cfg, context)
             self.debiasers.append(debiaser)
             self._register(debiaser, debiaser_type.learning_rate(cfg))
-        predictors = [d for d in self.debiasers if d.predicts]
-        if len(predictors) > 1:
-            names = " and ".join(type(d).__name__ for d in predictors)
-            raise UserError(f"TRAINER.STACK: {names} each replace the prediction; only one of a stack can")
-        self.predictor = predictors[0] if predictors else None
-        orders = [d for d in self.debiasers if d.chooses_images]
-        if len(orders) > 1:
-            names = " and ".join(type(d).__name__ for d in orders)
-            raise UserError(f"TRAINER.STACK: {names} each choose the images of an epoch; only one of a stack can")
-        if orders:
-            self.train_loader_x.batches.order = orders[0].epoch_order
+        self.predictor = self._only_one("predicts", "replace the prediction")
+        chooser = self._only_one("chooses_images", "choose the images of an epoch")
+        if chooser is not None:
+            self.train_loader_x.batches.order = chooser.epoch_order
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.uses_scaler)
+
+    def _only_one(self, what: str, does: str) -> Debiaser | None:
+        """The debiaser that has the attribute ``what``, if any; ``UserError`` where several have."""
+        names = [*([self.cfg.TRAINER.NAME] if self.debiaser_class else []), *self.cfg.TRAINER.STACK]
+        having = {name: d for name, d in zip(names, self.debiasers, strict=True) if getattr(d, what)}
+        if len(having) > 1:
+            raise UserError(f"TRAINER.STACK: {' and '.join(having)} each {does}; only one of a stack can")
+        return next(iter(having.values()), None)
 
     @property
     def uses_scaler(self) -> bool:

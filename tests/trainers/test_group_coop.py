@@ -287,7 +287,7 @@ def test_stacks_with_weights_of_another(build: Build) -> None:
 
 
 def test_two_predictions_do_not_stack(build: Build) -> None:
-    with pytest.raises(UserError, match="GroupPrompts and DecoupledProjections each replace the prediction"):
+    with pytest.raises(UserError, match="GroupCoOp and CoOpOOD each replace the prediction"):
         build("GroupCoOp", "TRAINER.STACK", "('CoOpOOD',)")
 
 

@@ -164,8 +164,10 @@ def test_attribute_labels_that_are_missing_are_named(build: Build, monkeypatch: 
 
 
 def test_two_orders_in_one_stack_are_refused(build: Build) -> None:
-    with pytest.raises(UserError, match=r"Subsampling and Reweighting each choose the images"):
-        build("SUBG", "TRAINER.STACK", "('RWG',)")
+    for other in ("RWG", "AFR"):
+        with pytest.raises(UserError, match=f"SUBG and {other} each choose the images of an epoch"):
+            build("SUBG", "TRAINER.STACK", f"['{other}']")
+    build("SUBG", "TRAINER.STACK", "['GroupDRO']", "TRAINER.GROUPDRO.BALANCED", False)
 
 
 @pytest.mark.parametrize("name", ["SUBG", "RWG"])

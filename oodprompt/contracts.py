@@ -136,7 +136,8 @@ class Context:
     """What a debiaser is built from, besides the configuration.
 
     ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS,
-    ``num_groups()`` how many there are, also where no image features are at hand yet; ``pseudo`` the pseudo-attributes;
+    ``num_groups()`` how many there are and ``check_groups(split)`` whether they can be known (else ``UserError``), both
+    without asking for image features; ``pseudo`` the pseudo-attributes;
     ``autocast()`` the precision of the towers; ``features_are_frozen`` says whether image features stay those of CLIP as it was
     released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
     stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
@@ -153,6 +154,7 @@ class Context:
     pseudo: PseudoAttributes
     groups: Callable[[Split], Groups]
     num_groups: Callable[[], int]
+    check_groups: Callable[[Split], None]
     autocast: Callable[[], AbstractContextManager]
     features_are_frozen: bool
     learner: PromptLearner
@@ -166,6 +168,10 @@ class Debiaser(nn.Module):
     model_name = "debiaser"
     predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
     chooses_images = False  # whether ``epoch_order`` takes the place of the sampler; one debiaser of a stack may
+    balances_groups = False  # whether it then draws all groups equally often
+    weighs_by_group_size = (
+        False  # whether its weights make up for unequal groups, so that balanced draws would do it twice
+    )
     default_base = "CoOp"  # what goes under it when TRAINER.BASE is empty
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
@@ -175,6 +181,9 @@ class Debiaser(nn.Module):
     def learning_rate(cls, cfg: CfgNode) -> float:
         """Base learning rate of the debiaser's own parameters."""
         return cfg.OPTIM.LR
+
+    def check(self) -> None:
+        """Called when training starts, ahead of any long work: refuse what cannot be."""
 
     def before_train(self) -> None:
         """Called once, before the first epoch (also after a resume)."""

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor, nn
 
+from oodprompt.errors import UserError
+
 
 def within_classes(
     dependence: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, label: Tensor, min_per_class: int = 4
@@ -75,6 +77,9 @@ def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
     smallest possible. S is shrunk towards a multiple of the identity as far as the number of images asks for (Ledoit
     and Wolf 2004), which costs some of "least" and none of "no trace".
 
+    Raises ``UserError`` where the classes times attribute values are so many that more than half of the dimensions would
+    go, most of them by chance.
+
     Source: Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023, within classes here.
     """
     cross, covariance = (moment.double() for moment in within_class_moments(x.double(), q.double(), label))
@@ -85,6 +90,11 @@ def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
     columns = inverse @ cross.permute(1, 0, 2).flatten(1)  # [d, C A]
     left, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     basis = left[:, sizes > 1e-4 * sizes.max().clamp(min=1e-12)]
+    if basis.shape[1] > len(covariance) / 2:
+        raise UserError(
+            f"erasing the attribute in every class would take {basis.shape[1]} of {len(covariance)} dimensions; with so many "
+            "classes use TRAINER.COOPOOD.ANCHOR_START identity"
+        )
     return (identity - root @ basis @ basis.T @ inverse).to(x.dtype)
 
 

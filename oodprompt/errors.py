@@ -18,7 +18,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the known name nearest to ``name``, and lists all when there are few."""
     known = sorted(known)
     lowered = {k.lower(): k for k in known}
-    match = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
     hint = f"did you mean {lowered[match[0]]!r}? " if match else ""
     listing = ", ".join(known) if len(known) <= 40 else f"{len(known)} names, see `python train.py --list`"
     return f"{hint}known: {listing}"

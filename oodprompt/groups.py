@@ -135,21 +135,21 @@ def span(vectors: Tensor, tolerance: float = 1e-5) -> Tensor:
     return directions[size > tolerance * size.max()].T
 
 
-def groups_of(
-    split: Split, choice: str, classnames: Sequence[str], attribute_names: Sequence[str], pseudo: PseudoAttributes
-) -> Groups:
+def groups_of(split: Split, choice: str, classnames: Sequence[str], values: int, pseudo: PseudoAttributes) -> Groups:
     """The groups of a split by ``choice``: the data set's attributes ("true") or pseudo-attributes ("pseudo").
+
+    ``values`` is the number of attribute values in all splits of the data set.
 
     Raises ``UserError`` for another choice, or where an attribute label is unknown.
     """
-    values = num_values(split, choice, pseudo)
+    values = num_values(split, choice, values, pseudo)
     attribute = split.attribute if choice == "true" else pseudo.of(split)
-    named = [attribute_names[a] if a < len(attribute_names) else str(a) for a in range(values)]
+    named = [pseudo.names[a] if a < len(pseudo.names) else str(a) for a in range(values)]
     names = tuple(f"{c} / {a}" for c in classnames for a in named)
     return Groups(split.label * values + attribute, names)
 
 
-def num_values(split: Split, choice: str, pseudo: PseudoAttributes) -> int:
+def num_values(split: Split, choice: str, values: int, pseudo: PseudoAttributes) -> int:
     """A, the number of attribute values by ``choice``; raises as ``groups_of`` does, without asking for features."""
     if choice not in ("true", "pseudo"):
         raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, ['true', 'pseudo'])}")
@@ -159,9 +159,9 @@ def num_values(split: Split, choice: str, pseudo: PseudoAttributes) -> int:
     if unknown:
         raise UserError(
             f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
-            "attribute label; use TRAINER.GROUPS pseudo"
+            "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only"
         )
-    return max(len(pseudo.names), int(split.attribute.max()) + 1)
+    return max(len(pseudo.names), values)
 
 
 def per_group(values: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -75,26 +75,48 @@ def read_grid(path: Path) -> dict[str, Any]:
         grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid yaml: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(grid, dict) or not all(isinstance(grid.get(key), dict) for key in ("settings", "methods")):
+    if not isinstance(grid, dict) or not all(
+        isinstance(grid.get(k), dict) and grid[k] for k in ("settings", "methods")
+    ):
         raise UserError(f"{path}: a grid needs the mappings settings and methods; see scripts/grid.py --help")
     for key in grid:
         if key not in _KEYS:
             raise UserError(f"{path}: unknown entry {key!r}: {nearest(str(key), _KEYS)}")
+    if not isinstance(grid.get("config"), str) or not Path(grid["config"]).is_file():
+        raise UserError(f"{path}: config must name a config file, not {grid.get('config')!r}")
     methods = []
     for name, entry in grid["methods"].items():
         if isinstance(entry, str):
             methods.append(Method("", str(name), entry))
         elif grid.get("rank") and isinstance(entry, dict) and entry.keys() == {"args", "keys"}:
-            lists = entry["keys"] if isinstance(entry["keys"], list) else [entry["keys"]]
-            for keys in lists:
-                for values in itertools.product(*keys.values()):
-                    pairs = list(zip(keys, values, strict=True))
-                    label = ", ".join(f"{key.removeprefix('TRAINER.')} {value}" for key, value in pairs) or "as it is"
-                    line = " ".join(f"{key} {shlex.quote(str(value))}" for key, value in pairs)
-                    methods.append(Method(str(name), label, f"{entry['args']} {line}"))
+            methods += _combinations(path, str(name), entry)
         else:
             raise UserError(f"{path}: methods.{name} must be a command line (or, under rank, have args and keys)")
+    pieces = {"common": grid.get("common"), **{f"settings.{k}": v for k, v in grid["settings"].items()}}
+    for where, line in [*pieces.items(), *((f"methods.{m.name}", m.args) for m in methods)]:
+        if line is not None and not isinstance(line, str):
+            raise UserError(f"{path}: {where} must be a piece of a command line, not {line!r}")
+        try:
+            shlex.split(line or "")
+        except ValueError as error:
+            raise UserError(f"{path}: {where}: {error} in {line!r}") from error
     return {**grid, "methods": methods, "rank": bool(grid.get("rank")), "settings": dict(grid["settings"])}
+
+
+def _combinations(path: Path, section: str, entry: dict[str, Any]) -> list[Method]:
+    """Every combination of the ``keys`` of a section of a sweep."""
+    methods = []
+    for keys in entry["keys"] if isinstance(entry["keys"], list) else [entry["keys"]]:
+        if not isinstance(keys, dict) or not all(isinstance(values, list) for values in keys.values()):
+            raise UserError(
+                f"{path}: methods.{section}.keys must be KEY: [value, value, ...], or a list of such mappings"
+            )
+        for values in itertools.product(*keys.values()):
+            pairs = list(zip(keys, values, strict=True))
+            label = ", ".join(f"{key.removeprefix('TRAINER.')} {value}" for key, value in pairs) or "as it is"
+            line = " ".join(f"{key} {shlex.quote(str(value))}" for key, value in pairs)
+            methods.append(Method(section, label, f"{entry['args']} {line}"))
+    return methods
 
 
 def train(command: list[str], output: str) -> str | None:
@@ -120,8 +142,24 @@ def commands(grid: dict[str, Any], seeds: list[int], out: Path, root: str) -> di
         folder = out / str(setting) / method.folder / f"seed{seed}"
         flags = ["--config-file", grid["config"], "--root", root, "--seed", str(seed)]
         keys = [*shlex.split(grid.get("common") or ""), *shlex.split(line or ""), *shlex.split(method.args)]
+        if folder in runs:
+            raise UserError(f"two methods of the grid go to the folder {folder}: give one another name")
         runs[folder] = [*flags, *cache, *keys, *(["TEST.SPLIT", "val"] if grid["rank"] else [])]
     return runs
+
+
+def changed_keys(folder: Path, command: list[str]) -> list[str]:
+    """The keys in which a finished run differs from its command line of now."""
+    from oodprompt import cli
+    from oodprompt.engine.config import get_cfg_default, leaves, merge_file
+
+    old = get_cfg_default()
+    merge_file(old, folder / "config.yaml")
+    parser = cli.build_parser()
+    with contextlib.redirect_stdout(io.StringIO()):
+        new = leaves(cli.setup_cfg(parser.parse_intermixed_args([*command, "--output-dir", str(folder)])))
+    free = ("OUTPUT_DIR", "DATASET.ROOT", "DATALOADER.CACHE_DIR")
+    return [f"{k} was {v!r}, is now {new[k]!r}" for k, v in leaves(old).items() if k not in free and new[k] != v]
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float:
@@ -168,10 +206,15 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder that holds the data sets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs trained at the same time")
     args = parser.parse_args()
+    if args.jobs < 1:
+        raise UserError("--jobs: give 1 or more")
     grid = read_grid(args.grid)
     out = args.out or Path("output") / args.grid.stem
     runs = commands(grid, args.seeds, out, args.root)
     missing = {folder: line for folder, line in runs.items() if not (folder / "results.json").is_file()}
+    for folder in set(runs) - set(missing):
+        if changed := changed_keys(folder, runs[folder]):
+            raise UserError(f"{folder} is a run of another grid ({changed[0]}): delete it, or choose another --out")
     failed = []
     first = {folder.parts[len(out.parts)]: folder for folder in reversed(missing)}  # renders a setting's images once
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -190,6 +233,11 @@ def main() -> None:
         for setting in grid["settings"]
         for method in grid["methods"]
     }
+    nameless = [f"{s}/{m.name}" for (s, m), rows in results.items() for r in rows if r["worst_group_accuracy"] is None]
+    if nameless:
+        raise UserError(
+            f"{nameless[0]}: these results have no groups (no attributes in the data set), which tables need"
+        )
     text = tables(grid, results)
     write_atomically(out / "table.md", text)
     wrote = [out / "table.md"]

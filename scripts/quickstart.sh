@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs (into .venv) and runs the main job on the embedded CLIP and rendered data: no downloads of weights or data.
-# Ends in a table of four methods with worst-group accuracy and the paths of the pictures.
+# Ends in a table of six methods with worst-group accuracy and the paths of the pictures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -20,7 +20,9 @@ run ZeroshotCLIP --trainer ZeroshotCLIP
 run CoOp --trainer CoOp
 run CoOpOOD --trainer CoOpOOD
 run CoOpOOD-anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
-"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOpOOD CoOpOOD-anchored
+run DebiasedPT --trainer DebiasedPT
+run CoOpOOD+DebiasedPT --trainer CoOpOOD --config-file configs/trainers/CoOpOOD/debiased_tiny_shapes.yaml
+"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOpOOD CoOpOOD-anchored DebiasedPT CoOpOOD+DebiasedPT
 echo
 echo "Pictures of each run: $out/<method>/seed1/groups.png and, where something is trained, training.png; tables: results.md; everything printed: log.txt"
 echo "Took $((SECONDS - began)) s after installation."

@@ -64,24 +64,25 @@ def test_noise_moves_that_share_and_keeps_the_values() -> None:
 
 def test_groups_of_both_kinds() -> None:
     split, seen = a_split(), pseudo()
-    true = groups_of(split, "true", ["a", "b"], NAMES, seen)
+    true = groups_of(split, "true", ["a", "b"], 3, seen)
     assert torch.equal(true.index, split.label * 3 + split.attribute)
     assert true.names == ("a / water", "a / land", "a / snow", "b / water", "b / land", "b / snow")
     assert true.count.tolist() == [sum((true.index == g).tolist()) for g in range(6)]
     assert not seen.splits  # labels are enough, nothing is encoded
-    guessed = groups_of(split, "pseudo", ["a", "b"], NAMES, seen)
+    guessed = groups_of(split, "pseudo", ["a", "b"], 3, seen)
     assert torch.equal(guessed.index, split.label * 3 + seen.of(split)) and guessed.count.sum() == 50
-    nameless = groups_of(split, "true", ["a", "b"], (), seen)
-    assert nameless.names[:3] == ("a / 0", "a / 1", "a / 2")
+    nameless = groups_of(split, "true", ["a", "b"], 4, PseudoAttributes(load_backbone("tiny"), (), []))
+    assert nameless.names[:4] == ("a / 0", "a / 1", "a / 2", "a / 3")  # a value that only another split has counts too
+    assert torch.equal(nameless.index, split.label * 4 + split.attribute)
 
 
 def test_unknown_attributes_and_choices_are_refused() -> None:
     split = a_split()
     split.attribute[3:5] = -1
     with pytest.raises(UserError, match=r"2 of 50 images of the train split have no\s+attribute label.*pseudo"):
-        groups_of(split, "true", ["a", "b"], NAMES, pseudo())
+        groups_of(split, "true", ["a", "b"], 3, pseudo())
     with pytest.raises(UserError, match=r"TRAINER.GROUPS.*'treu'.*true"):
-        groups_of(split, "treu", ["a", "b"], NAMES, pseudo())
+        groups_of(split, "treu", ["a", "b"], 3, pseudo())
 
 
 def test_sums_by_group() -> None:
@@ -181,15 +182,56 @@ def test_selected_models_are_what_they_were(
         assert row["accuracy"] == other["accuracy"] and row["gap"] == other["gap"]
 
 
-def test_no_attribute_labels_in_validation(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_attribute_labels_in_validation(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without = [told(0.9, None, 0.2), told(0.8, None, 0.5), told(0.7, None, 0.6)]
     with monkeypatch.context() as patch:
         follow(patch, without)
         results = run("DebiasedPT", "auto", *BEST)
     assert results["best_epoch"] == 1 and "worst_group_accuracy" not in [s["criterion"] for s in results["selections"]]
     follow(monkeypatch, without)
-    with pytest.raises(UserError, match=r"worst_group_accuracy.*no attributes"):
+    monkeypatch.setattr(PromptTrainer, "split", without_labels(PromptTrainer.split))
+    with pytest.raises(UserError, match=r"worst_group_accuracy: the validation data have images without an attribute"):
         run("DebiasedPT", "true", *BEST, "TEST.SELECTION", "worst_group_accuracy")
+    assert not (tmp_path / "true" / "tensorboard").exists()
+
+
+def without_labels(split: Callable[..., Split]) -> Callable[..., Split]:
+    def blind(self: PromptTrainer, name: str) -> Split:
+        s = split(self, name)
+        return Split(s.name, s.label, torch.full_like(s.attribute, -1), s.features)
+
+    return blind
+
+
+def test_report_covers_validation_and_outlives_a_second_call(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    keys = ["OPTIM.MAX_EPOCH", 1, "TRAINER.DEBIASEDPT.MEASURE", "held_out"]
+    first = run("DebiasedPT", "twice", *keys)
+    assert set(first["pseudo_attribute_accuracy"]) == {"train", "val"}
+    log = (tmp_path / "twice" / "log.txt").read_text()
+    assert log.count("Pseudo-attributes (train)") == log.count("Pseudo-attributes (val)") == 1
+    assert run("DebiasedPT", "twice", *keys)["pseudo_attribute_accuracy"] == first["pseudo_attribute_accuracy"]
+
+
+def test_what_takes_no_groups_says_none(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    keys = ["OPTIM.MAX_EPOCH", 1, "TRAINER.JTT.FIRST_EPOCHS", 1]
+    assert run("JTT", "jtt", *keys)["groups_by"] is None
+    assert run("RWG", "rwg", *keys)["groups_by"] == "pseudo"
+    run("DebiasedPT", "nothing", "--base", "ZeroshotCLIP")
+    assert "so DebiasedPT changes nothing" in (tmp_path / "nothing" / "log.txt").read_text()
+
+
+def test_the_size_of_groups_counts_once(build: Callable[..., PromptTrainer]) -> None:
+    for name in ("RWG", "SUBG", "GroupDRO"):
+        with pytest.raises(UserError, match=r"DebiasedPT weighs groups by their size.*already draws them"):
+            build(name, "TRAINER.STACK", "['DebiasedPT']")
+    with pytest.raises(UserError, match="GroupCoOp weighs groups by their size"):
+        build("GroupCoOp", "TRAINER.STACK", "['RWG']")
+    build("GroupCoOp", "TRAINER.STACK", "['RWG']", "TRAINER.GROUPCOOP.BALANCE", False)
+    build("AFR", "TRAINER.STACK", "['DebiasedPT']")
 
 
 def test_resumed_run_selects_as_the_unbroken_one(

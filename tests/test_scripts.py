@@ -68,6 +68,18 @@ def test_grid_trains_what_is_missing_and_tabulates(data_root: Path, tmp_path: Pa
     assert [str(p.relative_to(out)) for p in again if again[p] != times[p]] == ["0.5/CoOp/seed2/results.json"]
 
 
+def test_runs_of_another_grid_are_not_taken_for_this_one(data_root: Path, tmp_path: Path) -> None:
+    where = ["--seeds", 1, "--root", data_root, "--out", tmp_path / "out"]
+    one = {"settings": {"0.8": "DATASET.SHAPES.CORRELATION 0.8"}, "methods": {"M": "--trainer ZeroshotCLIP"}}
+    assert run_grid(write_grid(tmp_path / "a.yaml", **one), *where).returncode == 0
+    assert run_grid(tmp_path / "a.yaml", *where).returncode == 0
+    done = run_grid(write_grid(tmp_path / "b.yaml", **one | {"methods": {"M": "--trainer OrthCal"}}), *where)
+    assert done.returncode == 2 and "TRAINER.NAME was 'ZeroshotCLIP', is now 'OrthCal'" in done.stderr
+    methods = {"A B": "--trainer ZeroshotCLIP", "A_B": "--trainer OrthCal"}
+    done = run_grid(write_grid(tmp_path / "c.yaml", **one | {"methods": methods}), *where)
+    assert done.returncode == 2 and "two methods of the grid go to the folder" in done.stderr
+
+
 def test_ranked_grid_reads_validation_data_and_puts_the_best_first(data_root: Path, tmp_path: Path) -> None:
     methods = {"CoOp": {"args": "--trainer CoOp", "keys": {"OPTIM.LR": [0.002, 0.5], "OPTIM.WARMUP_EPOCH": [-1]}}}
     file, out = write_grid(tmp_path / "sweep.yaml", methods=methods, rank=True), tmp_path / "out"
@@ -93,6 +105,12 @@ def test_failing_runs_are_named_and_the_others_kept(data_root: Path, tmp_path: P
         ({"settings": 3}, "mappings settings and methods"),
         ({"method": {}}, "unknown entry 'method'.*did you mean 'methods'"),
         ({"methods": {"CoOp": ["--trainer", "CoOp"]}}, r"methods\.CoOp must be a command line"),
+        ({"settings": {}}, "mappings settings and methods"),
+        ({"config": None}, "config must name a config file"),
+        ({"settings": {"a": 5}}, r"settings\.a must be a piece of a command line, not 5"),
+        ({"methods": {"CoOp": "--trainer 'CoOp"}}, r"methods\.CoOp: No closing quotation"),
+        ({"rank": True, "methods": {"a": {"args": "", "keys": {"OPTIM.LR": 0.1}}}}, r"methods\.a\.keys must be KEY:"),
+        ({"rank": True, "methods": {"a": {"args": "", "keys": None}}}, r"methods\.a\.keys must be KEY:"),
         ({"methods": {"CoOp": {"args": "--trainer CoOp", "keys": {}}}}, r"methods\.CoOp must be a command line"),
     ],
 )

@@ -104,6 +104,11 @@ class DecoupledProjections(Debiaser):
 
     model_name = "coopood"
     predicts = True
+    not_loaded = (
+        "running.cross",
+        "running.variance",
+        "running.count",
+    )  # of the classes trained on, and of no use later
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

@@ -55,6 +55,7 @@ class GroupWeights(Debiaser):
     """The weights w_g and what they follow; over any prompt learner."""
 
     model_name = "debiasedpt"
+    weighs_by_group_size = True
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
@@ -68,16 +69,23 @@ class GroupWeights(Debiaser):
                 raise UserError(
                     f"TRAINER.DEBIASEDPT.{key}: unknown choice {self.keys[key]!r}: {nearest(self.keys[key], known)}"
                 )
+        if not 0 <= self.keys.ETA <= 100:
+            raise UserError(f"TRAINER.DEBIASEDPT.ETA: {self.keys.ETA} is not between 0 and 100")
         for key in ("EMA", "MOMENTUM"):
             if not 0 <= self.keys[key] < 1:
                 raise UserError(f"TRAINER.DEBIASEDPT.{key}: {self.keys[key]} is not in [0, 1)")
-        if self.keys.MEASURE == "held_out" and context.val is None:
-            raise UserError("TRAINER.DEBIASEDPT.MEASURE held_out: the data set has no validation images; use epoch")
         count = context.num_groups()
         self.register_buffer("w", torch.ones(count, dtype=torch.float64))  # [G]
         self.register_buffer("p", torch.zeros(count, dtype=torch.float64))  # [G], as last measured
+        self.register_buffer("measured", torch.zeros(count, dtype=torch.bool))  # [G], whether p_g ever was
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._begin_measuring()
+
+    def check(self) -> None:
+        if self.keys.MEASURE == "held_out":
+            if self.context.val is None:
+                raise UserError("TRAINER.DEBIASEDPT.MEASURE held_out: the data set has no validation images; use epoch")
+            self.context.check_groups(self.context.val)
 
     def _begin_measuring(self) -> None:
         self.P_sum, self.cnt = torch.zeros_like(self.w), torch.zeros_like(self.w)
@@ -103,9 +111,15 @@ class GroupWeights(Debiaser):
         self.P_sum, self.cnt = self.P_sum + total, self.cnt + count
 
     def _update(self, keep: float = 0.0) -> None:
-        """New p_g of the groups that were measured (``keep`` of the former stays), then new weights."""
-        mean = self.P_sum / self.cnt.clamp(min=1)
-        self.p = torch.where(self.cnt > 0, keep * self.p + (1 - keep) * mean, self.p)
+        """New p_g of the groups that were measured now (``keep`` of the former stays), then new weights.
+
+        A group that never was (no validation image, or none yet) counts as the mean of the others.
+        """
+        mean, now = self.P_sum / self.cnt.clamp(min=1), self.cnt > 0
+        self.p = torch.where(now, torch.where(self.measured, keep * self.p + (1 - keep) * mean, mean), self.p)
+        self.measured = self.measured | now
+        if self.measured.any():
+            self.p = torch.where(self.measured, self.p, self.p[self.measured].mean())
         self.w = self.keys.EMA * self.w + (1 - self.keys.EMA) * self._weights(self.p, self.keys.ETA)
 
     def _weights(self, p: Tensor, eta: float) -> Tensor:
@@ -118,8 +132,7 @@ class GroupWeights(Debiaser):
         if self.keys.MEASURE in ("epoch", "step"):
             self._measure(step.logits, step.label, g)
         if self.keys.MEASURE == "step":
-            first = self.p.sum() == 0  # no former p_g yet
-            self._update(keep=0.0 if first else self.keys.MOMENTUM)
+            self._update(keep=self.keys.MOMENTUM)
             self._begin_measuring()
         return Contribution(sample_weights=weights)
 

@@ -74,10 +74,12 @@ class LastLayer(Debiaser):
         self.bias = nn.Parameter(torch.zeros(classes))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
-    def before_train(self) -> None:
+    def check(self) -> None:
         val = self.context.val
         if val is None:
             raise UserError("DFR fits its last layer on validation data, and the data set has none")
+        if self.cfg.OPTIM.MAX_EPOCH < 1:
+            raise UserError("OPTIM.MAX_EPOCH: DFR fits its last layer after the last epoch; give 1 or more")
         if self.cfg.TEST.FINAL_MODEL == "best_val":
             raise UserError(
                 "TEST.FINAL_MODEL best_val: DFR uses the validation data up to fit its last layer, after the last "
@@ -86,6 +88,10 @@ class LastLayer(Debiaser):
         count = torch.bincount(val.label, minlength=len(self.context.classnames)).tolist()
         if 0 in count:
             raise UserError(f"DFR: the validation data have no image of {self.context.classnames[count.index(0)]!r}")
+        self.context.check_groups(val)
+
+    def before_train(self) -> None:
+        val = self.context.val
         self.g = self.context.groups(val).index.cpu().numpy()
         if self.cfg.TEST.SPLIT == "val":
             print("Note: DFR fits its last layer on validation data, so results on them are too good")

@@ -54,7 +54,7 @@ class GroupRobustness(Debiaser):
         for key in ("STEP_SIZE", "ADJUSTMENT"):
             if not 0 <= self.keys[key] < math.inf:
                 raise UserError(f"TRAINER.GROUPDRO.{key}: {self.keys[key]} is not possible; give 0 or more")
-        self.chooses_images = self.keys.BALANCED
+        self.chooses_images = self.balances_groups = self.keys.BALANCED
         count = context.num_groups()
         self.register_buffer("q", torch.zeros(count, dtype=torch.float64))  # [G]; all 0 before training
 

@@ -83,6 +83,10 @@ class ProjectedText(Debiaser):
         """Features [n, d] of the prompts that belong to pairs, and the pairs."""
         if keys.PAIRS:
             lists = [prompts_of(entry, "TRAINER.ORTHCAL.PAIRS") for entry in keys.PAIRS]
+            if len(lists) != len(context.classnames):
+                raise UserError(
+                    f"TRAINER.ORTHCAL.PAIRS has {len(lists)} entries; give one for each of the {len(context.classnames)} classes"
+                )
         else:
             template = keys.PAIR_TEMPLATE
             if "{class}" not in template or "{attribute}" not in template:

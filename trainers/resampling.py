@@ -46,7 +46,7 @@ def balanced_subset(group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class _Balanced(Debiaser):
     """An order of images by group; it has neither parameters nor state."""
 
-    chooses_images = True
+    chooses_images = balances_groups = True
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

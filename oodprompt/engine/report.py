@@ -125,21 +125,24 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     return figure
 
 
+PSEUDO_ATTRIBUTES = "pseudo_attributes.json"
+
+
 def write_pseudo_attributes(
-    rows: dict[str, dict[str, Any]], dataset: Any, noise: float, directory: str | Path
+    rows: dict[str, dict[str, Any]], new: Sequence[str], dataset: Any, noise: float, directory: str | Path
 ) -> list[str]:
     """Write ``pseudo_attributes.json`` and, where labels are known, ``pseudo_attributes.png``; returns lines to print.
 
-    ``rows`` are ``evaluation.attribute_metrics`` by split.
+    ``rows`` are ``evaluation.attribute_metrics`` by split; the lines are those of the splits ``new``.
     """
     names, directory = list(dataset.attribute_names), Path(directory)
     content = {"attributes": names, "prompts": [list(p) for p in dataset.attribute_prompts], "noise": noise}
     write_atomically(
-        directory / "pseudo_attributes.json",
+        directory / PSEUDO_ATTRIBUTES,
         json.dumps(content | {"splits": rows}, indent=2, ensure_ascii=False) + "\n",
     )
     lines = []
-    for split, row in rows.items():
+    for split, row in ((split, rows[split]) for split in new):
         if row["accuracy"] is None:
             lines.append(f"Pseudo-attributes ({split}): no attribute labels to compare with")
             continue

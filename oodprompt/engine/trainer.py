@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import math
 import platform
 import resource
@@ -45,7 +46,7 @@ from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
-from oodprompt.groups import PseudoAttributes, Split, groups_of, num_values
+from oodprompt.groups import Groups, PseudoAttributes, Split, groups_of, num_values
 
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 _FREE_KEYS = (
@@ -100,6 +101,7 @@ class PromptTrainer:
         self.best: dict[str, dict[str, float]] = {}  # criterion -> its best validation value and the epoch of it
         self.selections: list[dict[str, Any]] = []
         self.pseudo_accuracy: dict[str, float | None] = {}
+        self.groups_by: str | None = None  # where a debiaser asked for groups
         self.evaluated_checkpoint = ""
         self.train_seconds = 0.0
         self._step_times: list[float] = []
@@ -185,14 +187,25 @@ class PromptTrainer:
             self._register(debiaser, debiaser_type.learning_rate(cfg))
         self.predictor = self._only_one("predicts", "replace the prediction")
         chooser = self._only_one("chooses_images", "choose the images of an epoch")
+        weighs = [n for n, d in zip(self.debiaser_names, self.debiasers, strict=True) if d.weighs_by_group_size]
+        if chooser is not None and chooser.balances_groups and weighs:
+            raise UserError(
+                f"TRAINER.STACK: {weighs[0]} weighs groups by their size, and {chooser.model_name} already draws them "
+                "equally often, which turns the imbalance round; leave one out, or set TRAINER.GROUPDRO.BALANCED False or "
+                "TRAINER.GROUPCOOP.BALANCE False"
+            )
         if chooser is not None:
             self.train_loader_x.batches.order = chooser.epoch_order
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.uses_scaler)
 
+    @property
+    def debiaser_names(self) -> list[str]:
+        """The trainers' names of ``debiasers``."""
+        return [*([self.cfg.TRAINER.NAME] if self.debiaser_class else []), *self.cfg.TRAINER.STACK]
+
     def _only_one(self, what: str, does: str) -> Debiaser | None:
         """The debiaser that has the attribute ``what``, if any; ``UserError`` where several have."""
-        names = [*([self.cfg.TRAINER.NAME] if self.debiaser_class else []), *self.cfg.TRAINER.STACK]
-        having = {name: d for name, d in zip(names, self.debiasers, strict=True) if getattr(d, what)}
+        having = {n: d for n, d in zip(self.debiaser_names, self.debiasers, strict=True) if getattr(d, what)}
         if len(having) > 1:
             raise UserError(f"TRAINER.STACK: {' and '.join(having)} each {does}; only one of a stack can")
         return next(iter(having.values()), None)
@@ -227,6 +240,15 @@ class PromptTrainer:
             lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, numbers[split])),
         )
         classnames, train = self.learner.classnames, self.split("train")
+        values = 1 + max(d.attribute for split in (data.train_x, data.val, data.test) for d in split)
+
+        def groups(split: Split) -> Groups:
+            self.groups_by = cfg.TRAINER.GROUPS
+            return groups_of(split, cfg.TRAINER.GROUPS, classnames, values, self.pseudo)
+
+        def check_groups(split: Split) -> None:
+            num_values(split, cfg.TRAINER.GROUPS, values, self.pseudo)
+
         return Context(
             clip=self.clip,
             classnames=classnames,
@@ -234,8 +256,9 @@ class PromptTrainer:
             train=train,
             val=self.split("val") if self.val_loader else None,
             pseudo=self.pseudo,
-            groups=lambda split: groups_of(split, cfg.TRAINER.GROUPS, classnames, data.attribute_names, self.pseudo),
-            num_groups=lambda: len(classnames) * num_values(train, cfg.TRAINER.GROUPS, self.pseudo),
+            groups=groups,
+            num_groups=lambda: len(classnames) * num_values(train, cfg.TRAINER.GROUPS, values, self.pseudo),
+            check_groups=check_groups,
             autocast=self.autocast,
             features_are_frozen=not self.learner.trains_image_tower,
             learner=self.learner,
@@ -406,13 +429,17 @@ class PromptTrainer:
         self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
         self.print(f"Image features: {cached}")
         self.time_start = time.time()
+        self._note_what_does_nothing()
         if self.start_epoch < self.max_epoch:
+            self._check_selection()
+            for debiaser in self.debiasers:
+                debiaser.check()
             self.loader("train")
             if self.learner.needs_frozen_features and self.keeps_frozen_features:
                 self.frozen_features_of("train")
             for debiaser in self.debiasers:
                 debiaser.before_train()
-            self.report_pseudo_attributes()
+        self.report_pseudo_attributes()
         if self.state.is_main_process and self.trainable:
             steps = self.start_epoch * len(self.train_loader_x) if self.start_epoch else None
             self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=steps)
@@ -426,14 +453,44 @@ class PromptTrainer:
             leave=False,
         )
 
+    def _note_what_does_nothing(self) -> None:
+        names = [name for name, d in zip(self.debiaser_names, self.debiasers, strict=True) if not d.predicts]
+        if names and not self.trainable:
+            self.print(f"Note: nothing is trained over {self.base_name}, so {', '.join(names)} changes nothing")
+
+    def _check_selection(self) -> None:
+        """Refuse a choice of the epoch that the validation data cannot give."""
+        choice, val = self.cfg.TEST.SELECTION, self.val_loader and self.split("val")
+        if not self.selects or choice in ("auto", "accuracy"):
+            return
+        if choice == "worst_group_accuracy" and bool((val.attribute < 0).any()):
+            raise UserError(
+                f"TEST.SELECTION {choice}: the validation data have images without an attribute label; use accuracy, or "
+                "worst_pseudo_group_accuracy, which needs names of the attribute's values only"
+            )
+        if choice == "worst_pseudo_group_accuracy":
+            _ = self.pseudo.text
+
     def report_pseudo_attributes(self) -> None:
-        """How far pseudo-attributes are right, where the data set knows: printed, drawn and kept for the results."""
+        """How far pseudo-attributes are right, where the data set knows: printed, drawn and kept for the results.
+
+        When no epoch was left to train, what the run found then is read back.
+        """
+        file = self.output_dir / report.PSEUDO_ATTRIBUTES
+        if not self.pseudo.splits:
+            if self.start_epoch and file.is_file():
+                splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+                self.pseudo_accuracy = {name: row["accuracy"] for name, row in splits.items()}
+            return
+        if set(self.pseudo.splits) == set(self.pseudo_accuracy):
+            return
         rows = {
             name: evaluation.attribute_metrics(self.pseudo.of(split), split.label, split.attribute, self.dataset)
             for name, split in ((name, self.split(name)) for name in self.pseudo.splits)
         }
         if rows and self.state.is_main_process:
-            self.print(*report.write_pseudo_attributes(rows, self.dataset, self.pseudo.noise, self.output_dir))
+            new = [name for name in rows if name not in self.pseudo_accuracy]
+            self.print(*report.write_pseudo_attributes(rows, new, self.dataset, self.pseudo.noise, self.output_dir))
         self.pseudo_accuracy = {name: row["accuracy"] for name, row in rows.items()}
 
     def save_config(self) -> None:
@@ -634,6 +691,7 @@ class PromptTrainer:
         self._bar.close()
         self.state.wait_for_everyone()  # the main process may still be writing the checkpoint that all load next
         self.print("Finish training")
+        self.report_pseudo_attributes()
         if self.history and self.state.is_main_process:
             report.write_training_curves(self.history, self.output_dir)
         if not self.cfg.TEST.NO_TEST:
@@ -911,7 +969,7 @@ class PromptTrainer:
             "other_predictions": metrics["other_predictions"],
             "best_epoch": self.best_epoch if self.selects else None,
             "selections": self.selections,
-            "groups_by": cfg.TRAINER.GROUPS if self.debiasers else None,
+            "groups_by": self.groups_by,
             "pseudo_attribute_accuracy": self.pseudo_accuracy,
             "time": {
                 "train_s": self.train_seconds,

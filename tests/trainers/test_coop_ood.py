@@ -287,6 +287,13 @@ def test_eraser_leaves_no_linear_trace_and_moves_features_least() -> None:
     assert few.isfinite().all() and explained_share(*within_class_moments(x[:6], q[:6], label[:6]), few) < 1e-6
 
 
+def test_eraser_does_not_take_most_dimensions() -> None:
+    torch.manual_seed(0)
+    label, x, q = torch.arange(400) % 5, torch.randn(400, 8), torch.randn(400, 1)
+    with pytest.raises(UserError, match="would take 5 of 8 dimensions"):
+        eraser(x, standardise_within(q, label), label)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_erased_start(bias: bool, build: Build) -> None:
     """h_u starts as the eraser, which with a bias keeps the mean; the share is 0 and stays where it is after a resume."""

@@ -214,7 +214,7 @@ def test_interrupted_and_resumed_equals_unbroken(
 @pytest.mark.parametrize("base", ["ZeroshotCLIP", "CoCoOp", "MaPLe", "LinearProbe"])
 def test_goes_over_every_base(base: str, run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     results = run("DebiasedPT", "over", "--base", base, "OPTIM.MAX_EPOCH", 1, "TRAINER.GROUPS", "true")
-    assert results["base"] == base and results["groups_by"] == "true"
+    assert results["base"] == base and results["groups_by"] == (None if base == "ZeroshotCLIP" else "true")
     assert (tmp_path / "over" / "groups_by_epoch.png").is_file() == (base != "ZeroshotCLIP")
 
 
@@ -223,7 +223,28 @@ def test_held_out_needs_validation_images(build: Build) -> None:
     context.val = None
     cfg = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", "held_out").cfg
     with pytest.raises(UserError, match="MEASURE held_out.*no validation"):
-        GroupWeights(cfg, context)
+        GroupWeights(cfg, context).check()
+
+
+@pytest.mark.parametrize("measure", ["held_out", "step"])
+def test_a_group_that_was_never_measured_counts_as_the_mean(measure: str, build: Build) -> None:
+    trainer = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.DEBIASEDPT.ETA", 50)
+    start(trainer)
+    debiaser = trainer.debiasers[0]
+    for name in ("p", "measured", "P_sum", "cnt"):
+        getattr(debiaser, name).zero_()
+    label, g = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 2, 3])
+    logits = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [3.0, 0.0]])
+    debiaser._measure(logits, label, g)
+    debiaser._update(keep=0.9)
+    p = logits.softmax(1)[torch.arange(4), label].double()
+    expected = torch.stack([p[:2].mean(), torch.tensor(0.0).double(), p[2], p[3]])
+    expected[1] = expected[[0, 2, 3]].mean()
+    torch.testing.assert_close(debiaser.p, expected, rtol=1e-6, atol=1e-7)
+    debiaser._begin_measuring()
+    debiaser._measure(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.tensor([1]))
+    debiaser._update(keep=0.9)  # the first time that it is seen, nothing of what stood for it stays
+    assert debiaser.p[1].item() == pytest.approx(torch.tensor([2.0, 0.0]).softmax(0)[0].item())
 
 
 @pytest.mark.parametrize(
@@ -232,6 +253,8 @@ def test_held_out_needs_validation_images(build: Build) -> None:
         (["TRAINER.DEBIASEDPT.MEASURE", "never"], "TRAINER.DEBIASEDPT.MEASURE.*never"),
         (["TRAINER.DEBIASEDPT.NORMALIZE", "x"], "TRAINER.DEBIASEDPT.NORMALIZE"),
         (["TRAINER.DEBIASEDPT.START", "x"], "TRAINER.DEBIASEDPT.START"),
+        (["TRAINER.DEBIASEDPT.ETA", -1], "TRAINER.DEBIASEDPT.ETA"),
+        (["TRAINER.DEBIASEDPT.ETA", 1e4], "TRAINER.DEBIASEDPT.ETA"),
         (["TRAINER.DEBIASEDPT.EMA", 1.0], "TRAINER.DEBIASEDPT.EMA"),
         (["TRAINER.DEBIASEDPT.MOMENTUM", -0.1], "TRAINER.DEBIASEDPT.MOMENTUM"),
         (["TRAINER.GROUPS", "both"], "TRAINER.GROUPS.*both"),

@@ -193,10 +193,10 @@ def test_needs_validation_images_of_every_class(build: Build) -> None:
     debiaser = build("DFR", *KEYS).debiasers[0]
     debiaser.context.val.label[:] = 0
     with pytest.raises(UserError, match="no image of 'diamond'"):
-        debiaser.before_train()
+        debiaser.check()
     debiaser.context.val = None
     with pytest.raises(UserError, match="validation data, and the data set has none"):
-        debiaser.before_train()
+        debiaser.check()
     with pytest.raises(UserError, match="TEST.FINAL_MODEL best_val"):
         build("DFR", *KEYS, "TEST.FINAL_MODEL", "best_val").before_train()
 

@@ -218,7 +218,7 @@ def test_impossible_keys_are_refused(build: Build, key: str, value: Any) -> None
 
 @pytest.mark.parametrize("other", ["CoOpOOD", "RoboShot", "GroupCoOp"])
 def test_two_predictions_do_not_stack(build: Build, other: str) -> None:
-    with pytest.raises(UserError, match=r"ProjectedText and \w+ each replace the prediction"):
+    with pytest.raises(UserError, match=r"OrthCal and \w+ each replace the prediction"):
         build("OrthCal", "TRAINER.STACK", f"('{other}',)")
 
 

@@ -175,5 +175,5 @@ def test_what_is_no_pair_is_refused(build: Build, name: str, entry: str) -> None
 
 
 def test_two_predictions_do_not_stack(build: Build) -> None:
-    with pytest.raises(UserError, match="RobustFeatures and DecoupledProjections each replace the prediction"):
+    with pytest.raises(UserError, match="RoboShot and CoOpOOD each replace the prediction"):
         build("RoboShot", "TRAINER.STACK", "('CoOpOOD',)")

@@ -45,7 +45,7 @@ import yaml
 from tqdm import tqdm
 
 from oodprompt.cli import exit_status
-from oodprompt.engine.report import markdown_table, strengths_figure, write_figure
+from oodprompt.engine.report import grid_figure, markdown_table, write_figure
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
 
@@ -248,7 +248,7 @@ def main() -> None:
             ]
             for m in grid["methods"]
         }
-        write_figure(strengths_figure(rows), out / "table.png")
+        write_figure(grid_figure(rows), out / "table.png")
         wrote.append(out / "table.png")
     print(f"\n{text}\nWrote {', '.join(map(str, wrote))}")
 

@@ -270,23 +270,27 @@ def comparison_figure(rows: list[tuple[str, float, float]], title: str) -> Figur
     return figure
 
 
-def strengths_figure(rows: dict[str, list[tuple[str, float, float]]]) -> Figure:
-    """Worst-group and average accuracy, in per cent, of methods under several settings: one line per method.
+def grid_figure(rows: dict[str, list[tuple[str, float, float]]]) -> Figure:
+    """Worst-group and average accuracy, in per cent, of methods (rows) under several settings (columns), as colours.
 
     ``rows``: method -> (setting, worst group, average) in the order of the settings.
     """
-    figure = Figure(figsize=(11, 2.6 + 0.13 * len(rows) + 2.2), layout="constrained")
+    settings = [point[0] for point in next(iter(rows.values()))]
+    figure = Figure(figsize=(5.2 + 1.3 * len(settings), 1.4 + 0.3 * len(rows)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for i, (name, points) in enumerate(rows.items()):
-        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "marker": "os^"[i // 10 % 3]}
-        for axes, column in zip(panels, (1, 2), strict=True):
-            axes.plot([p[0] for p in points], [p[column] for p in points], label=name, markersize=4, **style)
-    for axes, title in zip(panels, ("worst group", "average"), strict=True):
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    for axes, title, column in zip(panels, ("worst group", "average"), (1, 2), strict=True):
+        values = [[point[column] for point in points] for points in rows.values()]
+        axes.imshow(values, cmap="RdYlGn", vmin=40, vmax=95, aspect="auto")
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                axes.text(
+                    j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value < 45 else "black"
+                )
+        axes.set_xticks(range(len(settings)), settings)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.set_title(f"{title}, %")
+    panels[0].set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in rows], fontsize=9)
     return figure
 
 

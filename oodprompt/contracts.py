@@ -169,9 +169,7 @@ class Debiaser(nn.Module):
     predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
     chooses_images = False  # whether ``epoch_order`` takes the place of the sampler; one debiaser of a stack may
     balances_groups = False  # whether it then draws all groups equally often
-    weighs_by_group_size = (
-        False  # whether its weights make up for unequal groups, so that balanced draws would do it twice
-    )
+    balances_by = ""  # whose sizes its weights make up for: of the groups in training ("size") or in the "batch"
     default_base = "CoOp"  # what goes under it when TRAINER.BASE is empty
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:

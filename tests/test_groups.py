@@ -225,13 +225,18 @@ def test_what_takes_no_groups_says_none(run: Callable[..., dict[str, Any]], tmp_
 
 
 def test_the_size_of_groups_counts_once(build: Callable[..., PromptTrainer]) -> None:
-    for name in ("RWG", "SUBG", "GroupDRO"):
-        with pytest.raises(UserError, match=r"DebiasedPT weighs groups by their size.*already draws them"):
-            build(name, "TRAINER.STACK", "['DebiasedPT']")
-    with pytest.raises(UserError, match="GroupCoOp weighs groups by their size"):
-        build("GroupCoOp", "TRAINER.STACK", "['RWG']")
-    build("GroupCoOp", "TRAINER.STACK", "['RWG']", "TRAINER.GROUPCOOP.BALANCE", False)
+    unbalanced = ["TRAINER.GROUPDRO.BALANCED", False]
+    for one, other, *keys in (
+        *((name, "DebiasedPT") for name in ("RWG", "SUBG", "GroupDRO", "GroupCoOp")),
+        ("GroupCoOp", "RWG"),
+        ("GroupDRO", "DebiasedPT", *unbalanced),
+    ):
+        with pytest.raises(UserError, match=rf"{one} and {other} each make up for the sizes of groups"):
+            build(one, "TRAINER.STACK", f"['{other}']", *keys)
+    for other in ("RWG", "GroupDRO", "DebiasedPT"):
+        build("GroupCoOp", "TRAINER.STACK", f"['{other}']", "TRAINER.GROUPCOOP.BALANCE", False)
     build("AFR", "TRAINER.STACK", "['DebiasedPT']")
+    build("SUBG", "TRAINER.STACK", "['GroupDRO']", *unbalanced)  # its weights go by the batch
 
 
 def test_resumed_run_selects_as_the_unbroken_one(

@@ -55,7 +55,7 @@ class GroupWeights(Debiaser):
     """The weights w_g and what they follow; over any prompt learner."""
 
     model_name = "debiasedpt"
-    weighs_by_group_size = True
+    balances_by = "size"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

@@ -64,7 +64,7 @@ class GroupPrompts(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys = keys = cfg.TRAINER.GROUPCOOP
-        self.weighs_by_group_size = keys.BALANCE
+        self.balances_by = "size" if keys.BALANCE else ""
         self.context = context
         if keys.AGGREGATE not in ("sum", "max"):
             raise UserError(

@@ -47,6 +47,7 @@ class GroupRobustness(Debiaser):
     """The weights q, which follow the losses of the groups; over any prompt learner."""
 
     model_name = "groupdro"
+    balances_by = "batch"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

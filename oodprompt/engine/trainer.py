@@ -187,13 +187,7 @@ class PromptTrainer:
             self._register(debiaser, debiaser_type.learning_rate(cfg))
         self.predictor = self._only_one("predicts", "replace the prediction")
         chooser = self._only_one("chooses_images", "choose the images of an epoch")
-        weighs = [n for n, d in zip(self.debiaser_names, self.debiasers, strict=True) if d.weighs_by_group_size]
-        if chooser is not None and chooser.balances_groups and weighs:
-            raise UserError(
-                f"TRAINER.STACK: {weighs[0]} weighs groups by their size, and {chooser.model_name} already draws them "
-                "equally often, which turns the imbalance round; leave one out, or set TRAINER.GROUPDRO.BALANCED False or "
-                "TRAINER.GROUPCOOP.BALANCE False"
-            )
+        self._refuse_balancing_twice(chooser)
         if chooser is not None:
             self.train_loader_x.batches.order = chooser.epoch_order
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.uses_scaler)
@@ -209,6 +203,18 @@ class PromptTrainer:
         if len(having) > 1:
             raise UserError(f"TRAINER.STACK: {' and '.join(having)} each {does}; only one of a stack can")
         return next(iter(having.values()), None)
+
+    def _refuse_balancing_twice(self, chooser: Debiaser | None) -> None:
+        """``UserError`` where two debiasers make up for the sizes of groups, which turns the imbalance round."""
+        named = dict(zip(self.debiaser_names, self.debiasers, strict=True))
+        names = [name for name, d in named.items() if d.balances_by]
+        if len(names) < 2 and chooser is not None and chooser.balances_groups:
+            names = [name for name, d in named.items() if d is chooser or d.balances_by == "size"]
+        if len(names) > 1:
+            raise UserError(
+                f"TRAINER.STACK: {' and '.join(names)} each make up for the sizes of groups, and both together turn the "
+                "imbalance round; leave one out (GroupCoOp stays with TRAINER.GROUPCOOP.BALANCE False)"
+            )
 
     @property
     def uses_scaler(self) -> bool:

@@ -83,6 +83,8 @@ def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
     Source: Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023, within classes here.
     """
     cross, covariance = (moment.double() for moment in within_class_moments(x.double(), q.double(), label))
+    if covariance.diagonal().mean() < 1e-12:  # all images of a class are the same
+        return torch.eye(len(covariance)).to(x)
     share = max(ledoit_wolf_shrinkage(centred_within(x, label).cpu().numpy(), assume_centered=True), 1e-6)
     identity = torch.eye(len(covariance)).to(covariance)
     values, vectors = torch.linalg.eigh((1 - share) * covariance + share * covariance.diagonal().mean() * identity)

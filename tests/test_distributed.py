@@ -66,7 +66,18 @@ DEBIASERS = {
     "RWG": ["RWG"],
 }
 # What no epoch after the first changes.
-FIXED = ("token_prefix", "token_suffix", "text_features", "started", "error", "done", "held_out", "mu", "theta_fit")
+FIXED = (
+    "token_prefix",
+    "token_suffix",
+    "text_features",
+    "started",
+    "measured",
+    "error",
+    "done",
+    "held_out",
+    "mu",
+    "theta_fit",
+)
 
 # Few steps that change a lot; of 43 training images two processes encode 42 at once, so that one of them gets none of
 # the last batch.

@@ -283,6 +283,8 @@ def test_eraser_leaves_no_linear_trace_and_moves_features_least() -> None:
         other = W + 0.05 * torch.randn(8, 8) @ orthogonal
         assert moved(W) < moved(other)
     torch.testing.assert_close(eraser(x, torch.zeros(600, 2), label), torch.eye(8))
+    same = torch.ones(6, 8)
+    assert torch.equal(eraser(same, q[:6], label[:6]), torch.eye(8))
     few = eraser(x[:6], q[:6], label[:6])  # fewer images than features
     assert few.isfinite().all() and explained_share(*within_class_moments(x[:6], q[:6], label[:6]), few) < 1e-6
 

@@ -33,7 +33,9 @@ OVER = [("CoOp", "true"), ("MaPLe", "pseudo"), ("CoCoOp", "true")]
 def assert_runs_over(run: Run, trainer: str, base: str, groups: str, *keys: Any) -> dict[str, Any]:
     """A run of two short epochs over ``base`` ends, and reports what was asked for."""
     results = run(trainer, "out", "--base", base, "TRAINER.GROUPS", groups, *TINY, *keys)
-    assert (results["trainer"], results["base"], results["groups_by"]) == (trainer, base, groups)
+    takes_groups = trainer not in ("AFR", "JTT")
+    assert (results["trainer"], results["base"]) == (trainer, base)
+    assert results["groups_by"] == (groups if takes_groups else None)
     assert 0 <= results["worst_group_accuracy"] <= results["accuracy"] <= 1
     return results
 

@@ -25,6 +25,18 @@ SMALL = [
 ]
 
 
+def interrupted_at(epoch: int, batch: int) -> Callable[[PromptTrainer, dict[str, Any]], dict[str, torch.Tensor]]:
+    """``PromptTrainer.forward_backward``, but for a Ctrl-C at that batch."""
+    step = PromptTrainer.forward_backward
+
+    def interrupted(self: PromptTrainer, data: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if (self.epoch, self.batch_idx) == (epoch, batch):
+            raise KeyboardInterrupt
+        return step(self, data)
+
+    return interrupted
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1)

@@ -19,6 +19,7 @@ from oodprompt.engine.report import group_curves
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.groups import PseudoAttributes, Split, groups_of, per_group
+from tests.conftest import interrupted_at
 
 PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of snow."]]
 NAMES = ("water", "land", "snow")
@@ -245,16 +246,9 @@ def test_resumed_run_selects_as_the_unbroken_one(
     with monkeypatch.context() as patch:
         follow(patch, VALUES)
         whole = run("DebiasedPT", "whole", *BEST)
-    step = PromptTrainer.forward_backward
-
-    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> Any:
-        if self.epoch == 2:
-            raise KeyboardInterrupt
-        return step(self, batch)
-
     with monkeypatch.context() as patch:
         follow(patch, VALUES)
-        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(2, 0))
         with pytest.raises(KeyboardInterrupt):
             run("DebiasedPT", "broken", *BEST)
     with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, interrupted_at
 
 Arguments = Callable[..., list[str]]
 METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes")
@@ -100,15 +100,8 @@ def test_learners_interrupted_mid_epoch_end_where_the_unbroken_run_ends(
     keys += [*KEYS[KEYS.index("INPUT.TRANSFORMS") :], "OPTIM.MAX_EPOCH", 3, "DATASET.SHAPES.NUM_TRAIN", 48]
     keys += ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1]
     cli.run(arguments(trainer, "unbroken", *keys))
-    step = PromptTrainer.forward_backward
-
-    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if (self.epoch, self.batch_idx) == (1, 1):
-            raise KeyboardInterrupt
-        return step(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(1, 1))
         with pytest.raises(KeyboardInterrupt):
             cli.run(arguments(trainer, "broken", *keys))
     assert not (tmp_path / "broken" / "results.json").exists()

@@ -17,6 +17,7 @@ from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from tests.conftest import interrupted_at
 
 Build = Callable[..., PromptTrainer]
 COUNT = torch.tensor([6, 0, 3, 1])
@@ -190,15 +191,8 @@ def test_interrupted_and_resumed_equals_unbroken(
 ) -> None:
     keys = ["TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.STACK", "['CoOpOOD']", "OPTIM.LR", 0.02]
     cli.run(arguments("DebiasedPT", "whole", *keys))
-    step = PromptTrainer.forward_backward
-
-    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:
-        if (self.epoch, self.batch_idx) == (2, 1):
-            raise KeyboardInterrupt
-        return step(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(2, 1))
         with pytest.raises(KeyboardInterrupt):
             cli.run(arguments("DebiasedPT", "broken", *keys))
     cli.run(arguments("DebiasedPT", "broken", *keys))

@@ -24,6 +24,7 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.groups import Groups
 from oodprompt.prompts import ContextPrompts
+from tests.conftest import interrupted_at
 from tests.test_resume import Arguments, assert_same_outcome, weights
 from tests.trainers.conftest import NAMES, Build, Towers, assert_close, hand_written, make_learner, plain_text
 
@@ -296,15 +297,8 @@ def test_interrupted_and_resumed_equals_never_stopped(
 ) -> None:
     keys = ["OPTIM.WARMUP_EPOCH", -1, f"{SECTION}.LR", 0.02, f"{SECTION}.CTX_INIT", "", f"{SECTION}.N_CTX", 2]
     cli.run(arguments("GroupCoOp", "unbroken", *keys))
-    step = PromptTrainer.forward_backward
-
-    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:
-        if (self.epoch, self.batch_idx) == (1, 1):
-            raise KeyboardInterrupt
-        return step(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(1, 1))
         with pytest.raises(KeyboardInterrupt):
             cli.run(arguments("GroupCoOp", "broken", *keys))
     cli.run(arguments("GroupCoOp", "broken", *keys))

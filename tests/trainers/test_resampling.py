@@ -16,6 +16,7 @@ from oodprompt import cli
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.groups import Split
+from tests.conftest import interrupted_at
 from tests.test_resume import assert_same_outcome
 
 Arguments = Callable[..., list[str]]
@@ -49,18 +50,12 @@ def assert_resumes(
     """
     keys = (*TINY, "OPTIM.MAX_EPOCH", 3, *keys)
     cli.run(arguments(trainer, "unbroken", *keys))
-    step = PromptTrainer.forward_backward
-
-    def interrupted(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if (self.epoch, self.batch_idx) == (1, 1):
-            raise KeyboardInterrupt
-        return step(self, batch)
 
     def again(*args: Any) -> None:
         raise AssertionError("a resumed run trains the first learner again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted)
+        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(1, 1))
         with pytest.raises(KeyboardInterrupt):
             cli.run(arguments(trainer, "broken", *keys))
     with monkeypatch.context() as patch:

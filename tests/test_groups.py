@@ -170,6 +170,21 @@ def test_every_criterion_chooses_its_epoch(
     assert "epoch chosen by" in (tmp_path / "best" / "results.md").read_text()
 
 
+def test_of_equal_epochs_the_first_counts(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(monkeypatch, [told(0.9, 0.5, 0.5)] * 3)
+    assert run("CoOp", "ties", *BEST)["best_epoch"] == 1
+
+
+def test_pseudo_groups_of_validation_are_not_the_labels(build: Callable[..., PromptTrainer]) -> None:
+    trainer = build("CoOp", *BEST, "TRAINER.PSEUDO_NOISE", 0.5, "DATASET.SHAPES.NUM_VAL", 64)
+    metrics = trainer.evaluate("val")
+    val = trainer.split("val")
+    group = 2 * val.label + trainer.pseudo.of(val)
+    right = trainer.learner(val.features()).logits.argmax(1) == val.label
+    worst = min(right[group == g].double().mean().item() for g in range(4))
+    assert metrics["worst_pseudo_group_accuracy"] == pytest.approx(worst) != metrics["worst_group_accuracy"]
+
+
 def test_selected_models_are_what_they_were(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

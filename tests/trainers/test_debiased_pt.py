@@ -124,6 +124,11 @@ def test_measured_by_a_pass_ahead_of_the_epoch(measure: str, split: str, count: 
     trainer.objective(trainer.align(batches[0]), batches[0])
     debiaser.after_epoch(0)
     torch.testing.assert_close(debiaser.w, expected, rtol=1e-5, atol=1e-6)
+    debiaser.keys.defrost()
+    debiaser.keys.EMA, w = 0.5, torch.ones(4, dtype=torch.float64)
+    debiaser.w = w
+    debiaser.after_epoch(0)
+    assert torch.equal(debiaser.w, w)  # nothing moves at the end of an epoch
     assert trainer.learner.training  # the pass leaves the model in training mode
 
 

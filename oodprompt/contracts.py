@@ -137,9 +137,8 @@ class Context:
 
     ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS,
     ``num_groups()`` how many there are and ``check_groups(split)`` whether they can be known (else ``UserError``), both
-    without asking for image features; ``pseudo`` the pseudo-attributes;
-    ``autocast()`` the precision of the towers; ``features_are_frozen`` says whether image features stay those of CLIP as it was
-    released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
+    without asking for image features; ``pseudo`` the pseudo-attributes; ``autocast()`` the precision of the towers;
+    ``features_are_frozen`` says whether image features stay those of CLIP as it was released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
     stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
     training images ``choose`` (None: all), and returns it with its logits on the training split [N, C].
     ``outputs(split)`` gives image features [N, d] and logits [N, C] of the model as it stands. Both read the images

@@ -24,6 +24,14 @@ def within_classes(
     return torch.stack(values).mean() if values else 0.0 * (x.sum() + y.sum())
 
 
+def centred_within(x: Tensor, label: Tensor) -> Tensor:
+    """x [N, d] minus the mean of its class."""
+    result = x.clone()
+    for c in label.unique():
+        result[label == c] -= x[label == c].mean(dim=0)
+    return result
+
+
 def standardise_within(values: Tensor, label: Tensor) -> Tensor:
     """Values [N, A] with mean 0 and variance 1 within each class, column by column; constant columns become 0."""
     result = torch.zeros_like(values)
@@ -41,10 +49,9 @@ def within_class_moments(x: Tensor, q: Tensor, label: Tensor) -> tuple[Tensor, T
     the pooled covariance of x.
     """
     cross, covariance = [], x.new_zeros(x.shape[1], x.shape[1])
+    x, q = centred_within(x, label), centred_within(q, label)
     for c in label.unique():
         centred, target = x[label == c], q[label == c]
-        centred = centred - centred.mean(dim=0)
-        target = target - target.mean(dim=0)
         cross.append(centred.T @ target / (len(x) * len(target)) ** 0.5)
         covariance = covariance + centred.T @ centred / len(x)
     return torch.stack(cross), covariance
@@ -59,14 +66,6 @@ def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = N
     if weight is not None:
         cross, covariance = weight @ cross, weight @ covariance @ weight.T
     return (cross**2).sum() / (cross.shape[-1] * covariance.diagonal().sum().clamp(min=1e-12))
-
-
-def centred_within(x: Tensor, label: Tensor) -> Tensor:
-    """x [N, d] minus the mean of its class."""
-    result = x.clone()
-    for c in label.unique():
-        result[label == c] -= x[label == c].mean(dim=0)
-    return result
 
 
 def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:

@@ -466,10 +466,10 @@ class PromptTrainer:
 
     def _check_selection(self) -> None:
         """Refuse a choice of the epoch that the validation data cannot give."""
-        choice, val = self.cfg.TEST.SELECTION, self.val_loader and self.split("val")
+        choice = self.cfg.TEST.SELECTION
         if not self.selects or choice in ("auto", "accuracy"):
             return
-        if choice == "worst_group_accuracy" and bool((val.attribute < 0).any()):
+        if choice == "worst_group_accuracy" and bool((self.split("val").attribute < 0).any()):
             raise UserError(
                 f"TEST.SELECTION {choice}: the validation data have images without an attribute label; use accuracy, or "
                 "worst_pseudo_group_accuracy, which needs names of the attribute's values only"
@@ -667,12 +667,6 @@ class PromptTrainer:
 
     def _improved(self, metrics: dict[str, Any], epoch: int) -> list[str]:
         """The criteria by which ``epoch`` is the best so far, all of those that the validation data allow."""
-        if metrics[self.criterion(metrics)] is None:
-            needs = {"worst_group_accuracy": "attributes", "worst_pseudo_group_accuracy": "names of attribute values"}
-            raise UserError(
-                f"TEST.SELECTION {self.cfg.TEST.SELECTION}: the validation data have no "
-                f"{needs[self.cfg.TEST.SELECTION]}; use accuracy"
-            )
         improved = []
         for criterion in evaluation.CRITERIA:
             value = metrics[criterion]
@@ -681,13 +675,12 @@ class PromptTrainer:
                 improved.append(criterion)
         return improved
 
-    def criterion(self, metrics: dict[str, Any] | None = None) -> str:
-        """What best_val maximises; TEST.SELECTION auto is told by what there is a value (or a best value) of."""
+    def criterion(self) -> str:
+        """What best_val maximises; TEST.SELECTION auto is told by what there is a best value of."""
         choice = self.cfg.TEST.SELECTION
         if choice != "auto":
             return choice
-        known = self.best if metrics is None else {key for key in evaluation.CRITERIA if metrics[key] is not None}
-        return "worst_group_accuracy" if "worst_group_accuracy" in known else "accuracy"
+        return "worst_group_accuracy" if "worst_group_accuracy" in self.best else "accuracy"
 
     @property
     def best_epoch(self) -> int:

@@ -222,10 +222,11 @@ def write_training_curves(history: list[dict[str, Any]], directory: str | Path) 
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
 
-    def draw(axes: Any, key: str, label: str, colour: str, factor: float = 1.0) -> None:
+    def draw(axes: Any, key: str, label: str, colour: str, factor: float = 1.0, line: str = "-") -> None:
         points = [(row["epoch"], factor * row[key]) for row in history if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(points) < 60 else None)
+            dot = "." if len(points) < 60 and line == "-" else None
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linestyle=line, marker=dot)
 
     losses, rates, accuracies = figure.subplots(1, 3)
     draw(losses, "loss", "total loss", _BLUE)
@@ -238,7 +239,7 @@ def write_training_curves(history: list[dict[str, Any]], directory: str | Path) 
     draw(accuracies, "acc", "training batches", _GREY)
     draw(accuracies, "val_accuracy", "validation", _BLUE, 100)
     draw(accuracies, "val_worst_group_accuracy", "validation, worst group", _RED, 100)
-    draw(accuracies, "val_worst_pseudo_group_accuracy", "validation, worst pseudo-group", _GREEN, 100)
+    draw(accuracies, "val_worst_pseudo_group_accuracy", "validation, worst pseudo-group", _GREEN, 100, "--")
     accuracies.set_ylabel("accuracy, %")
     accuracies.set_ylim(0, 103)
     accuracies.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

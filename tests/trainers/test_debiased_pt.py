@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from oodprompt.trainers.debiased_pt import GroupWeights, group_weights
 from torch import Tensor
 
-from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.conftest import interrupted_at
+from tests.trainers.test_resampling import assert_resumes
 
 Build = Callable[..., PromptTrainer]
 COUNT = torch.tensor([6, 0, 3, 1])
@@ -195,19 +194,10 @@ def test_interrupted_and_resumed_equals_unbroken(
     measure: str, arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = ["TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.STACK", "['CoOpOOD']", "OPTIM.LR", 0.02]
-    cli.run(arguments("DebiasedPT", "whole", *keys))
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(2, 1))
-        with pytest.raises(KeyboardInterrupt):
-            cli.run(arguments("DebiasedPT", "broken", *keys))
-    cli.run(arguments("DebiasedPT", "broken", *keys))
-    for name in ("debiasedpt", "coopood", "prompt_learner"):
-        one, two = (checkpoint.load(tmp_path / d / name / "model.pth.tar-3") for d in ("whole", "broken"))
-        assert one["oodprompt"]["history"] == two["oodprompt"]["history"]
-        for key, value in one["state_dict"].items():
-            assert torch.equal(value, two["state_dict"][key]), key
-    w = checkpoint.load(tmp_path / "whole" / "debiasedpt" / "model.pth.tar-3")["state_dict"]["w"]
-    assert w.std() > 0 and not torch.equal(w, torch.tensor([80 / 128, 80 / 32, 80 / 32, 80 / 128]).double())
+    assert_resumes(arguments, tmp_path, monkeypatch, "DebiasedPT", *keys)
+    w = checkpoint.load(tmp_path / "unbroken" / "debiasedpt" / "model.pth.tar-3")["state_dict"]["w"]
+    balanced = 40 / (4 * torch.tensor([16, 4, 4, 16]).double())
+    assert w.std() > 0 and not torch.allclose(w, balanced)
 
 
 @pytest.mark.parametrize("base", ["ZeroshotCLIP", "CoCoOp", "MaPLe", "LinearProbe"])

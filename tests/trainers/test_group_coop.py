@@ -15,7 +15,6 @@ from oodprompt.trainers.coop import ContextLearner
 from oodprompt.trainers.group_coop import GroupPrompts
 from torch import Tensor, nn
 
-from oodprompt import cli
 from oodprompt.backbones import CLIP
 from oodprompt.contracts import Alignment, Step
 from oodprompt.engine import checkpoint
@@ -24,9 +23,9 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.groups import Groups
 from oodprompt.prompts import ContextPrompts
-from tests.conftest import interrupted_at
-from tests.test_resume import Arguments, assert_same_outcome, weights
+from tests.test_resume import Arguments, weights
 from tests.trainers.conftest import NAMES, Build, Towers, assert_close, hand_written, make_learner, plain_text
+from tests.trainers.test_resampling import assert_resumes
 
 Run = Callable[..., dict[str, Any]]
 METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "gap", "groups", "classes")
@@ -296,14 +295,7 @@ def test_interrupted_and_resumed_equals_never_stopped(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = ["OPTIM.WARMUP_EPOCH", -1, f"{SECTION}.LR", 0.02, f"{SECTION}.CTX_INIT", "", f"{SECTION}.N_CTX", 2]
-    cli.run(arguments("GroupCoOp", "unbroken", *keys))
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(1, 1))
-        with pytest.raises(KeyboardInterrupt):
-            cli.run(arguments("GroupCoOp", "broken", *keys))
-    cli.run(arguments("GroupCoOp", "broken", *keys))
-    assert "resuming after epoch 1 of 3" in (tmp_path / "broken" / "log.txt").read_text()
-    assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3,))
+    assert_resumes(arguments, tmp_path, monkeypatch, "GroupCoOp", *keys)
     assert any(key.startswith("groupcoop.") for key in weights(tmp_path / "broken", 3))
 
 

@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["oodprompt", "oodprompt.backbones", "oodprompt.engine", "oodprompt.trainers", "oodprompt.datasets"],
+    packages=["oodprompt", "oodprompt.backbones", "oodprompt.discovery", "oodprompt.engine", "oodprompt.trainers", "oodprompt.datasets"],
     package_dir={"oodprompt.trainers": "trainers", "oodprompt.datasets": "datasets"},
     package_data={"oodprompt.backbones": ["tiny.pt.gz"]},
     install_requires=[
@@ -25,6 +25,7 @@ setup(
         "clip-anytorch>=2.6",  # OpenAI's tokenizer and vocabulary
         "filelock>=3",
         "ftfy",
+        "kmedoids>=0.5",  # FasterPAM
         "matplotlib>=3.6",
         "numpy>=1.24",
         "pillow>=9.4",
@@ -38,5 +39,5 @@ setup(
         "tqdm>=4.64",
         "yacs>=0.1.8",
     ],
-    extras_require={"test": ["pytest>=7", "pytest-timeout", "ruff>=0.6"]},
+    extras_require={"test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"]},
 )

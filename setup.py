@@ -17,7 +17,15 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["oodprompt", "oodprompt.backbones", "oodprompt.discovery", "oodprompt.engine", "oodprompt.trainers", "oodprompt.datasets"],
+    packages=[
+        "oodprompt",
+        "oodprompt.backbones",
+        "oodprompt.controlled",
+        "oodprompt.discovery",
+        "oodprompt.engine",
+        "oodprompt.trainers",
+        "oodprompt.datasets",
+    ],
     package_dir={"oodprompt.trainers": "trainers", "oodprompt.datasets": "datasets"},
     package_data={"oodprompt.backbones": ["tiny.pt.gz"]},
     install_requires=[

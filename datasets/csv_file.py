@@ -33,6 +33,7 @@ declare(
             _DEFAULT_ATTRIBUTES,
             "Columns of the spurious attribute; of several, every combination is a value. The default may be absent.",
         ),
+        "CAPTION": ("caption", "Column of the caption, for methods that train on captions; may be absent."),
         "CLASSNAMES": ((), "Names of numbered classes, or the order of named ones; empty: as in the file, sorted."),
     },
 )
@@ -46,6 +47,7 @@ class _Row(NamedTuple):
     label: str
     split: int
     attribute: str  # empty: unknown
+    caption: str
 
 
 @DATASET_REGISTRY.register()
@@ -81,7 +83,9 @@ class CSV(FilesDataset):
             label = label_of[row.label]
             attribute = value_of.get(row.attribute, -1)
             image = path.parent / row.image
-            splits[row.split].append(listed(path, row.line, image, label, names[label], attribute))
+            splits[row.split].append(
+                listed(path, row.line, image, label, names[label], attribute, caption=row.caption)
+            )
         train, val, test = splits
         if not val:
             train, val = split_off_validation(cfg, str(path), train)
@@ -93,14 +97,14 @@ def _read(path: Path, keys: CfgNode) -> list[_Row]:
     needed = (keys.IMAGE, keys.LABEL, keys.SPLIT)
     optional = attributes if attributes == _DEFAULT_ATTRIBUTES else ()
     rows = []
-    for line, row in read_rows(path, needed if optional else (*needed, *attributes), optional):
-        image, label, split, *values = (value.strip() for value in row)
+    for line, row in read_rows(path, needed if optional else (*needed, *attributes), (*optional, keys.CAPTION)):
+        image, label, split, *values, caption = (value.strip() for value in row)
         for column, value in zip(needed, (image, label, split), strict=True):
             if not value:
                 raise UserError(f"{path}, line {line}: column {column} is empty")
         if split.lower() not in _SPLITS:
             raise UserError(f"{path}, line {line}: {keys.SPLIT} is train, val, test, 0, 1 or 2, not {split!r}")
-        rows.append(_Row(line, image, label, _SPLITS[split.lower()], combine(attributes, values)))
+        rows.append(_Row(line, image, label, _SPLITS[split.lower()], combine(attributes, values), caption))
     for split, number in (("train", 0), ("test", 2)):
         if not any(row.split == number for row in rows):
             raise UserError(f"{path}: no row has the {keys.SPLIT} {split} (or {number}); the data set needs some")

@@ -62,14 +62,21 @@ def image_names(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
 
 
 def listed(
-    path: Path, line: int, image: Path | str, label: int, classname: str, attribute: int, remedy: str = ""
+    path: Path,
+    line: int,
+    image: Path | str,
+    label: int,
+    classname: str,
+    attribute: int,
+    remedy: str = "",
+    caption: str = "",
 ) -> Datum:
     """The ``Datum`` of an image that a line of a file list names; ``UserError`` names file and line if it is missing.
 
     The attribute serves as the domain too, for samplers that balance domains.
     """
     try:
-        return Datum(str(image), label, attribute, classname, attribute)
+        return Datum(str(image), label, attribute, classname, attribute, caption)
     except UserError:  # asked for only now, so that an image is looked for once
         remedy = remedy or "restore it or take the line out"
         raise UserError(f"{path}, line {line} names {image}, which is missing; {remedy}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
+from oodprompt.discovery.attributes import DiscoveredAttributes
 from oodprompt.groups import Groups, PseudoAttributes, Split
 
 
@@ -25,14 +27,16 @@ class Alignment:
 
     ``image_features`` [B, d] and ``text_features`` [C, d] (or [B, C, d] when prompts depend on the image), both
     L2-normalised (but for LinearProbe, whose class vectors have a length); ``logit_scale`` is the exp of CLIP's
-    parameter. ``frozen_image_features`` [B, d] are those of CLIP as released, of the same views of the images; the
-    engine adds them in training for learners that ask (``needs_frozen_features``).
+    parameter. ``frozen_image_features`` [B, d] are those of CLIP as released, of the same views of the images, and
+    ``caption_features`` [B, d] CLIP's normalised text features of the images' captions; the engine adds them in
+    training for learners that ask (``needs_frozen_features``, ``needs_captions``).
     """
 
     image_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
     frozen_image_features: Tensor | None = None
+    caption_features: Tensor | None = None
 
     def compare(self, image_features: Tensor) -> Tensor:
         """``logit_scale * <image, text>`` for other normalised image features [B, d] -> [B, C]."""
@@ -57,7 +61,8 @@ class PromptLearner(nn.Module):
     keys that are left as they are when a model is loaded for evaluation (what depends on the class names);
     ``foreign``, a pattern of the keys that upstream's checkpoints have beyond ours and that are passed over;
     ``trains_image_tower``, whether image features change during training (so that they must not be cached);
-    ``needs_frozen_features``, whether alignments carry ``frozen_image_features`` in training.
+    ``needs_frozen_features`` and ``needs_captions``, whether alignments carry ``frozen_image_features`` and
+    ``caption_features`` in training; ``ce_weight``, the weight of the cross-entropy in its objective.
     """
 
     model_name = "prompt_learner"
@@ -65,6 +70,8 @@ class PromptLearner(nn.Module):
     foreign = ""
     trains_image_tower = False
     needs_frozen_features = False
+    needs_captions = False
+    ce_weight = 1.0
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__()
@@ -74,11 +81,30 @@ class PromptLearner(nn.Module):
     @property
     def encodes_as_clip(self) -> bool:
         """Whether ``encode_image`` is that of CLIP as it was released."""
-        return type(self).encode_image is PromptLearner.encode_image
+        own = type(self)
+        same = own.encode_image is PromptLearner.encode_image and own.visual_prompts is PromptLearner.visual_prompts
+        return same and self.image_clip is self.clip
+
+    @property
+    def image_clip(self) -> CLIP:
+        """The CLIP whose image tower is used."""
+        return self.clip
+
+    def visual_prompts(self) -> tuple[Any, ...]:
+        """What goes into the image tower beside images: prompts and deep prompts, as ``CLIP.encode_image`` takes them."""
+        return ()
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Preprocessed images [B, 3, R, R] -> L2-normalised features [B, d]."""
-        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        return F.normalize(self.image_clip.encode_image(images, *self.visual_prompts()).float(), dim=-1)
+
+    def encode_regions(self, images: Tensor, boxes: Sequence[Tensor], how: str = "auto") -> Tensor:
+        """Images and their boxes, B tensors [n_i, 4] -> L2-normalised features of the regions [sum n_i, d].
+
+        ``how`` as in ``CLIP.region_features``.
+        """
+        z = self.image_clip.region_features(images, boxes, how, self.visual_prompts())
+        return F.normalize(z.float(), dim=-1)
 
     def forward(self, image_features: Tensor) -> Alignment:
         """L2-normalised image features [B, d] -> alignment."""
@@ -101,13 +127,24 @@ class PromptLearner(nn.Module):
         return "fp32"
 
 
+@dataclass(frozen=True)
+class StepRegions:
+    """The regions of a batch: normalised ``features`` [m, d], by the learner; ``image`` [m], the row of the batch that
+    each belongs to; ``index`` [m] into the regions of the training split.
+    """
+
+    features: Tensor
+    image: Tensor
+    index: Tensor
+
+
 @dataclass
 class Step:
     """One training step as a debiaser sees it, over the whole batch of all processes.
 
     ``alignment`` of the batch; ``logits`` [B, C] of the prediction in force (a debiaser's, else the alignment's);
     ``label`` [B]; ``attribute`` [B] true attributes (-1: unknown) for methods that may see them; ``index`` [B] into
-    the training split.
+    the training split; ``regions`` of the images where a debiaser asks for them (``takes_regions``).
     """
 
     alignment: Alignment
@@ -115,11 +152,12 @@ class Step:
     label: Tensor
     attribute: Tensor
     index: Tensor
+    regions: StepRegions | None = None
 
 
 @dataclass
 class Contribution:
-    """What a debiaser adds to the objective  mean(weight * (CE + per_sample_loss)) + penalty.
+    """What a debiaser adds to the objective  mean(weight * (ce_weight CE + per_sample_loss)) + penalty.
 
     ``per_sample_loss`` [B] is added to the cross-entropy of the prediction, ``sample_weights`` [B] multiply it,
     ``penalty`` is a scalar; ``log`` holds scalars to print.
@@ -137,7 +175,8 @@ class Context:
 
     ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS,
     ``num_groups()`` how many there are and ``check_groups(split)`` whether they can be known (else ``UserError``), both
-    without asking for image features; ``pseudo`` the pseudo-attributes; ``autocast()`` the precision of the towers;
+    without asking for image features; ``pseudo`` the pseudo-attributes; ``discovered`` what discovery finds in the
+    model without any debiaser, as an attribute and as regions; ``autocast()`` the precision of the towers;
     ``features_are_frozen`` says whether image features stay those of CLIP as it was released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
     stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
     training images ``choose`` (None: all), and returns it with its logits on the training split [N, C].
@@ -151,6 +190,7 @@ class Context:
     train: Split
     val: Split | None
     pseudo: PseudoAttributes
+    discovered: DiscoveredAttributes
     groups: Callable[[Split], Groups]
     num_groups: Callable[[], int]
     check_groups: Callable[[Split], None]
@@ -169,10 +209,15 @@ class Debiaser(nn.Module):
     chooses_images = False  # whether ``epoch_order`` takes the place of the sampler; one debiaser of a stack may
     balances_groups = False  # whether it then draws all groups equally often
     balances_by = ""  # whose sizes its weights make up for: of the groups in training ("size") or in the "batch"
-    default_base = "CoOp"  # what goes under it when TRAINER.BASE is empty
+    takes_regions = False  # whether steps carry the regions of the images
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__()
+
+    @classmethod
+    def default_base(cls, cfg: CfgNode) -> str:
+        """What goes under it when TRAINER.BASE is empty."""
+        return "CoOp"
 
     @classmethod
     def learning_rate(cls, cfg: CfgNode) -> float:

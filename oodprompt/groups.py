@@ -1,11 +1,12 @@
 """Groups (class, attribute) of a split: by the data set's attribute labels, or by what zero-shot CLIP sees of an
-attribute whose values have names, which needs no labels at all (*pseudo-attributes*).
+attribute whose values have names, which needs no labels at all (*pseudo-attributes*), or by what discovery finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 
 from oodprompt.backbones import CLIP, tokenize
 from oodprompt.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from oodprompt.discovery.attributes import DiscoveredAttributes
+
+CHOICES = ("pseudo", "true", "regions")
 
 
 @dataclass(frozen=True)
@@ -135,31 +141,42 @@ def span(vectors: Tensor, tolerance: float = 1e-5) -> Tensor:
     return directions[size > tolerance * size.max()].T
 
 
-def groups_of(split: Split, choice: str, classnames: Sequence[str], values: int, pseudo: PseudoAttributes) -> Groups:
-    """The groups of a split by ``choice``: the data set's attributes ("true") or pseudo-attributes ("pseudo").
+def groups_of(
+    split: Split,
+    choice: str,
+    classnames: Sequence[str],
+    values: int,
+    pseudo: PseudoAttributes,
+    discovered: DiscoveredAttributes,
+) -> Groups:
+    """The groups of a split by ``choice``: the data set's attributes ("true"), pseudo-attributes ("pseudo") or the
+    presence of discovered regions ("regions").
 
     ``values`` is the number of attribute values in all splits of the data set.
 
-    Raises ``UserError`` for another choice, or where an attribute label is unknown.
+    Raises ``UserError`` for another choice, where an attribute label is unknown, or where nothing is discovered.
     """
     values = num_values(split, choice, values, pseudo)
-    attribute = split.attribute if choice == "true" else pseudo.of(split)
-    named = [pseudo.names[a] if a < len(pseudo.names) else str(a) for a in range(values)]
+    source = discovered if choice == "regions" else pseudo
+    attribute = split.attribute if choice == "true" else source.of(split)
+    named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
     names = tuple(f"{c} / {a}" for c in classnames for a in named)
     return Groups(split.label * values + attribute, names)
 
 
 def num_values(split: Split, choice: str, values: int, pseudo: PseudoAttributes) -> int:
     """A, the number of attribute values by ``choice``; raises as ``groups_of`` does, without asking for features."""
-    if choice not in ("true", "pseudo"):
-        raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, ['true', 'pseudo'])}")
+    if choice not in CHOICES:
+        raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, CHOICES)}")
     if choice == "pseudo":
         return len(pseudo.text)
+    if choice == "regions":
+        return 2
     unknown = int((split.attribute < 0).sum())
     if unknown:
         raise UserError(
             f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
-            "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only"
+            "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
         )
     return max(len(pseudo.names), values)
 

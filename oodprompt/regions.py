@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+from oodprompt.backbones.weights import read_state_dict
+from oodprompt.errors import UserError, nearest
+
+if TYPE_CHECKING:  # what the engine is built of may import this module
+    from oodprompt.engine.data import Loader
+    from oodprompt.engine.feature_cache import FeatureCache, Views
+
+_VISIBLE = 0.25  # the share of a box's area that must lie in what the model sees
+_SMALLEST = 1e-4  # of the image's side: narrower boxes are empty
+_ROUNDING = 1e-6  # pixels by which an edge may miss a whole number through rounding
 
 
 @dataclass(frozen=True)
@@ -22,3 +49,479 @@ class Regions:
     owner: Tensor
     names: Sequence[str] = ()
     source: str = ""
+
+
+# --- by image --------------------------------------------------------------------------------------------------
+
+
+def counts(regions: Regions, n_images: int) -> Tensor:
+    """How many regions each image has, [n_images] int64."""
+    return torch.bincount(regions.owner, minlength=n_images)
+
+
+def per_image(regions: Regions, n_images: int) -> list[Tensor]:
+    """The boxes of each image: ``n_images`` tensors [n_i, 4]."""
+    return list(regions.boxes.split(counts(regions, n_images).tolist()))
+
+
+def rows_of_images(regions: Regions, images: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(the regions of ``images``, one image after the other [m]; which of ``images`` each belongs to [m])."""
+    images = torch.as_tensor(images, dtype=torch.long)
+    first = torch.searchsorted(regions.owner, images)
+    number = torch.searchsorted(regions.owner, images, right=True) - first
+    place = torch.repeat_interleave(torch.arange(len(images)), number)
+    return torch.arange(len(place)) + (first - number.cumsum(0) + number)[place], place
+
+
+def select(regions: Regions, indices: Tensor | Sequence[int]) -> Regions:
+    """The regions of the images ``indices``, whose i-th becomes image i; in the order of ``indices``."""
+    rows, owner = rows_of_images(regions, indices)
+    names = tuple(regions.names[row] for row in rows.tolist()) if regions.names else ()
+    return Regions(regions.boxes[rows], owner, names, regions.source)
+
+
+def digest(regions: Regions, how: str = "") -> str:
+    """SHA256 of boxes, owners and ``how`` features are made of them (not of names and source)."""
+    sha256 = hashlib.sha256(f"{how}\n{len(regions.owner)}\n".encode())
+    sha256.update(regions.boxes.cpu().numpy().astype("<f4").tobytes())
+    sha256.update(regions.owner.cpu().numpy().astype("<i8").tobytes())
+    return sha256.hexdigest()
+
+
+# --- sources ---------------------------------------------------------------------------------------------------
+
+
+def build_regions(
+    source: str,
+    paths: Sequence[str],
+    input_size: tuple[int, int],
+    file: str = "",
+    grid: tuple[int, int] = (2, 2),
+    overlap: float = 0.0,
+    per_image: int = 32,
+    device: torch.device | str = "cpu",
+    show: bool = True,
+) -> Regions:
+    """The regions of the images ``paths``, in their order.
+
+    ``source`` is "grid" (``grid`` rows and columns, see ``grid_regions``), "boxes" (of ``file``: a COCO json or a csv,
+    by its content) or "proposals" (``per_image`` of the network whose weights ``file`` holds). ``input_size`` is the
+    height and width of the test transform. Images may be without regions; ``Regions.source`` says how many have some.
+    Raises ``UserError`` for an unknown source, an unusable file, and where no image has a region.
+    """
+    if source == "grid":
+        return grid_regions(len(paths), *grid, overlap)
+    if source == "boxes":
+        of_coco = _is_json(_given(file))
+        return (coco_regions if of_coco else csv_regions)(file, paths, input_size)
+    if source == "proposals":
+        return proposal_regions(paths, input_size, file, per_image, device=device, show=show)
+    raise UserError(f"unknown source of regions {source!r}: {nearest(source, ('grid', 'boxes', 'proposals'))}")
+
+
+def grid_regions(n_images: int, rows: int, cols: int, overlap: float = 0.0) -> Regions:
+    """``rows`` x ``cols`` equal cells of every image, row by row; 2 x 2 are its quadrants.
+
+    ``overlap`` o is the share of a cell that it has in common with the next, from 0 to below 1: of n cells along a
+    side, each is 1 / (n - (n - 1) o) long and starts (1 - o) times its length after the one before.
+    """
+    if rows < 1 or cols < 1:
+        raise UserError(f"a grid of {rows} x {cols} regions is not possible; give 1 or more of each")
+    if not 0 <= overlap < 1:
+        raise UserError(f"the overlap of regions is a share from 0 to below 1, not {overlap}")
+    (top, bottom), (left, right) = _cells(rows, overlap), _cells(cols, overlap)
+    boxes = torch.stack(
+        [left.repeat(rows), top.repeat_interleave(cols), right.repeat(rows), bottom.repeat_interleave(cols)], 1
+    )
+    words = f"grid of {rows} x {cols}" + (f" with overlap {overlap:g}" if overlap else "")
+    return Regions(boxes.repeat(n_images, 1), torch.arange(n_images).repeat_interleave(rows * cols), (), words)
+
+
+def _cells(n: int, overlap: float) -> tuple[Tensor, Tensor]:
+    length = 1 / (n - (n - 1) * overlap)
+    start = torch.arange(n, dtype=torch.double) * (1 - overlap) * length
+    return start.float(), (start + length).clamp(max=1).float()
+
+
+class _Box(NamedTuple):
+    """A box in pixels of an image of size (``width``, ``height``), or of the image file where that is None."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    name: str
+    size: tuple[float, ...] | None = None
+
+
+def coco_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) -> Regions:
+    """The boxes of a COCO file: images (id, file_name), annotations (image_id, bbox, category_id), categories.
+
+    An annotation's bbox is [x, y, width, height] in pixels, of the width and height that the file gives the image,
+    where it does. An image has the boxes of the longest ``file_name`` that its path ends in; where there is none, of
+    the one with the same last part, if only one image on either side has that. Crowds (iscrowd 1) are left out. Names
+    are those of the categories. Raises ``UserError`` as ``build_regions``.
+    """
+    content = _read_json(_given(file))
+    names = {entry["id"]: str(entry["name"]) for entry in _entries(file, content, "categories", ("id", "name"), False)}
+    images = _entries(file, content, "images", ("id", "file_name"))
+    by_image: dict[Any, list[_Box]] = {entry["id"]: [] for entry in images}
+    sizes = {
+        entry["id"]: tuple(_number(entry[edge], f"{file}: image {entry['id']}") for edge in ("width", "height"))
+        for entry in images
+        if entry.get("width") and entry.get("height")
+    }
+    for i, entry in enumerate(_entries(file, content, "annotations", ("image_id", "bbox"))):
+        if entry.get("iscrowd"):
+            continue
+        where, owner = f"{file}: annotation {i}", entry["image_id"]
+        if owner not in by_image:
+            raise UserError(f"{where} is of image {owner!r}, which the file's images lack")
+        bbox = entry["bbox"]
+        if not (isinstance(bbox, list) and len(bbox) == 4):
+            raise UserError(f"{where}: bbox is [x, y, width, height], not {str(bbox)[:80]}")
+        x, y, width, height = (_number(value, where) for value in bbox)
+        if min(width, height) < 0:
+            raise UserError(f"{where}: bbox {bbox} has a negative width or height; correct it or take it out")
+        name = names.get(entry.get("category_id"), "")
+        by_image[owner].append(_Box(x, y, x + width, y + height, name, sizes.get(owner)))
+    matches = _match(file, [(str(entry["file_name"]), by_image[entry["id"]]) for entry in images], paths)
+    return _in_view(file, matches, paths, input_size)
+
+
+def csv_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) -> Regions:
+    """The boxes of a csv file with the columns image, left, top, right, bottom and, if names are known, label.
+
+    Boxes are in pixels of the image file; ``image`` is its path, absolute or relative to the csv's folder. Rows of
+    other images are passed over. Raises ``UserError`` as ``build_regions``.
+    """
+    from oodprompt.datasets.files import read_rows
+
+    path, columns = _given(file), ("image", "left", "top", "right", "bottom")
+    by_image: dict[str, list[_Box]] = defaultdict(list)
+    for line, (image, *corners, label) in read_rows(path, columns, ("label",)):
+        where = f"{path}, line {line}"
+        left, top, right, bottom = (_number(corner, where) for corner in corners)
+        if right <= left or bottom <= top:
+            raise UserError(f"{where}: the box must have left < right and top < bottom, not {', '.join(corners)}")
+        by_image[_absolute(path.parent / image.strip())].append(_Box(left, top, right, bottom, label.strip()))
+    matches = {i: by_image[_absolute(name)] for i, name in enumerate(paths) if _absolute(name) in by_image}
+    if not matches:
+        raise _no_match(file, list(by_image), paths)
+    return _in_view(file, matches, paths, input_size)
+
+
+def proposal_regions(
+    paths: Sequence[str],
+    input_size: tuple[int, int],
+    weights_file: str = "",
+    per_image: int = 32,
+    short_edge: int = 800,
+    device: torch.device | str = "cpu",
+    show: bool = True,
+) -> Regions:
+    """Proposals of torchvision's Faster R-CNN (Ren et al. 2015; ResNet-50 with a feature pyramid), class-agnostic.
+
+    Of each image the part that the model sees is enlarged to ``short_edge`` pixels, at the file's own resolution; after
+    non-maximum suppression (0.7) the ``per_image`` boxes with the highest objectness are kept, the highest first.
+    ``weights_file`` is torchvision's state dict; empty: where torch.hub would put it. Raises ``UserError`` where it is
+    missing, has not the SHA256 that its name ends in, or is of another network.
+    """
+    from oodprompt.engine.data import read_image
+
+    if per_image < 1:
+        raise UserError(f"{per_image} proposals per image are not possible; give 1 or more")
+    weights = _weights(weights_file)
+    network = _proposal_network(weights, short_edge).to(device)
+    matches: dict[int, list[_Box]] = {}
+    bar = tqdm(paths, desc="Region proposals", unit="image", disable=None if show else True, leave=False)
+    for i, name in enumerate(bar):
+        image = read_image(name)
+        window = _window(image.size, input_size)
+        left, top = (math.floor(edge + _ROUNDING) for edge in window[:2])
+        seen = image.crop((left, top, *(math.ceil(edge - _ROUNDING) for edge in window[2:])))
+        boxes = _propose(network, to_tensor(seen).to(device))[:per_image].cpu() + torch.tensor([left, top, left, top])
+        matches[i] = [_Box(*box, "") for box in boxes.tolist()]
+    return _in_view(f"proposals of {weights.name}", matches, paths, input_size)
+
+
+# --- features --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract_region_features(
+    encode: Callable[[Tensor, list[Tensor]], Tensor],
+    loader: Loader,
+    regions: Regions,
+    title: str = "Features of regions",
+    show: bool = True,
+) -> Tensor:
+    """L2-normalised features of all regions, [r, d] float32 on the encoder's device; processes share the work.
+
+    ``encode`` takes images [B, 3, R, R] and their boxes (B tensors [n_i, 4]), as ``CLIP.region_features`` does, and
+    returns [sum n_i, d]. Each image of ``loader``, whose transform must be that of testing, is read once.
+    """
+    from oodprompt.engine.distributed import sum_over_processes
+
+    total, features = len(loader.dataset), None
+    boxes = per_image(regions, total)
+    with tqdm(total=total, desc=title, unit="image", disable=None if show else True, leave=False) as bar:
+        for batch in loader:
+            index = batch["index"]
+            z = F.normalize(encode(batch["img"], [boxes[i] for i in index.tolist()]).float(), dim=-1)
+            if features is None:
+                features = z.new_zeros(len(regions.owner), z.shape[1])
+            rows, _ = rows_of_images(regions, index)
+            features[rows.to(z.device)] = z
+            bar.update(len(index))
+    return sum_over_processes(features)
+
+
+def region_view(
+    split: str,
+    loader: Loader,
+    encode: Callable[[Tensor, list[Tensor]], Tensor],
+    regions: Regions,
+    how: str,
+    show: bool = True,
+    cache: FeatureCache | None = None,
+) -> Views:
+    """The features of the regions of an evaluation split as one view, [1, r, d]; kept as ``cache`` keeps images'.
+
+    ``how`` names what ``encode`` makes of a region, as in ``CLIP.region_features``: files are named by it.
+    """
+
+    def compute(view: int) -> Tensor:
+        return extract_region_features(encode, loader, regions, f"Features of {split} regions", show)
+
+    if cache is None:
+        return compute(0)[None]
+    rows, images = len(regions.owner), loader.dataset.data_source
+    return cache.views(f"regions of {split}", images, 1, False, compute, rows, f"regions {digest(regions, how)}")
+
+
+# --- from a file's boxes to what the model sees -----------------------------------------------------------------
+
+
+def _in_view(
+    source: str, by_image: Mapping[int, Sequence[_Box]], paths: Sequence[str], input_size: tuple[int, int]
+) -> Regions:
+    """Boxes of images (in rising order) as the model sees them; ``UserError`` if none is left."""
+    boxes, owner, names = [], [], []
+    for i, of_image in by_image.items():
+        size = _size(paths[i])
+        window = _window(size, input_size)
+        for box in of_image:
+            seen = _clip(_in_pixels(box, size, source, paths[i]), window)
+            if seen is not None:
+                boxes.append(seen)
+                owner.append(i)
+                names.append(box.name)
+    if not boxes:
+        raise UserError(
+            f"{source}: no region lies in what the model sees of the {len(paths):,} images; "
+            "give boxes in pixels of the image files (left, top, right, bottom)"
+        )
+    dropped = sum(map(len, by_image.values())) - len(boxes)
+    words = f"{source}: {len(boxes):,} regions on {len(set(owner)):,} of {len(paths):,} images"
+    if dropped:
+        words += f"; {dropped:,} boxes that lie mostly outside what the model sees, or are empty, are left out"
+    return Regions(torch.tensor(boxes), torch.tensor(owner), tuple(names) if any(names) else (), words)
+
+
+def _window(size: tuple[int, int], input_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of an image (width, height) that the test transform keeps: left, top, right, bottom in its pixels.
+
+    The short edge becomes max(``input_size``), the long one in proportion, rounded down; then the centre is cut out.
+    """
+    short, resized = max(input_size), []
+    for edge in size:
+        resized.append(short if edge == min(size) else int(short * edge / min(size)))
+    starts = [round((now - keep) / 2) for now, keep in zip(resized, reversed(input_size), strict=True)]
+    (left, width), (top, height) = (
+        (start * edge / now, keep * edge / now)
+        for start, edge, now, keep in zip(starts, size, resized, reversed(input_size), strict=True)
+    )
+    return left, top, left + width, top + height
+
+
+def _in_pixels(box: _Box, size: tuple[int, int], source: str, path: str) -> tuple[float, float, float, float]:
+    """The corners of a box in pixels of the image file."""
+    if box.size is None:
+        return box[:4]
+    across, down = size[0] / box.size[0], size[1] / box.size[1]
+    if abs(across / down - 1) > 0.05:
+        raise UserError(
+            f"{source}: it gives {path} the size {box.size[0]:g} x {box.size[1]:g}, but the file has {size[0]} x "
+            f"{size[1]}: the image was cropped or turned since, and its boxes do not fit"
+        )
+    return box.left * across, box.top * down, box.right * across, box.bottom * down
+
+
+def _clip(corners: Sequence[float], window: Sequence[float]) -> tuple[float, float, float, float] | None:
+    """A box in fractions of the window, clipped to it; None where too little of it is left."""
+    left, top, right, bottom = (
+        (corner - window[i % 2]) / (window[i % 2 + 2] - window[i % 2]) for i, corner in enumerate(corners)
+    )
+    seen = (max(left, 0.0), max(top, 0.0), min(right, 1.0), min(bottom, 1.0))
+    width, height = seen[2] - seen[0], seen[3] - seen[1]
+    if min(width, height) < _SMALLEST or width * height < _VISIBLE * (right - left) * (bottom - top):
+        return None
+    return seen
+
+
+def _size(path: str) -> tuple[int, int]:
+    """Width and height, from the header of the image file."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"cannot read the image {path}: {error}; replace the file or take it out of the list"
+        ) from error
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _given(file: str) -> Path:
+    if not file:
+        raise UserError("regions from boxes need a file: a COCO json or a csv (image, left, top, right, bottom, label)")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"no file of regions at {path}; give a COCO json or a csv (image, left, top, right, bottom, label)"
+        )
+    return path
+
+
+def _is_json(path: Path) -> bool:
+    """By its content: csv files begin with the name of a column."""
+    with path.open("rb") as file:
+        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") or path.suffix.lower() == ".json"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not json: {error}") from error
+
+
+def _entries(file: str, content: Any, key: str, needed: Sequence[str], required: bool = True) -> list[dict[str, Any]]:
+    """The entries of a list of the COCO file, each of which must have the fields ``needed``."""
+    if not isinstance(content, dict) or not isinstance(content.get(key, None if required else []), list):
+        raise UserError(f"{file}: no list {key!r}; a COCO file has the lists images, annotations and categories")
+    entries = content.get(key, [])
+    for i, entry in enumerate(entries):
+        missing = [field for field in needed if not isinstance(entry, dict) or field not in entry]
+        if missing:
+            raise UserError(f"{file}: entry {i} of {key} has no {', '.join(missing)}")
+    return entries
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: {str(value)[:80]!r} is not a number")
+    return number
+
+
+def _absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _match(file: str, images: Sequence[tuple[str, Sequence[_Box]]], paths: Sequence[str]) -> dict[int, Sequence[_Box]]:
+    """The boxes of each of ``paths`` that ``images`` (name, boxes) holds, see ``coco_regions``."""
+    named: dict[str, list[tuple[str, Sequence[_Box]]]] = defaultdict(list)
+    for name, boxes in images:
+        name = name.replace("\\", "/").removeprefix("./")
+        named[name.rpartition("/")[2]].append((name, boxes))
+    ours = [_absolute(path).replace("\\", "/") for path in paths]
+    with_name: dict[str, set[str]] = defaultdict(set)
+    for path in ours:
+        with_name[path.rpartition("/")[2]].add(path)
+    matches: dict[int, Sequence[_Box]] = {}
+    taken: dict[int, str] = {}  # by the identity of the matched boxes
+    for i, path in enumerate(ours):
+        last = path.rpartition("/")[2]
+        candidates = named.get(last, [])
+        fitting = [image for image in candidates if f"/{path}".endswith(f"/{image[0].lstrip('/')}")]
+        longest = max((len(name) for name, _ in fitting), default=0)
+        fitting = [image for image in fitting if len(image[0]) == longest]
+        if not fitting and len(candidates) == len(with_name[last]) == 1:
+            fitting = candidates
+        if not fitting:
+            continue
+        if len(fitting) > 1:
+            raise UserError(f"{file}: {len(fitting)} of its images have the file_name {fitting[0][0]!r}; keep one")
+        name, boxes = fitting[0]
+        if taken.setdefault(id(boxes), path) != path:
+            raise UserError(f"{file}: {name!r} fits {taken[id(boxes)]} and {path}; give file_name with its folders")
+        matches[i] = boxes
+    if not matches:
+        raise _no_match(file, [name for name, _ in images], paths)
+    return matches
+
+
+def _no_match(file: str, theirs: Iterable[str], paths: Sequence[str]) -> UserError:
+    theirs = list(dict.fromkeys(theirs))
+    return UserError(
+        f"{file}: none of its {len(theirs):,} images is among the {len(paths):,} asked for; "
+        f"it names {_examples(theirs)}, asked for are {_examples(paths)}"
+    )
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) or "none"
+
+
+# --- the proposal network --------------------------------------------------------------------------------------
+
+
+def _weights(file: str) -> Path:
+    """The file of the proposal network's weights, checked against the digest that its name ends in, if it does."""
+    address = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url
+    path = Path(file).expanduser() if file else Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name
+    if not path.is_file():
+        raise UserError(f"no weights of the region proposal network at {path}; download {address} and put it there")
+    prefix = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+    if prefix:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(prefix[1]):
+            raise UserError(f"{path}: its SHA256 begins with {found[:8]}, not {prefix[1]}; download {address} again")
+    return path
+
+
+def _proposal_network(path: Path, short_edge: int) -> FasterRCNN:
+    """Faster R-CNN up to its proposals, with the weights of ``path``, in evaluation mode."""
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0  # as torchvision sets it for the weights it publishes
+    largest = round(short_edge * 1333 / 800)  # torchvision's proportion
+    heads = {"box_head": nn.Identity(), "box_predictor": nn.Identity()}
+    network = FasterRCNN(backbone, min_size=short_edge, max_size=largest, **heads)
+    weights = {k: v for k, v in read_state_dict(path).items() if k.startswith(("backbone.", "rpn."))}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is no state dict of torchvision's fasterrcnn_resnet50_fpn; "
+            f"download {FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url}"
+        ) from error
+    return network.eval()
+
+
+@torch.no_grad()
+def _propose(network: FasterRCNN, image: Tensor) -> Tensor:
+    """Image [3, h, w] in 0..1 -> proposals [m, 4] in its pixels, by falling objectness."""
+    images, _ = network.transform([image])
+    (boxes,), _ = network.rpn(images, network.backbone(images.tensors))
+    height, width = (now / then for now, then in zip(image.shape[-2:], images.image_sizes[0], strict=True))
+    return boxes * boxes.new_tensor([width, height, width, height])

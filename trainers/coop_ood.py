@@ -19,6 +19,9 @@ the spurious attribute's values, no labels, settle it. t_a are the text features
           free of scale, so that shrinking the feature cannot satisfy it. x = h_u(z) over the whole training set where
           z is constant (exact, one small product per step), else x = z_u of the batch
 
+``ANCHOR: regions`` takes the presence of the regions that RaVL's discovery finds (absent, present) for the attribute, and
+the means of the frozen features of images without and with them for t_a: then not even names are needed.
+
 Source: Zhang et al., "Amend to Alignment: Decoupled Prompt Tuning for Mitigating Spurious Correlation in
 Vision-Language Models", ICML 2024 (PMLR 235). The abstract and the authors' figure settle the two linear layers, the
 three losses and what they act on; the loss formulas are a reconstruction. Every point that the sources at hand leave
@@ -72,7 +75,11 @@ declare(
             "joint: one loss; alternating: a step on (prompt, h_u), then one on (prompt, h_s). Plain only. [open]",
         ),
         "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
-        "ANCHOR": ("none", "none: the method of the paper; attributes: anchored on the names of the attribute."),
+        "ANCHOR": (
+            "none",
+            "none: the method of the paper; attributes: anchored on the names of the attribute; regions: on the presence of "
+            "the regions that discovery finds (DISCOVERY.*), without names.",
+        ),
         "ANCHOR_ALPHA": (0.0, "Weight of L_s when anchored."),
         "ANCHOR_BETA": (3000.0, "Weight of L_c when anchored and the image tower is frozen."),
         "ANCHOR_BETA_TOWER": (
@@ -118,7 +125,7 @@ class DecoupledProjections(Debiaser):
             "INIT": ("identity", "random"),
             "PHASES": ("joint", "alternating"),
             "INFERENCE": ("invariant", "raw"),
-            "ANCHOR": ("none", "attributes"),
+            "ANCHOR": ("none", "attributes", "regions"),
             "ANCHOR_L_C": ("share", "xcov"),
             "ANCHOR_STATISTICS": ("auto", "train", "batch", "running"),
             "ANCHOR_START": ("identity", "erased"),
@@ -137,12 +144,13 @@ class DecoupledProjections(Debiaser):
         self.h_u, self.h_s = (self._projection(width) for _ in range(2))
         self.club = Club(width) if keys.L_C == "club" and keys.ANCHOR == "none" else None
         self.scale = context.clip.logit_scale.exp().item()
-        self.context, self.anchored = context, keys.ANCHOR == "attributes"
+        self.context, self.anchored = context, keys.ANCHOR != "none"
         self.alternating, self.spurious_turn = keys.PHASES == "alternating" and not self.anchored, False
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is
         if self.anchored:
-            # [A, d]; not in the checkpoint: they follow from CLIP and the names
-            self.register_buffer("attribute_text", context.pseudo.text, persistent=False)
+            # [A, d]; not in the checkpoint: they follow from CLIP and the names, or from what discovery found
+            text = context.pseudo.text if keys.ANCHOR == "attributes" else torch.zeros(2, width)
+            self.register_buffer("attribute_text", text, persistent=False)
         statistics = keys.ANCHOR_STATISTICS
         if statistics == "auto":
             statistics = "train" if context.features_are_frozen else "running"
@@ -173,9 +181,12 @@ class DecoupledProjections(Debiaser):
 
     def before_train(self) -> None:
         if self.anchored:
-            train = self.context.train
-            self.pseudo_attribute = self.context.pseudo.of(train)
-            self.posterior = standardise_within(self.context.pseudo.posterior(train), train.label)  # [N, A]
+            train, anchor = self.context.train, self.context.pseudo
+            if self.keys.ANCHOR == "regions":
+                anchor = self.context.discovered
+                self.attribute_text = anchor.prototypes(train)
+            self.pseudo_attribute = anchor.of(train)
+            self.posterior = standardise_within(anchor.posterior(train), train.label)  # [N, A]
             if self.statistics == "train":
                 self.moments = within_class_moments(train.features(), self.posterior, train.label)
             if self.keys.ANCHOR_START == "erased" and not self.steps:

@@ -58,8 +58,11 @@ class GroupPrompts(Debiaser):
 
     model_name = "groupcoop"
     predicts = True
-    default_base = "ZeroshotCLIP"
     not_loaded = ("token_prefix", "token_suffix")
+
+    @classmethod
+    def default_base(cls, cfg: CfgNode) -> str:
+        return "ZeroshotCLIP"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

@@ -10,8 +10,8 @@ multimodal-prompt-learning/trainers/independentVL.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -70,11 +70,8 @@ class VLPromptLearner(PromptLearner):
     def encodes_as_clip(self) -> bool:
         return not self.trains_image_tower
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        if not self.trains_image_tower:
-            return super().encode_image(images)
-        z = self.clip.encode_image(images, self.image_encoder.VPT, self.image_encoder.deep())
-        return F.normalize(z.float(), dim=-1)
+    def visual_prompts(self) -> tuple[Any, ...]:
+        return (self.image_encoder.VPT, self.image_encoder.deep()) if self.trains_image_tower else ()
 
     def forward(self, image_features: Tensor) -> Alignment:
         text_features = self.prompts.text_features(deep=self.text_encoder.deep())

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -66,11 +66,10 @@ class MultiModalPromptLearner(PromptLearner):
         text, image = (min(depth, layers) for layers in (clip.shape.text_layers, clip.shape.vision_layers))
         print(f'Initial context: "{words}", {keys.N_CTX} tokens; prompts in {text} text and {image} image blocks')
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def visual_prompts(self) -> tuple[Any, ...]:
         own = self.prompt_learner
         layers = zip(own.compound_prompt_projections, own.compound_prompts_text, strict=True)
-        z = self.clip.encode_image(images, own.proj(own.ctx), [layer(prompts) for layer, prompts in layers])
-        return F.normalize(z.float(), dim=-1)
+        return own.proj(own.ctx), [layer(prompts) for layer, prompts in layers]
 
     def forward(self, image_features: Tensor) -> Alignment:
         text_features = self.prompts.text_features(deep=list(self.prompt_learner.compound_prompts_text))

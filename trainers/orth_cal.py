@@ -58,7 +58,10 @@ class ProjectedText(Debiaser):
 
     model_name = "orthcal"
     predicts = True
-    default_base = "ZeroshotCLIP"
+
+    @classmethod
+    def default_base(cls, cfg: CfgNode) -> str:
+        return "ZeroshotCLIP"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

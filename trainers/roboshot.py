@@ -56,7 +56,10 @@ class RobustFeatures(Debiaser):
 
     model_name = "roboshot"
     predicts = True
-    default_base = "ZeroshotCLIP"
+
+    @classmethod
+    def default_base(cls, cfg: CfgNode) -> str:
+        return "ZeroshotCLIP"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

@@ -10,8 +10,8 @@ multimodal-prompt-learning/trainers/vpt.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -50,9 +50,8 @@ class VisualPromptLearner(PromptLearner):
         self.register_buffer("text", class_text_features(clip, self.classnames, [words]), persistent=False)
         print(f'Fixed prompts "{words}", {keys.N_CTX_VISION} visual prompts in {self.image_encoder.depth} blocks')
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        z = self.clip.encode_image(images, self.image_encoder.VPT, self.image_encoder.deep())
-        return F.normalize(z.float(), dim=-1)
+    def visual_prompts(self) -> tuple[Any, ...]:
+        return self.image_encoder.VPT, self.image_encoder.deep()
 
     def forward(self, image_features: Tensor) -> Alignment:
         return Alignment(image_features, self.text, self.clip.logit_scale.exp())

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from oodprompt.backbones.packing import pack
+from oodprompt.errors import UserError
 
 # How queries, keys and values [B, H, L, d] become [B, H, L, d]; the default lets every position see all others.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -104,8 +105,11 @@ class Transformer(nn.Module):
         deep: Sequence[Tensor] = (),
         deep_at: int = 0,
         rows: Rows | None = None,
+        attend_last: Attend | None = None,
     ) -> Tensor:
         """[B, L, width] -> [B, L, width]; with ``rows``, the last block computes these alone.
+
+        ``attend_last`` takes the place of ``attend`` in the last block.
 
         Deep prompts: the M tokens from position ``deep_at`` on are replaced by ``deep[i - 1]`` [M, width] ahead of
         block i = 1, 2, ..., len(deep).
@@ -115,7 +119,8 @@ class Transformer(nn.Module):
                 prompts = deep[i - 1].to(x.dtype)
                 after = x[:, deep_at + len(prompts) :]
                 x = torch.cat([x[:, :deep_at], prompts.expand(len(x), -1, -1), after], dim=1)
-            x = block(x, attend, rows if i == self.layers - 1 else None)
+            last = i == self.layers - 1
+            x = block(x, attend_last or attend if last else attend, rows if last else None)
         return x
 
 
@@ -140,11 +145,13 @@ class VisionTransformer(nn.Module):
         prompts: Tensor | None = None,
         deep: Sequence[Tensor] = (),
         rows: Rows | None = None,
+        attend_last: Attend | None = None,
     ) -> Tensor:
         """Images [B, 3, R, R] -> class token, patch tokens and prompts after the last block, [B, 1 + (R/p)^2 + M, width].
 
         ``prompts`` [M, width] stand behind the patches, without a position; ``deep`` prompts replace them ahead of
-        blocks 1, 2, .... With ``rows``, the last block computes these positions alone.
+        blocks 1, 2, .... With ``rows``, the last block computes these positions alone, with
+        ``attend_last`` it attends by that.
         """
         x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
@@ -154,17 +161,90 @@ class VisionTransformer(nn.Module):
             raise ValueError("deep prompts replace prompts at the entrance, and there are none")
         if prompts is not None:
             x = torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
-        return self.transformer(self.ln_pre(x), deep=deep, deep_at=length, rows=rows)
+        return self.transformer(self.ln_pre(x), deep=deep, deep_at=length, rows=rows, attend_last=attend_last)
 
     def forward(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
         return self.ln_post(self.tokens(images, prompts, deep, rows=slice(0, 1))[:, 0]) @ self.proj
 
+    @property
+    def side(self) -> int:
+        """Patches along a side of the image, R/p."""
+        return self.input_resolution // self.conv1.stride[0]
+
     def patch_features(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """Images [B, 3, R, R] -> the patches in the space of image features, [B, R/p, R/p, output_dim], not normalised."""
-        side = self.input_resolution // self.conv1.stride[0]
-        x = self.tokens(images, prompts, deep)[:, 1 : 1 + side**2]
-        return (self.ln_post(x) @ self.proj).unflatten(1, (side, side))
+        x = self.tokens(images, prompts, deep)[:, 1 : 1 + self.side**2]
+        return (self.ln_post(x) @ self.proj).unflatten(1, (self.side, self.side))
+
+    def masked_features(
+        self, images: Tensor, boxes: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Image features whose class token reads, in the last block, no patches but those of a box.
+
+        Images [B, 3, R, R] and ``boxes`` [B, K, 4], of positive area, in fractions of the image -> [B, K, output_dim],
+        not normalised. With a_j the attention logit of the class token to patch j and s_j the share of the patch that
+        the box covers, its weight is s_j exp(a_j) / sum_i s_i exp(a_i). The class token's own value is left out;
+        prompts beside the patches count fully.
+
+        Source: the mask class tokens of Ding et al., "Open-Vocabulary Universal Image Segmentation with MaskCLIP",
+        2023; here without any training, and in the last block alone.
+        """
+        start = torch.arange(self.side, device=boxes.device) / self.side
+        low, high = boxes[..., :2, None], boxes[..., 2:, None]
+        overlap = self.side * (high.minimum(start + 1 / self.side) - low.maximum(start)).clamp(min=0)
+        across, down = overlap.unbind(-2)
+        covered = (down.unsqueeze(-1) * across.unsqueeze(-2)).flatten(-2)
+        bias = F.pad(covered.log(), (1, 0), value=-torch.inf)
+        bias = F.pad(bias, (0, 0 if prompts is None else len(prompts))).unsqueeze(1)  # [B, 1, K, L]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = q.expand(-1, -1, boxes.shape[1], -1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+
+        return self.ln_post(self.tokens(images, prompts, deep, slice(0, 1), attend)) @ self.proj
+
+    def token_features(
+        self,
+        images: Tensor,
+        rois: Tensor,
+        prompts: Tensor | None = None,
+        deep: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Features of regions that the tower sees alone: the patches of a box, at their places, and the class token.
+
+        Images [B, 3, R, R] and ``rois`` [r, 5], the image of each region and its box in fractions of the image, ->
+        [r, output_dim], not normalised. A patch belongs to a box that holds its centre (half-open), and a box that holds
+        none to the one patch in whose cell its own centre lies. Nothing outside the box plays a part, unlike in
+        ``masked_features`` and ``patch_features``; a quarter of an image costs a quarter of it, unlike a crop. The whole
+        image has the features of ``forward``.
+
+        A ViT that is given some of its patches only: He et al., "Masked autoencoders are scalable vision learners", 2022.
+        """
+        centre = (torch.arange(self.side, device=rois.device) + 0.5) / self.side
+        low, high = rois[:, 1:3, None], rois[:, 3:, None]
+        inside = (low <= centre) & (centre < high)  # [r, 2, side]
+        nearest = (self.side * (low + high) / 2).long().clamp(0, self.side - 1)
+        lonely = ~inside.any(dim=2, keepdim=True)
+        inside = inside | (lonely & (torch.arange(self.side, device=rois.device) == nearest))
+        chosen = (inside[:, 1].unsqueeze(2) & inside[:, 0].unsqueeze(1)).flatten(1)  # [r, patches]
+        number = chosen.sum(dim=1)
+        length = int(number.max())
+        index = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, :length]
+        position = self.positional_embedding.to(images.dtype)
+        patches = self.conv1(images).flatten(2).transpose(1, 2) + position[1:]
+        x = patches[rois[:, 0].long().unsqueeze(1), index]
+        first = (self.class_embedding.to(x.dtype) + position[0]).expand(len(x), 1, -1)
+        x = torch.cat([first, x] if prompts is None else [first, x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        counts = torch.arange(length, device=rois.device) < number.unsqueeze(1)
+        counts = F.pad(F.pad(counts, (1, 0), value=True), (0, 0 if prompts is None else len(prompts)), value=True)
+        mask = None if bool(counts.all()) else counts[:, None, None, :]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        x = self.transformer(self.ln_pre(x), attend, deep, 1 + length, rows=slice(0, 1))
+        return self.ln_post(x[:, 0]) @ self.proj
 
 
 class Bottleneck(nn.Module):
@@ -259,20 +339,21 @@ class ModifiedResNet(nn.Module):
             x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
         return self.avgpool(x)
 
-    def feature_map(self, images: Tensor) -> Tensor:
-        """Images [B, 3, R, R] -> [B, width, R/32, R/32]."""
-        x = self.stem(images)
-        for i in (1, 2, 3, 4):
-            x = getattr(self, f"layer{i}")(x)
-        return x
+    def middle_map(self, images: Tensor) -> Tensor:
+        """Images [B, 3, R, R] -> what enters the last stage, ``layer4``: [B, 16 width, R/16, R/16]."""
+        return self.layer3(self.layer2(self.layer1(self.stem(images))))
+
+    def head(self, x: Tensor) -> Tensor:
+        """What ``middle_map`` gives -> image features [B, output_dim], not normalised."""
+        return self.attnpool(self.layer4(x))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
-        return self.attnpool(self.feature_map(images))
+        return self.head(self.middle_map(images))
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Images [B, 3, R, R] -> cells in the space of image features, [B, R/32, R/32, output_dim], not normalised."""
-        return self.attnpool.dense(self.feature_map(images))
+        return self.attnpool.dense(self.layer4(self.middle_map(images)))
 
 
 @dataclass(frozen=True)
@@ -327,6 +408,32 @@ class CLIPShape:
 
 def _count(state_dict: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
+
+
+def _rois(boxes: Tensor | Sequence[Tensor], device: torch.device) -> Tensor:
+    """Boxes by image -> [r, 5]: the index of the image, then the box."""
+    rows = [F.pad(some.to(device, torch.float32), (1, 0), value=i) for i, some in enumerate(boxes)]
+    return torch.cat(rows) if rows else torch.zeros(0, 5, device=device)
+
+
+def _roi_align(maps: Tensor, rois: Tensor, side: int) -> Tensor:
+    """RoIAlign of maps [B, c, n, n] to ``side`` x ``side``: the mean over each box (1), or its resampling (n).
+
+    A mean takes ceil(size in cells) samples a side: a box that rounding makes a little larger than k cells would take
+    k + 1 and read its neighbours, so boxes give up 1e-5 of a cell on every side. Resampled, no box is larger than the
+    map, and one sample for every cell is enough.
+    """
+    cells = maps.shape[-1]
+    if side == 1:
+        rois = rois + rois.new_tensor([0, 1, 1, -1, -1]) * (1e-5 / cells)
+    ratio = 0 if side == 1 else 1
+    return roi_align(maps.float(), rois, (side, side), spatial_scale=cells, sampling_ratio=ratio, aligned=True)
+
+
+def _in_parts(tower: Callable[[Tensor], Tensor], maps: Tensor, rois: Tensor, at_once: int) -> Tensor:
+    """Regions of maps [B, c, n, n], resampled to n x n, through ``tower``: [r, d]."""
+    side = maps.shape[-1]
+    return torch.cat([tower(_roi_align(maps, part, side).to(maps.dtype)) for part in rois.split(at_once)])
 
 
 class CLIP(nn.Module):
@@ -385,20 +492,59 @@ class CLIP(nn.Module):
         """Images [B, 3, R, R] (preprocessed) -> [B, embed_dim], not normalised; ``prompts`` as in ``VisionTransformer``."""
         return self.visual(images.to(self.dtype), *prompts)
 
-    def region_features(self, images: Tensor, boxes: Tensor) -> Tensor:
-        """Features of regions: RoIAlign (He et al. 2017) over the patch features.
+    def region_features(
+        self,
+        images: Tensor,
+        boxes: Tensor | Sequence[Tensor],
+        how: str = "patches",
+        prompts: Sequence[Any] = (),
+        at_once: int = 256,
+    ) -> Tensor:
+        """Features of regions in the space of image features, not normalised; gradients flow to images and weights.
 
-        ``images`` [B, 3, R, R], ``boxes`` [B, K, 4] as (left, top, right, bottom) in fractions of the image. Returns
-        [B, K, embed_dim], not normalised.
+        ``images`` [B, 3, R, R]; ``boxes`` B tensors [n_i, 4] of (left, top, right, bottom) in fractions of the image,
+        of positive area -> [sum n_i, embed_dim], image by image; boxes [B, K, 4] -> [B, K, embed_dim]. ``how`` is one:
+
+        - "roi" (ResNet): RoIAlign (He et al. 2017) of what enters the last stage, to the size it has for a whole image,
+          then the last stage and attention pooling, as in RegionCLIP (Zhong et al. 2022). The whole image has the
+          features of ``encode_image``.
+        - "crops": the box, stretched to R x R by bilinear interpolation, through the tower. The whole image has the
+          features of ``encode_image``. One pass of the tower per region, the others one per image.
+        - "tokens" (ViT): ``VisionTransformer.token_features``, the patches of the box alone through the tower.
+        - "masked" (ViT): ``VisionTransformer.masked_features``, where the last block reads the box alone.
+        - "patches": RoIAlign to 1 x 1 of ``patch_features``. CLIP was not trained to align these with text, and they
+          have seen the rest of the image: poor where a region differs from what surrounds it.
+        - "auto": "roi" for a ResNet, "tokens" for a ViT.
+
+        ``prompts`` as in ``VisionTransformer``. "roi" and "crops" take ``at_once`` regions at a time through the tower.
+        Raises ``UserError`` for another ``how``, ``ValueError`` for another number of boxes than images.
         """
-        patches = self.visual.patch_features(images.to(self.dtype)).permute(0, 3, 1, 2).float()
-        cells = patches.shape[-1]
-        # RoIAlign takes ceil(size in cells) samples a side: a box that rounding makes a little larger than k cells
-        # would take k + 1 and read its neighbours.
-        inward = torch.tensor([1.0, 1.0, -1.0, -1.0], device=patches.device) * (1e-5 / cells)
-        boxes = boxes.to(patches.device, torch.float32) + inward
-        regions = roi_align(patches, list(boxes), (1, 1), spatial_scale=cells, aligned=True)
-        return regions.flatten(1).unflatten(0, boxes.shape[:2])
+        vit = self.takes_visual_prompts
+        known = ("tokens", "crops", "masked", "patches") if vit else ("roi", "crops", "patches")
+        how = known[0] if how == "auto" else how
+        if how not in known:
+            tower = "ViT" if vit else "ResNet"
+            raise UserError(f"features of regions: a {tower} has no way {how!r}; give auto, {', '.join(known)}")
+        if len(boxes) != len(images):
+            raise ValueError(f"{len(images)} images, but boxes of {len(boxes)}")
+        images = images.to(self.dtype)
+        rois = _rois(boxes, images.device)
+        if not len(rois):
+            features = images.new_zeros(0, self.shape.embed_dim)
+        elif how == "patches":
+            features = _roi_align(self.visual.patch_features(images, *prompts).permute(0, 3, 1, 2), rois, 1).flatten(1)
+        elif how == "masked":
+            owner, place = rois[:, 0].long(), torch.cat([torch.arange(len(some)) for some in boxes]).to(rois.device)
+            padded = rois.new_tensor([0, 0, 1, 1]).repeat(len(images), max(map(len, boxes)), 1)
+            padded[owner, place] = rois[:, 1:]
+            features = self.visual.masked_features(images, padded, *prompts)[owner, place]
+        elif how == "tokens":
+            features = self.visual.token_features(images, rois, *prompts)
+        elif how == "roi":
+            features = _in_parts(self.visual.head, self.visual.middle_map(images), rois, at_once)
+        else:
+            features = _in_parts(lambda crops: self.visual(crops, *prompts), images, rois, at_once)
+        return features.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) else features
 
     def encode_prompts(
         self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor] = ()

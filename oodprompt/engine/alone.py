@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,20 +28,29 @@ def outputs(
     trainer: PromptTrainer, split: str, learner: PromptLearner, predict: Callable[[Alignment], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Image features [N, d] and ``predict``'s logits [N, C] of every image of a split, in its order, not augmented."""
+    features, logits, index = [], [], []
+    with evaluating(trainer, learner):
+        for batch in _in_order(trainer, split):
+            alignment = trainer.align(batch, learner)
+            features.append(gather_rows(alignment.image_features))
+            logits.append(gather_rows(predict(alignment)))
+            index.append(gather_rows(batch["index"].to(trainer.device)))
+    order = torch.cat(index).argsort()
+    return torch.cat(features)[order], torch.cat(logits)[order]
+
+
+@contextlib.contextmanager
+def evaluating(trainer: PromptTrainer, learner: PromptLearner) -> Iterator[None]:
+    """All models of the run, and ``learner``, as they are in evaluation; afterwards as before."""
     modules = [*trainer.models(), learner]
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
-    features, logits, index = [], [], []
-    for batch in _in_order(trainer, split):
-        alignment = trainer.align(batch, learner)
-        features.append(gather_rows(alignment.image_features))
-        logits.append(gather_rows(predict(alignment)))
-        index.append(gather_rows(batch["index"].to(trainer.device)))
-    for module, mode in zip(modules, training, strict=True):
-        module.train(mode)
-    order = torch.cat(index).argsort()
-    return torch.cat(features)[order], torch.cat(logits)[order]
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.train(mode)
 
 
 def _in_order(trainer: PromptTrainer, split: str) -> Any:
@@ -95,7 +105,8 @@ def _train(
                 alignment = trainer.gathered(trainer.align(batch, learner))
                 label = gather_rows(batch["label"].to(trainer.device))
                 penalty = learner.penalty(alignment)
-                loss = F.cross_entropy(alignment.logits, label) + (0 if penalty is None else penalty)
+                ce = learner.ce_weight * F.cross_entropy(alignment.logits, label)
+                loss = ce + (0 if penalty is None else penalty)
                 optim.zero_grad(set_to_none=True)
                 learner.backward(loss, alignment, scaler.scale)
                 average_gradients(learner.parameters())

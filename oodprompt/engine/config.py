@@ -241,6 +241,11 @@ declare(
             "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk; so many images take long "
             "to encode that their features should outlive the run.",
         ),
+        "IMAGE_CACHE_MIB": (
+            1024.0,
+            "Where images themselves are read at every step (the image tower is trained), by the main process (NUM_WORKERS "
+            "0) and without random transforms: how many MiB of transformed images of a split are kept in memory.",
+        ),
         "K_TRANSFORMS": (1, "Kept for Dassl's files: transformed copies of each training image; only 1 is possible."),
         "RETURN_IMG0": (False, "Kept for Dassl's files: the untransformed image beside; only False is possible."),
         "TRAIN_X.SAMPLER": (
@@ -347,8 +352,9 @@ declare(
         "STACK": ((), "Debiasers to add to the trainer's own."),
         "GROUPS": (
             "pseudo",
-            "Groups (class, attribute) of methods that take groups: true (attribute labels of the data set) or pseudo "
-            "(what zero-shot CLIP sees of the named attribute; no labels).",
+            "Groups (class, attribute) of methods that take groups: true (attribute labels of the data set), pseudo "
+            "(what zero-shot CLIP sees of the named attribute; no labels) or regions (whether an image has a region that "
+            "discovery found in the base trained alone; neither labels nor names).",
         ),
         "PSEUDO_NOISE": (
             0.0,

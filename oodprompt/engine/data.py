@@ -33,27 +33,34 @@ EpochOrder = Callable[[int, np.random.Generator], np.ndarray]  # (epoch, random 
 
 
 class Datum:
-    """One image: its path, class label, domain, class name and (spurious) attribute (-1: unknown)."""
+    """One image: its path, class label, domain, class name, (spurious) attribute (-1: unknown) and caption ("": none)."""
 
-    __slots__ = ("_attribute", "_classname", "_domain", "_impath", "_label")
+    __slots__ = ("_attribute", "_caption", "_classname", "_domain", "_impath", "_label")
 
     def __init__(
-        self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "", attribute: int = -1
+        self,
+        impath: str = "",
+        label: int = 0,
+        domain: int = 0,
+        classname: str = "",
+        attribute: int = -1,
+        caption: str = "",
     ) -> None:
         if not os.path.isfile(impath):  # four times as fast as Path, which counts where there are 200,000
             raise UserError(f"no image at {impath}; the data set's file list names it")
         self._impath, self._label, self._domain = str(impath), int(label), int(domain)
-        self._classname, self._attribute = str(classname), int(attribute)
+        self._classname, self._attribute, self._caption = str(classname), int(attribute), caption
 
     impath = property(lambda self: self._impath)
     label = property(lambda self: self._label)
     domain = property(lambda self: self._domain)
     classname = property(lambda self: self._classname)
     attribute = property(lambda self: self._attribute)
+    caption = property(lambda self: self._caption)
 
     def relabelled(self, label: int) -> Datum:
         """The same image with another label; everything else is kept."""
-        return Datum(self.impath, label, self.domain, self.classname, self.attribute)
+        return Datum(self.impath, label, self.domain, self.classname, self.attribute, self.caption)
 
 
 class DatasetBase:
@@ -389,10 +396,14 @@ class EpochBatches:
 
 
 class DatasetWrapper(Dataset):
-    """Reads and transforms one image: (index, seed) -> dict with img, label, domain, attribute, impath, index."""
+    """Reads and transforms one image: (index, seed) -> dict with img, label, domain, attribute, impath, index.
+
+    ``room`` is how many bytes of transformed images may stay in memory (``kept``); where nothing is random.
+    """
 
     def __init__(self, data_source: Sequence[Datum], transform: Callable) -> None:
         self.data_source, self.transform = data_source, transform
+        self.room, self.kept = 0, {}
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -400,12 +411,16 @@ class DatasetWrapper(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
         index, seed = item
         datum = self.data_source[index]
-        try:
-            image = read_image(datum.impath)
-        except UserError as error:
-            return error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
-        with _random_numbers_from(seed):
-            image = self.transform(image)
+        image = self.kept.get(index)
+        if image is None:
+            try:
+                image = read_image(datum.impath)
+            except UserError as error:
+                return error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
+            with _random_numbers_from(seed):
+                image = self.transform(image)
+            if self.room >= image.nbytes:
+                self.kept[index], self.room = image, self.room - image.nbytes
         return {
             "img": image,
             "label": datum.label,
@@ -450,8 +465,8 @@ class Loader:
     """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch."""
 
     def __init__(self, cfg: CfgNode, data: Sequence[Datum], transform: Callable, batches: EpochBatches) -> None:
-        self.batches, self.dataset = batches, DatasetWrapper(data, transform)
         workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
+        self.batches, self.dataset = batches, DatasetWrapper(data, transform)
         # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
         self._generator = torch.Generator()
         self._loader = DataLoader(
@@ -465,6 +480,11 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         self.batches.epoch = epoch
+
+    def keep_images(self) -> None:
+        """Keep transformed images, for those who come back in every epoch; not in workers, which end with the epoch."""
+        if not self._loader.num_workers:
+            self.dataset.room = int(self.batches.cfg.DATALOADER.IMAGE_CACHE_MIB * 2**20)
 
     def __len__(self) -> int:
         return len(self.batches)

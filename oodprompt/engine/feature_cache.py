@@ -2,7 +2,8 @@
 
 A view of a split is one ``.npy`` file, float32 [N, d], named by a SHA256 over all that its values follow from: the
 image tower's weights, the transform, precision, kind of device, the draw of a random transform, and path, size and
-time of every image in order. What changes only how sums are rounded (batch size, number of processes) is left out.
+time of every image in order; for parts of images also which they are and how their features are made. What changes
+only how sums are rounded (batch size, number of processes) is left out.
 """
 
 from __future__ import annotations
@@ -60,16 +61,26 @@ class FeatureCache:
         return keys.FEATURE_CACHE == "disk" or (keys.FEATURE_CACHE == "auto" and size > keys.CACHE_MEMORY_MIB)
 
     def views(
-        self, split: str, images: Sequence[Datum], number: int, is_train: bool, compute: Callable[[int], Tensor]
+        self,
+        split: str,
+        images: Sequence[Datum],
+        number: int,
+        is_train: bool,
+        compute: Callable[[int], Tensor],
+        rows: int | None = None,
+        parts: str = "",
     ) -> Views:
         """``number`` views of ``images`` by the training or the test transform; ``compute(view)`` where not in files.
 
-        All processes call it together. Raises ``UserError`` when the folder cannot be used.
+        Features of parts of the images have ``rows`` rows, and ``parts`` says which parts they are and how features are
+        made of them; files are named by it, too. All processes call it together. Raises ``UserError`` when the folder
+        cannot be used.
         """
-        if not self.on_disk(number * len(images)):
+        rows = len(images) if rows is None else rows
+        if not self.on_disk(number * rows):
             return torch.stack([compute(view) for view in range(number)])
-        began, shape = time.time(), (len(images), self.clip.shape.embed_dim)
-        paths = self._in_main_process(self._paths, images, number, is_train)
+        began, shape = time.time(), (rows, self.clip.shape.embed_dim)
+        paths = self._in_main_process(self._paths, images, number, is_train, parts)
         computed = [self._provide(split, path, shape, compute, view) for view, path in enumerate(paths)]
         self.say(
             f"Image features: {split} {'written to' if any(computed) else 'read from'} "
@@ -78,7 +89,7 @@ class FeatureCache:
         offset = len(_header(shape))
         return [np.memmap(path, np.dtype("<f4"), mode="r", offset=offset, shape=shape) for path in paths]
 
-    def _paths(self, images: Sequence[Datum], number: int, is_train: bool) -> list[Path]:
+    def _paths(self, images: Sequence[Datum], number: int, is_train: bool, parts: str) -> list[Path]:
         """The files of the views, each named by what its features follow from."""
         self._backbone = self._backbone or digest(self.clip.visual)
         facts = {
@@ -89,6 +100,8 @@ class FeatureCache:
             "transform": "train" if is_train else "test",
             "input": {key: value for key, value in leaves(self.cfg.INPUT).items() if key != "VIEWS"},
         }
+        if parts:
+            facts["parts"] = parts
         sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for datum in images:
             status = os.stat(datum.impath)

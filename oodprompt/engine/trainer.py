@@ -21,6 +21,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,17 +37,19 @@ from yacs.config import CfgNode
 import oodprompt
 from oodprompt.backbones import load_backbone
 from oodprompt.backbones.weights import check_name
-from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step
-from oodprompt.engine import checkpoint, evaluation, features, report, seeding  # noqa: F401 (evaluation registers)
+from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step, StepRegions
+from oodprompt.discovery.attributes import DiscoveredAttributes
+from oodprompt.engine import checkpoint, discover, evaluation, features, report, seeding
 from oodprompt.engine.alone import fit_alone, outputs
 from oodprompt.engine.config import leaves
-from oodprompt.engine.data import Batch, DataManager, is_random
+from oodprompt.engine.data import Batch, DataManager, Datum, is_random
 from oodprompt.engine.distributed import average_gradients, gather_rows
 from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
-from oodprompt.groups import Groups, PseudoAttributes, Split, groups_of, num_values
+from oodprompt.groups import CHOICES, Groups, PseudoAttributes, Split, groups_of, num_values, prompt_features
+from oodprompt.regions import Regions, rows_of_images
 
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 _FREE_KEYS = (
@@ -57,6 +60,7 @@ _FREE_KEYS = (
     "DATALOADER.NUM_WORKERS",
     "DATALOADER.CACHE_DIR",
     "DATALOADER.CACHE_MEMORY_MIB",
+    "DATALOADER.IMAGE_CACHE_MIB",
     "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
     "DATALOADER.TEST.BATCH_SIZE",
     "TRAIN.ACTIVATION_GIB",
@@ -121,7 +125,7 @@ class PromptTrainer:
             "TEST.FINAL_MODEL": (cfg.TEST.FINAL_MODEL, ("last_step", "best_val")),
             "TEST.SPLIT": (cfg.TEST.SPLIT, ("test", "val")),
             "TEST.SELECTION": (cfg.TEST.SELECTION, ("auto", *evaluation.CRITERIA)),
-            "TRAINER.GROUPS": (cfg.TRAINER.GROUPS, ("true", "pseudo")),
+            "TRAINER.GROUPS": (cfg.TRAINER.GROUPS, CHOICES),
         }
         for key, (value, known) in choices.items():
             if value not in known:
@@ -175,9 +179,16 @@ class PromptTrainer:
         self.feature_cache = features.FeatureCache(cfg, self.clip, self.precision, self.device, self.print)
         self.learner_cache = None if own_encoder else self.feature_cache
         self.caches_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not self.learner.trains_image_tower
+        if not views and not is_random(cfg):
+            self.train_loader_x.keep_images()
+        for loader in (self.val_loader, self.test_loader):
+            if loader is not None and not self.caches_evaluation:
+                loader.keep_images()
         self._cached: dict[str, features.FeatureLoader] = {}
         self.views = views
         self._frozen: dict[str, Tensor] = {}
+        self.regions: dict[str, Regions] = {}
+        self.region_cache: dict[str, Tensor] = {}
         context = self.build_context()
         self.debiasers: list[Debiaser] = []
         for i, debiaser_type in enumerate(self.debiaser_types, 1):
@@ -245,12 +256,13 @@ class PromptTrainer:
             cfg.TRAINER.PSEUDO_NOISE,
             lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, numbers[split])),
         )
+        self.discovered = DiscoveredAttributes(lambda: discover.find(self))
         classnames, train = self.learner.classnames, self.split("train")
         values = 1 + max(d.attribute for split in (data.train_x, data.val, data.test) for d in split)
 
         def groups(split: Split) -> Groups:
             self.groups_by = cfg.TRAINER.GROUPS
-            return groups_of(split, cfg.TRAINER.GROUPS, classnames, values, self.pseudo)
+            return groups_of(split, cfg.TRAINER.GROUPS, classnames, values, self.pseudo, self.discovered)
 
         def check_groups(split: Split) -> None:
             num_values(split, cfg.TRAINER.GROUPS, values, self.pseudo)
@@ -262,6 +274,7 @@ class PromptTrainer:
             train=train,
             val=self.split("val") if self.val_loader else None,
             pseudo=self.pseudo,
+            discovered=self.discovered,
             groups=groups,
             num_groups=lambda: len(classnames) * num_values(train, cfg.TRAINER.GROUPS, values, self.pseudo),
             check_groups=check_groups,
@@ -272,9 +285,13 @@ class PromptTrainer:
             outputs=lambda split: outputs(self, split.name, self.learner, self.predict),
         )
 
+    def data_of(self, split: str) -> list[Datum]:
+        """The images of a split."""
+        return {"train": self.dataset.train_x, "val": self.dataset.val, "test": self.dataset.test}[split]
+
     def split(self, name: str) -> Split:
         """Labels, attributes and frozen features of a split."""
-        data = {"train": self.dataset.train_x, "val": self.dataset.val, "test": self.dataset.test}[name]
+        data = self.data_of(name)
         label, attribute = (
             torch.tensor([getattr(datum, key) for datum in data], device=self.device) for key in ("label", "attribute")
         )
@@ -387,12 +404,24 @@ class PromptTrainer:
         z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"], learner)
         with self.autocast():
             alignment = learner(z)
-        frozen = None
+        frozen = captions = None
         if learner.needs_frozen_features and learner.training:
             frozen = self.frozen_features(batch, z)
-        return Alignment(
-            alignment.image_features.float(), alignment.text_features.float(), alignment.logit_scale.float(), frozen
-        )
+        if learner.needs_captions and learner.training:
+            captions = self.caption_features[batch["index"].to(self.device)]
+        parts = (alignment.image_features, alignment.text_features, alignment.logit_scale)
+        return Alignment(*(part.float() for part in parts), frozen, captions)
+
+    @cached_property
+    @torch.no_grad()
+    def caption_features(self) -> Tensor:
+        """Normalised text features [N, d] of the training images' captions; of the template where one has none."""
+        names, template = self.learner.classnames, self.dataset.template
+        captions = [d.caption or template.replace("{}", names[d.label]) for d in self.dataset.train_x]
+        different = list(dict.fromkeys(captions))
+        features = torch.cat([prompt_features(self.clip, part) for part in _parts(different, 1000)]).float()
+        place = {caption: i for i, caption in enumerate(different)}
+        return features[[place[caption] for caption in captions]]
 
     def predict(self, alignment: Alignment) -> Tensor:
         """Logits [B, C]: the predicting debiaser's, else the alignment's."""
@@ -401,12 +430,17 @@ class PromptTrainer:
     @staticmethod
     def gathered(alignment: Alignment) -> Alignment:
         """The alignment of the batch of all processes, with gradients."""
-        text, frozen = alignment.text_features, alignment.frozen_image_features
+        text, frozen, captions = (
+            alignment.text_features,
+            alignment.frozen_image_features,
+            alignment.caption_features,
+        )
         return Alignment(
             gather_rows(alignment.image_features),
             gather_rows(text) if text.ndim == 3 else text,
             alignment.logit_scale,
             None if frozen is None else gather_rows(frozen),
+            None if captions is None else gather_rows(captions),
         )
 
     # --- training ----------------------------------------------------------------------------------------------
@@ -554,7 +588,8 @@ class PromptTrainer:
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One step on one batch; returns scalars to print. The schedule advances after the epoch's last batch."""
         alignment = self.gathered(self.align(batch))
-        loss, summary = self.objective(alignment, batch)
+        regions = self.step_regions(batch) if any(d.takes_regions for d in self.debiasers) else None
+        loss, summary = self.objective(alignment, batch, regions)
         self.detect_anomaly(loss)
         optims = [optim for optim in self._optims.values() if optim is not None]
         for optim in optims:
@@ -569,10 +604,27 @@ class PromptTrainer:
             self.update_lr()
         return summary
 
-    def objective(self, alignment: Alignment, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """mean(weights * (CE(prediction, y) + per-sample losses)) + penalties, and scalars to print.
+    def step_regions(self, batch: Batch) -> StepRegions:
+        """The regions of the images of the batch of all processes, by the learner; with gradients where it trains."""
+        regions = discover.regions_of(self, "train")
+        rows, image = rows_of_images(regions, batch["index"].cpu())
+        number = torch.bincount(image, minlength=len(batch["index"]))
+        if discover.keeps_regions(self, self.learner):
+            z = discover.region_features(self, "train", self.learner)[rows.to(self.device)]
+        else:
+            images, boxes = batch["img"].to(self.device, non_blocking=True), regions.boxes[rows].split(number.tolist())
+            with self.autocast():
+                z = self.learner.encode_regions(images, boxes, self.cfg.REGIONS.FEATURES).float()
+        number, rows = (gather_rows(x.to(self.device)) for x in (number, rows))
+        image = torch.repeat_interleave(torch.arange(len(number), device=self.device), number)
+        return StepRegions(gather_rows(z), image, rows)
 
-        ``alignment`` is that of the batch of all processes, ``batch`` the own one.
+    def objective(
+        self, alignment: Alignment, batch: Batch, regions: StepRegions | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """mean(weights * (ce_weight CE(prediction, y) + per-sample losses)) + penalties, and scalars to print.
+
+        ``alignment`` and ``regions`` are those of the batch of all processes, ``batch`` the own one.
         """
         for debiaser in self.debiasers:
             debiaser.before_step()
@@ -580,8 +632,8 @@ class PromptTrainer:
             gather_rows(batch[key].to(self.device, non_blocking=True)) for key in ("label", "attribute", "index")
         )
         logits = self.predict(alignment)
-        step = Step(alignment, logits, label, attribute, index)
-        per_sample = F.cross_entropy(logits, label, reduction="none")
+        step = Step(alignment, logits, label, attribute, index, regions)
+        per_sample = self.learner.ce_weight * F.cross_entropy(logits, label, reduction="none")
         weights = torch.ones_like(per_sample)
         penalties = [p for p in [self.learner.penalty(alignment)] if p is not None]
         log: dict[str, Tensor] = {}
@@ -985,6 +1037,10 @@ class PromptTrainer:
         }
 
 
+def _parts(values: list[str], size: int) -> list[list[str]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
 def _peak_memory_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
@@ -1013,7 +1069,7 @@ def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[D
 def base_of(cfg: CfgNode) -> str:
     """The name of the prompt learner: TRAINER.BASE under a debiaser (its own choice when empty), else TRAINER.NAME."""
     debiaser = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer").debiaser_class
-    return (cfg.TRAINER.BASE or debiaser.default_base) if debiaser else cfg.TRAINER.NAME
+    return (cfg.TRAINER.BASE or debiaser.default_base(cfg)) if debiaser else cfg.TRAINER.NAME
 
 
 def build_trainer(cfg: CfgNode) -> PromptTrainer:

@@ -60,6 +60,7 @@ def assert_resumes(
             cli.run(arguments(trainer, "broken", *keys))
     with monkeypatch.context() as patch:
         patch.setattr("oodprompt.engine.trainer.fit_alone", again)
+        patch.setattr("oodprompt.engine.discover.fit_alone", again)
         cli.run(arguments(trainer, "broken", *keys))
     assert "resuming after epoch 1 of 3" in (tmp_path / "broken" / "log.txt").read_text()
     assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3,))

@@ -1,0 +1,57 @@
+"""What does a trained model go by? RaVL's discovery on the run in a folder: ``python scripts/discover.py --model-dir RUN``.
+
+Regions of labelled validation images are clustered by the run's own image features; the clusters whose presence moves its
+accuracy and decides its errors are shown in RUN/discovery.html (a page with pictures), discovery.png, discovery.md and
+discovery.json. Other runs take them by DISCOVERY.FROM RUN: --trainer RaVL, TRAINER.COOPOOD.ANCHOR regions, and
+TRAINER.GROUPS regions of methods that take groups.
+
+KEY VALUE pairs change keys, as REGIONS.GRID "(3, 3)" or REGIONS.SOURCE boxes REGIONS.FILE boxes.csv; all are in
+docs/config.md under REGIONS and DISCOVERY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from oodprompt.cli import exit_status
+from oodprompt.errors import UserError
+
+
+def run(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
+    parser.add_argument("--load-epoch", type=int, help="epoch to look at; else the best model, else the last")
+    parser.add_argument("--output-dir", type=Path, help="where to write; default: the run's folder")
+    parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys, e.g. REGIONS.GRID '(3, 3)'")
+    args = parser.parse_intermixed_args(argv)
+    config = args.model_dir / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"--model-dir: there is no {config}; give the output folder of a run of train.py")
+
+    from oodprompt.engine import discover
+    from oodprompt.engine.config import get_cfg_default, merge_file, merge_opts, set_key
+    from oodprompt.engine.trainer import build_trainer
+
+    cfg = get_cfg_default()
+    merge_file(cfg, config)
+    merge_opts(cfg, args.opts)
+    if args.root:
+        set_key(cfg, "DATASET.ROOT", args.root, "--root")
+    out = args.output_dir or args.model_dir
+    set_key(cfg, "OUTPUT_DIR", str(out), "--output-dir")
+    cfg.freeze()
+    trainer = build_trainer(cfg)
+    trainer.load_model(args.model_dir, epoch=args.load_epoch)
+    name = " + ".join([cfg.TRAINER.NAME, *cfg.TRAINER.STACK])
+    title = name if trainer.base_name == cfg.TRAINER.NAME else f"{name} over {trainer.base_name}"
+    discover.run(trainer, trainer.learner, trainer.predict, title, out)
+
+
+if __name__ == "__main__":
+    # Read by OpenMP when torch is first imported: see oodprompt.cli.main.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.exit(exit_status(run))

@@ -5,7 +5,7 @@ index when it finds nothing. Four of them were made for whole images. Here a *re
 region's, its true class is that of its image. Whose prediction it carries the RaVL paper leaves open ("regions and
 zero-shot classification scores as input"), so those that read predictions take
 
-    ``prediction="image"``   scores of its image: a region is wrong where its image is, and what wrong images share shows;
+    ``prediction="image"``   scores of its image: a region is wrong where its image is;
     ``prediction="region"``  its own scores: a region is wrong when it does not look like the class of its image.
 
 Inputs: ``region_features`` [r, d] L2-normalised; ``owner`` [r] the image of each region; ``region_scores`` [r, C] and
@@ -89,8 +89,8 @@ def distilling_failures(
 ) -> np.ndarray:
     """Distilling Failures: the direction in feature space in which a class fails.
 
-    Features are standardised (mean and deviation of all regions) and L2-normalised. Per class a linear SVM with balanced
-    class weights tells right from wrong samples; C in 10^-6 ... 1 by the balanced accuracy of 2-fold
+    Features are standardised (mean and deviation of all regions) and L2-normalised. Per class a linear SVM with
+    balanced class weights tells right from wrong samples; C in 10^-6 ... 1 by the balanced accuracy of 2-fold
     cross-validation. That accuracy also says how well the failure is captured, so the class where it is highest is
     taken, and its regions are ranked by their decision value, the most wrong first. Classes with fewer than two
     right or two wrong samples are passed over; without any other there is nothing to find.
@@ -169,8 +169,9 @@ def domino(
     ``ErrorAwareMixture`` with ``components`` slices is fitted on the first 128 principal components. With
     ``start="confusion"`` slice s begins in one cell (y, y_hat) of the confusion matrix, cells being dealt out in turn,
     and there is at least a slice for each of the C^2; with ``"kmeans"``, and where that leaves fewer than ten regions
-    per slice, slices begin as the clusters of K-means. The slice with the largest max_c (P(y_hat = c | s) - P(y = c | s)) is taken, and all regions are ranked by
-    their posterior P(s | z, y, y_hat), ties by P(s, z, y, y_hat). Nothing wrong: nothing to find.
+    per slice, slices begin as the clusters of K-means. The slice with the largest
+    max_c (P(y_hat = c | s) - P(y = c | s)) is taken, and all regions are ranked by their posterior
+    P(s | z, y, y_hat), ties by P(s, z, y, y_hat). Nothing wrong: nothing to find.
 
     Source: Eyuboglu et al., "Domino: Discovering Systematic Errors with Cross-Modal Embeddings", ICLR 2022, and the
     authors' code. gamma = 10 and the first start are the paper's, gamma = 1 and K-means what their last version does by
@@ -379,8 +380,9 @@ def _check(
             raise UserError(f"{name} of a discovery baseline hold values that are not finite; mend what made them")
     if not len(features) == len(owner) == len(region_scores) or len(image_scores) != len(label):
         raise UserError(
-            f"a discovery baseline got {len(features)} region features, {len(owner)} owners, {len(region_scores)} region"
-            f" scores, {len(image_scores)} image scores and {len(label)} labels; give all of the same regions and images"
+            f"a discovery baseline got {len(features)} region features, {len(owner)} owners, "
+            f"{len(region_scores)} region scores, {len(image_scores)} image scores and {len(label)} labels; "
+            "give all of the same regions and images"
         )
     classes = image_scores.shape[1]
     if region_scores.shape[1] != classes:
@@ -414,7 +416,7 @@ def _reduce(features: np.ndarray, components: int) -> np.ndarray:
 
 
 def _start_in_confusion_cells(y: np.ndarray, y_hat: np.ndarray, components: int, seed: int) -> np.ndarray:
-    """Responsibilities [n, max(components, C^2)]: y_i(a) y_hat_i(b) for cell (a, b), cells in turn, and a little noise."""
+    """Responsibilities [n, max(components, C^2)]: y_i(a) y_hat_i(b) for cell (a, b), cells in turn, and noise."""
     cells = (y[:, :, None] * y_hat[:, None, :]).reshape(len(y), -1)
     slices = max(components, cells.shape[1])
     dealt = cells[:, np.arange(slices) % cells.shape[1]]

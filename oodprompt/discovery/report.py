@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from oodprompt.controlled.metrics import precision_at
 from oodprompt.discovery.result import Cluster, Discovery
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -175,7 +176,7 @@ class _Describe:
             "hurts": [name(y) for y in cluster.hurts],
             "num_regions": len(regions),
             "num_images": len(np.unique(self.owner[regions])),
-            "precision_at_10": None if self.truth is None else float(self.truth[regions[:10]].mean()),
+            "precision_at_10": None if self.truth is None else precision_at(regions, self.truth),
             "names": dict(named.most_common(5)),
             "classes": [
                 {"class": name(g.label), "label": g.label, "p_in": g.p_in, "n_in": g.n_in, "p_out": g.p_out}

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -38,8 +39,11 @@ def _work(function: str, *arguments: Any) -> dict[str, Any]:
     """One part of the grid, in a process of its own."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
+    from sklearn.exceptions import ConvergenceWarning
 
     from oodprompt.controlled import evaluation
+
+    warnings.simplefilter("ignore", ConvergenceWarning)  # baselines cluster regions that are all alike: empty quadrants
 
     torch.set_num_threads(1)
     return getattr(evaluation, function)(*arguments)
@@ -117,7 +121,7 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--v", type=float, nargs="+", default=[0.95], help="Cramer's V of rectangle and class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--mitigation-seeds", type=int, nargs="+", help="seeds of the mitigations; default: --seeds")
-    parser.add_argument("--train", type=int, default=3000, help="images of a fine-tuning set")
+    parser.add_argument("--train", type=int, default=2000, help="images of a fine-tuning set")
     parser.add_argument("--methods", nargs="+", help="mitigations; default: all")
     parser.add_argument("--config-file", default="configs/trainers/RaVL/tiny_controlled.yaml")
     parser.add_argument("--backbone", default="tiny")

@@ -184,3 +184,13 @@ def test_no_file(build: Build, tmp_path: Path) -> None:
     text = str(error.value)
     assert text.startswith(f"CSV: no file {tmp_path}/my.csv (DATASET.CSV.FILE); expected")
     assert "image,label,split,attribute" in text and "get it from" not in text
+
+
+def test_captions_stand_beside_the_images(build: Build, tmp_path: Path) -> None:
+    rows = [f"{row},caption of {i}" for i, row in enumerate(ROWS)]
+    tree(tmp_path, HEAD + ",caption", *rows)
+    data = build("CSV")
+    assert [d.caption for d in (*data.train_x, *data.val, *data.test)] == [f"caption of {i}" for i in range(len(ROWS))]
+    tree(tmp_path, HEAD + ",words", *rows)
+    assert {d.caption for d in build("CSV").train_x} == {""}
+    assert build("CSV", CSV__CAPTION="words").train_x[1].caption == "caption of 1"

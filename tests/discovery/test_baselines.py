@@ -80,12 +80,11 @@ def test_first_variant_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs"), [(n, kw) for n, kw in EVERY[1:] if n != "Domino" or kw["prediction"] == "region"]
 )
-@pytest.mark.parametrize("seed", [0, 1])
-def test_finds_a_planted_feature(name: str, kwargs: dict[str, Any], seed: int) -> None:
-    inputs, rectangle = planted(seed)
+def test_finds_a_planted_feature(name: str, kwargs: dict[str, Any]) -> None:
+    inputs, rectangle = planted()
     if name == "Domino":
         kwargs = kwargs | {"components": CLASSES + 2}
-    ranked = DISCOVERY_BASELINES[name](**inputs, seed=seed, **kwargs)
+    ranked = DISCOVERY_BASELINES[name](**inputs, **kwargs)
     assert len(ranked) >= 10
     assert rectangle[ranked[:10]].all()
 
@@ -198,7 +197,7 @@ def test_standardised_latents() -> None:
         np.testing.assert_allclose(latent, z / np.sqrt(np.square(z).sum()), atol=1e-12)
 
 
-@pytest.mark.parametrize("apart", [0.0, 5.0], ids=["one C is best", "all are equally good"])
+@pytest.mark.parametrize("apart", [0.0, 5.0], ids=["one C is best", "several are equally good"])
 def test_svm_of_the_best_regularisation_and_its_score(apart: float) -> None:
     from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import StratifiedKFold
@@ -217,7 +216,7 @@ def test_svm_of_the_best_regularisation_and_its_score(apart: float) -> None:
             folds.append(balanced_accuracy_score(correct[test], machine.predict(latents[test])))
         expected[c] = np.mean(folds)
     machine, score = baselines._failure_svm(latents, correct)
-    assert (len(set(expected.values())) == 1) == (apart > 0)
+    assert (list(expected.values()).count(max(expected.values())) > 1) == (apart > 0)
     assert score == pytest.approx(max(expected.values()))
     assert min(c for c in expected if expected[c] == max(expected.values())) == machine.C
     assert machine.decision_function(latents)[correct].mean() > machine.decision_function(latents)[~correct].mean()
@@ -226,15 +225,24 @@ def test_svm_of_the_best_regularisation_and_its_score(apart: float) -> None:
 def test_distilling_failures_takes_the_class_that_an_svm_tells_best() -> None:
     """Classes 0 and 3 fail at random, in class 1 failure is the first coordinate, in class 2 nothing fails."""
     rng = np.random.default_rng(0)
-    n = 200
+    n = 400
     label = np.arange(n) % 4
     features = unit(rng.normal(size=(n, 6)))
     wrong = np.where(label % 3 == 0, rng.random(n) < 0.5, (label == 1) & (features[:, 0] > 0.2))
     scores = soft(np.where(wrong, (label + 1) % 4, label), 4)
     ranked = baselines.distilling_failures(features, np.arange(n), scores, scores, label)
     assert set(ranked) == set(np.flatnonzero(label == 1))
-    assert wrong[ranked[:10]].all() and not wrong[ranked[-10:]].any()
+    assert wrong[ranked[:20]].mean() >= 0.9 and wrong[ranked[-20:]].mean() <= 0.1
     assert np.corrcoef(features[ranked, 0], np.arange(len(ranked)))[0, 1] < -0.8
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("wrong", "found"), [(1, 0), (2, 20), (18, 20), (19, 0)])
+def test_distilling_failures_needs_two_of_each(wrong: int, found: int) -> None:
+    features = unit(np.random.default_rng(0).normal(size=(40, 4)))
+    label = np.arange(40) % 2
+    scores = soft(np.where((label == 0) & (np.arange(40) < 2 * wrong), 1, label), 2)
+    assert len(baselines.distilling_failures(features, np.arange(40), scores, scores, label)) == found
 
 
 # --- George
@@ -256,16 +264,21 @@ def test_number_of_clusters_by_silhouette(sizes: list[int]) -> None:
 
 
 def test_silhouette_of_clusters_counts_each_cluster_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tight large cluster and loose small ones: the mean over samples and that over clusters choose differently."""
-    points, _ = blobs([40, 4, 4], spread=0.3)
-    tried = {2: np.repeat([0, 1], [40, 8]), 3: np.repeat([0, 1, 2], [40, 4, 4]), 4: np.arange(48) % 4}
+    """Cutting a large blob in two costs its samples, but leaves small tight clusters their share of the mean."""
+    points = np.concatenate([blobs([60], 0.5)[0], blobs([0, 3, 3, 3], 0.01)[0]])
+    halves = (points[:60, 0] > 0).astype(int)
+    tried = {2: np.repeat([0, 1], [60, 9]), 3: np.concatenate([halves, np.full(9, 2)])}
+    tried[4] = np.concatenate([halves, [2] * 3, [3] * 6])
+    tried[5] = np.concatenate([halves, [2] * 3, [3] * 3, [4] * 3])
     monkeypatch.setattr(baselines, "_mixture_clusters", lambda points, k, seed: tried[k])
-    scores = {}
+    by_cluster, by_sample = {}, {}
     for k, clusters in tried.items():
         silhouettes = silhouette_samples(points, clusters)
-        scores[k] = np.mean([silhouettes[clusters == c].mean() for c in range(k)])
-    best = max(scores, key=scores.get)
-    np.testing.assert_array_equal(baselines._best_mixture(points, 0, largest=4), tried[best])
+        by_cluster[k] = np.mean([silhouettes[clusters == c].mean() for c in range(k)])
+        by_sample[k] = silhouettes.mean()
+    best = max(by_cluster, key=by_cluster.get)
+    assert best != max(by_sample, key=by_sample.get)
+    np.testing.assert_array_equal(baselines._best_mixture(points, 0, largest=5), tried[best])
 
 
 def test_few_or_equal_points_are_one_cluster() -> None:
@@ -327,6 +340,13 @@ def test_george_returns_the_cluster_of_highest_mean_loss_nearest_first() -> None
     reduced = centred @ np.linalg.svd(centred)[2][:2].T
     distance = np.linalg.norm(reduced[:30] - reduced[:30].mean(axis=0), axis=1)
     np.testing.assert_array_equal(ranked, 70 + np.argsort(distance))
+
+
+def test_george_splits_its_clusters_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = george_case({(0, 0): 60, (0, 1): 30, (1, 2): 40}, {(0, 0): 0.9, (0, 1): 0.1, (1, 2): 0.8})
+    monkeypatch.setattr(baselines, "_best_mixture", lambda points, seed: np.zeros(len(points), dtype=np.int64))
+    monkeypatch.setattr(baselines, "_mixture_clusters", lambda p, k, seed: (p[:, 0] > p[:, 0].mean()).astype(int))
+    np.testing.assert_array_equal(np.sort(baselines.george(**inputs)), np.arange(60, 90))
 
 
 def test_george_prefers_a_cluster_that_fills_what_is_read() -> None:
@@ -456,23 +476,44 @@ def test_domino_returns_the_slice_of_largest_discrepancy(variant: dict[str, Any]
     assert len(ranked) == 200
 
 
+def fitted_as(monkeypatch: pytest.MonkeyPatch, joint: np.ndarray, labels: list, predictions: list) -> None:
+    """Let Domino find these slices and log P(s, z, y, y_hat), and keep the order of the regions."""
+    k = joint.shape[1]
+    ones = np.ones((k, 1))
+    mixture = ErrorAwareMixture(np.zeros(k), ones, ones, np.array(labels), np.array(predictions), 10.0)
+    monkeypatch.setattr(ErrorAwareMixture, "fit", lambda *a: mixture)
+    monkeypatch.setattr(ErrorAwareMixture, "log_joint", lambda *a: joint)
+    monkeypatch.setattr(baselines, "_samples", lambda *a, keep=baselines._samples: _in_given_order(keep(*a)))
+
+
 def test_domino_ranks_by_posterior_then_by_joint(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, _ = planted(images=45)
     r = len(inputs["owner"])
-    rng = np.random.default_rng(0)
-    first = rng.permutation(r).astype(float)
+    first = np.random.default_rng(0).permutation(r).astype(float)
     gap = np.where(np.arange(r) % 2 == 0, 1.0, 900.0)  # a posterior of 0.73 or of 1
-    joint = np.stack([first, first - gap, np.full(r, -1e4)], axis=1)
-    fitted = ErrorAwareMixture(
-        np.zeros(3), np.zeros((3, 1)), np.ones((3, 1)), one_hot(np.array([0, 0, 0])), one_hot(np.array([1, 0, 1])), 10.0
-    )
-    monkeypatch.setattr(ErrorAwareMixture, "fit", lambda *a: fitted)
-    monkeypatch.setattr(ErrorAwareMixture, "log_joint", lambda *a: joint)
-    monkeypatch.setattr(baselines, "_samples", lambda *a, keep=baselines._samples: _in_given_order(keep(*a)))
-    ranked = baselines.domino(**inputs)
+    fitted_as(monkeypatch, np.stack([first, first - gap], axis=1), [[1, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 0, 0]])
     odd, even = np.arange(1, r, 2), np.arange(0, r, 2)
     expected = [*odd[np.argsort(-first[odd])], *even[np.argsort(-first[even])]]
-    np.testing.assert_array_equal(ranked, expected)
+    np.testing.assert_array_equal(baselines.domino(**inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "owned", "expected"),
+    [(45, (40, 30, 10, 0), 2), (45, (40, 30, 9, 0), 1), (45, (40, 3, 3, 0), 0), (3, (3, 2, 1, 0), 2)],
+)
+def test_domino_chooses_by_what_is_predicted_too_often(
+    monkeypatch: pytest.MonkeyPatch, images: int, owned: tuple[int, ...], expected: int
+) -> None:
+    """Discrepancies 0.5 (though class 0 is missed always), 0.7, 0.8 and, of a slice that owns nothing, 1."""
+    inputs, _ = planted(images=images)
+    owner = np.resize(np.repeat(np.arange(4), owned), len(inputs["owner"]))
+    owner[sum(owned) :] = 0
+    labels = [[1, 0, 0], [0, 0.3, 0.7], [0, 0.2, 0.8], [1, 0, 0]]
+    predictions = [[0, 0.5, 0.5], [0.7, 0.3, 0], [0.8, 0.2, 0], [0, 1, 0]]
+    fitted_as(monkeypatch, 100 * one_hot(owner, 4), labels, predictions)
+    ranked = baselines.domino(**inputs)
+    count = (owner == expected).sum()
+    np.testing.assert_array_equal(owner[ranked[:count]], expected)
 
 
 def _in_given_order(samples: baselines._Samples) -> baselines._Samples:
@@ -540,6 +581,7 @@ def test_a_feature_that_only_hurts_is_found_by_size_alone() -> None:
     assert found_cluster(*case, absolute=True) == 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_feature_of_all_images_of_the_class_is_passed_over() -> None:
     case = attribute_case({(0, 1): (20, 10)}, {1: (20, 20)})
     assert found_cluster(*case) is None

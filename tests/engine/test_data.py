@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from oodprompt.engine.data import (
     subsample_classes,
 )
 from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.engine.trainer import build_trainer
 from oodprompt.errors import UserError
 
 from .conftest import MakeCfg, MakeData
@@ -357,3 +360,43 @@ def test_data_manager_sums_up_and_warns(make_cfg: MakeCfg, capsys: pytest.Captur
         DataManager(make_cfg(DATASET__NAME="Shapes"))
     with pytest.raises(UserError, match="K_TRANSFORMS"):
         DataManager(make_cfg(DATALOADER__K_TRANSFORMS=2))
+
+
+@pytest.mark.parametrize(("mib", "read_again"), [(0.0, 22), (1000.0, 0), (10 * 48 * 48 * 3 * 4 / 2**20, 12)])
+def test_kept_images_are_read_once_and_the_same(
+    make_cfg: MakeCfg, monkeypatch: pytest.MonkeyPatch, mib: float, read_again: int
+) -> None:
+    cfg = make_cfg(DATALOADER__IMAGE_CACHE_MIB=mib, DATALOADER__TRAIN_X__BATCH_SIZE=22)
+    plain, keeping = (DataManager(cfg).train_loader_x for _ in range(2))
+    keeping.keep_images()
+    first = batches_of(keeping)
+    read: list[str] = []
+    monkeypatch.setattr("oodprompt.engine.data.read_image", lambda path: (read.append(path), read_image(path))[1])
+    again = batches_of(keeping)
+    assert len(read) == read_again
+    for batches in (first, again):
+        assert torch.equal(pixels_by_index(batches), pixels_by_index(batches_of(plain)))
+
+
+def test_workers_keep_no_images(make_cfg: MakeCfg) -> None:
+    loader = DataManager(make_cfg(DATALOADER__NUM_WORKERS=1)).train_loader_x
+    loader.keep_images()
+    assert loader.dataset.room == 0
+
+
+def test_images_are_kept_where_the_tower_trains_and_nothing_is_random(build_trainer_of: Callable[..., Any]) -> None:
+    assert build_trainer_of("VPT").train_loader_x.dataset.room > 0
+    assert build_trainer_of("VPT").val_loader.dataset.room > 0
+    assert build_trainer_of("VPT", INPUT__TRANSFORMS=RANDOM).train_loader_x.dataset.room == 0
+    assert build_trainer_of("CoOp").train_loader_x.dataset.room == 0
+    assert build_trainer_of("CoOp", DATALOADER__FEATURE_CACHE="off").train_loader_x.dataset.room > 0
+
+
+@pytest.fixture
+def build_trainer_of(make_cfg: MakeCfg, tmp_path: Path) -> Callable[..., Any]:
+    return lambda name, **keys: build_trainer(make_cfg(TRAINER__NAME=name, OUTPUT_DIR=str(tmp_path / "out"), **keys))
+
+
+def test_caption_stays_with_a_relabelled_image(make_data: MakeData) -> None:
+    datum = Datum(make_data([0])[0].impath, 3, caption="a cat on a mat")
+    assert datum.relabelled(1).caption == "a cat on a mat" and datum.relabelled(1).label == 1

@@ -309,6 +309,8 @@ def test_script_refuses_what_is_no_run(tmp_path: Path) -> None:
 
 
 def test_config_file_runs_by_itself() -> None:
-    args = cli.build_parser().parse_intermixed_args(["--trainer", "RaVL", "--config-file", "configs/trainers/RaVL/tiny_shapes.yaml"])
+    args = cli.build_parser().parse_intermixed_args(
+        ["--trainer", "RaVL", "--config-file", "configs/trainers/RaVL/tiny_shapes.yaml"]
+    )
     cfg = cli.setup_cfg(args)
     assert cfg.DATASET.NAME == "ShapesOnScenes"

@@ -8,12 +8,17 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from oodprompt import cli
 from oodprompt.backbones import CLIPShape
 from oodprompt.backbones.tokenizer import load_clip_file
+from oodprompt.discovery.attributes import Found
+from oodprompt.engine import discover
+from oodprompt.engine.trainer import PromptTrainer
 from tests.conftest import REPOSITORY
 from tests.datasets import test_celeba, test_metashift, test_waterbirds
 
@@ -64,3 +69,36 @@ def test_runs_unchanged(data: str, trainer: str, weights: Path, tmp_path: Path) 
     assert results["pseudo_attribute_accuracy"]["train"] is not None
     for picture in ("groups.png", "training.png", "groups_by_epoch.png", "pseudo_attributes.png"):
         assert (tmp_path / "out" / picture).is_file()
+
+
+def first_of_four(trainer: PromptTrainer) -> Found:
+    """As if discovery had found the first quadrant of every image."""
+    owner = discover.regions_of(trainer, "train").owner
+    assert discover.region_features(trainer, "train", trainer.learner).shape == (len(owner), SHAPE.embed_dim)
+    return Found((0,), {"train": torch.arange(len(owner)) % 4}, {"train": owner})
+
+
+def test_ravl_fine_tunes_a_resnet_on_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discover, "find", first_of_four)
+    torch.manual_seed(0)
+    shape = CLIPShape(32, 224, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
+    torch.save(load_clip_file("model").CLIP(*astuple(shape)).state_dict(), tmp_path / "clip.pt")
+    rng, rows = np.random.default_rng(0), ["image,label,split,attribute,caption"]
+    for i in range(48):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        name, split = ("cat", "dog")[i % 2], ("train", "val", "test")[i // 16]
+        rows.append(f"{i}.png,{name},{split},{i // 2 % 2},a {name} in picture {i}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    files = ["--dataset-config-file", str(REPOSITORY / "configs/datasets/csv.yaml")]
+    files += ["--config-file", str(REPOSITORY / "configs/trainers/RaVL/rn50_ep100.yaml")]
+    flags = ["--root", str(tmp_path), "--trainer", "RaVL", "--seed", "1", "--output-dir", str(tmp_path / "out")]
+    keys = ["MODEL.BACKBONE.PATH", str(tmp_path / "clip.pt"), "OPTIM.MAX_EPOCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+    cli.run([*flags, *files, *keys])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["base"] == "FineTune"
+    own = torch.load(next((tmp_path / "out" / "image_tower").glob("model.pth.tar-2")), weights_only=True)
+    tower = {k.removeprefix("tower."): v for k, v in own["state_dict"].items() if k.startswith("tower.")}
+    clip = torch.load(tmp_path / "clip.pt", weights_only=True)
+    assert not torch.equal(tower["conv1.weight"], clip["visual.conv1.weight"])
+    assert torch.equal(tower["bn1.running_mean"], clip["visual.bn1.running_mean"])

@@ -179,6 +179,13 @@ class DecoupledProjections(Debiaser):
         keys = cfg.TRAINER.COOPOOD
         return keys.LR if keys.ANCHOR == "none" else keys.ANCHOR_LR
 
+    def check(self) -> None:
+        if not self.context.learner.ce_weight:
+            raise UserError(
+                "CoOpOOD learns its projections by cross-entropy, which has no part in the base's loss; give it one, as with "
+                "TRAINER.FINETUNE.CAPTIONS 0.8"
+            )
+
     def before_train(self) -> None:
         if self.anchored:
             train, anchor = self.context.train, self.context.pseudo

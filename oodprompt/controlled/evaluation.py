@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 
 from oodprompt.controlled.digits import CAPTIONS, FEATURE, KINDS
 from oodprompt.controlled.metrics import ZERO_SHOT_PROMPTS, image_metrics, precision_at, region_metrics, validity
@@ -129,7 +131,7 @@ def compare_discovery(trainer: Any, target: int, out: Path) -> dict[str, Any]:
     from oodprompt.engine.alone import outputs
 
     with contextlib.redirect_stdout(io.StringIO()):
-        found = discover.run(trainer, trainer.learner, trainer.predict, "FineTune", out)
+        found = discover.run(trainer, trainer.learner, trainer.predict, "FineTune", out, pictures=False)
     regions = discover.regions_of(trainer, "val")
     truth = np.array([name == FEATURE for name in regions.names])
     features = discover.region_features(trainer, "val", trainer.learner)
@@ -169,6 +171,13 @@ def mitigated(plan: Plan, setting: Path, method: str, seed: int, found: Path, ou
         return measure(trained(line, out), target_of(setting))
 
     return _kept(out / "measured.json", work)
+
+
+def part_of_grid(function: str, *arguments: Any) -> dict[str, Any]:
+    """``standard`` or ``mitigated`` in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", ConvergenceWarning)  # baselines cluster regions that are all alike: empty quadrants
+    return {"standard": standard, "mitigated": mitigated}[function](*arguments)
 
 
 def target_of(setting: Path) -> int:

@@ -82,8 +82,11 @@ def write_discovery(
     top: int = 12,
     truth: np.ndarray | None = None,
     extra: dict[str, Any] | None = None,
+    pictures: bool = True,
 ) -> list[Path]:
-    """Write ``discovery.json``, ``discovery.md``, ``discovery.html`` and ``discovery.png``; returns their paths.
+    """Write ``discovery.json``, ``discovery.md`` and, with ``pictures``, ``discovery.html`` and ``discovery.png``.
+
+    Returns their paths.
 
     ``images`` [n] are the paths of the split's images, ``label`` [n] and ``predicted`` [n] their true and predicted
     classes (indices into ``classnames``); ``load(i)`` gives image i as the model sees it, whose fractions
@@ -122,13 +125,15 @@ def write_discovery(
         "extra": extra or {},
     }
     content = _plain({"format": _FORMAT, "version": _VERSION} | content)
-    pictures = _Pictures(load, images)
     directory = Path(directory)
-    files = [directory / name for name in (FILE, "discovery.md", "discovery.html", "discovery.png")]
+    files = [directory / name for name in (FILE, "discovery.md")]
     write_atomically(files[0], _json(content))
     write_atomically(files[1], _markdown(content))
-    write_atomically(files[2], _page(content, pictures))
-    _engine_report().write_figure(_figure(content, pictures), files[3])
+    if pictures:
+        shown = _Pictures(load, images)
+        files += [directory / name for name in ("discovery.html", "discovery.png")]
+        write_atomically(files[2], _page(content, shown))
+        _engine_report().write_figure(_figure(content, shown), files[3])
     return files
 
 

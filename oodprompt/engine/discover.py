@@ -143,8 +143,12 @@ def run(
     predict: Callable[[Alignment], Tensor],
     title: str,
     directory: Path,
+    pictures: bool = True,
 ) -> Found:
-    """RaVL's discovery in the model ``predict`` over ``learner``; writes its files to ``directory``, prints the table."""
+    """RaVL's discovery in the model ``predict`` over ``learner``; writes its files to ``directory``, prints the table.
+
+    ``pictures``: whether the page and the figure are among the files.
+    """
     keys, split = trainer.cfg.DISCOVERY, trainer.cfg.DISCOVERY.SPLIT
     data = discovery_data(trainer)
     regions = regions_of(trainer, split)
@@ -166,7 +170,16 @@ def run(
     found = _assigned(trainer, learner, discovery, directory)
     if trainer.state.is_main_process:
         _write(
-            trainer, found, discovery, regions, features, label, logits.argmax(dim=1).cpu().numpy(), title, directory
+            trainer,
+            found,
+            discovery,
+            regions,
+            features,
+            label,
+            logits.argmax(dim=1).cpu().numpy(),
+            title,
+            directory,
+            pictures,
         )
     return found
 
@@ -180,6 +193,13 @@ def discovery_data(trainer: PromptTrainer) -> Any:
     if not data:
         raise UserError(f"DISCOVERY.SPLIT {split}: the data set has no such images; give labelled validation images")
     return data
+
+
+def counted(trainer: PromptTrainer) -> int:
+    """How many clusters count as spurious."""
+    if trainer.cfg.DISCOVERY.CLUSTERS < 1:
+        raise UserError(f"DISCOVERY.CLUSTERS: {trainer.cfg.DISCOVERY.CLUSTERS} is not possible; give 1 or more")
+    return trainer.cfg.DISCOVERY.CLUSTERS
 
 
 def k_range(trainer: PromptTrainer) -> range | None:
@@ -212,7 +232,7 @@ def _assigned(trainer: PromptTrainer, learner: PromptLearner, discovery: Discove
     medoids = (
         region_features(trainer, own, learner)[torch.from_numpy(discovery.clustering.medoids).long()].cpu().numpy()
     )
-    clusters = tuple(cluster.index for cluster in discovery.survivors[: max(trainer.cfg.DISCOVERY.CLUSTERS, 1)])
+    clusters = tuple(cluster.index for cluster in discovery.survivors[: counted(trainer)])
     assignment = {own: torch.from_numpy(discovery.clustering.assignment).long()}
     for split in ("train", "val"):
         if split not in assignment and clusters and trainer.data_of(split):
@@ -232,6 +252,7 @@ def _write(
     predicted: np.ndarray,
     title: str,
     directory: Path,
+    pictures: bool,
 ) -> None:
     cfg, split = trainer.cfg, trainer.cfg.DISCOVERY.SPLIT
     data = trainer.data_of(split)
@@ -268,6 +289,7 @@ def _write(
         title=f"What {title} goes by on {cfg.DATASET.NAME}",
         facts=facts,
         truth=truth,
+        pictures=pictures,
         extra={"spurious_clusters": list(found.clusters)},
     )
     arrays = {f"assignment_{name}": value.numpy() for name, value in found.assignment.items()}
@@ -311,4 +333,4 @@ def read_found(trainer: PromptTrainer, directory: Path) -> Found:
                     f"{len(regions.owner):,}); use the same data set, INPUT and REGIONS.* as in that run"
                 )
             assignment[split], owner[split] = torch.from_numpy(value).long(), regions.owner
-    return Found(clusters[: max(trainer.cfg.DISCOVERY.CLUSTERS, 1)], assignment, owner, str(directory / FILE))
+    return Found(clusters[: counted(trainer)], assignment, owner, str(directory / FILE))

@@ -642,6 +642,11 @@ class PromptTrainer:
             if contribution.per_sample_loss is not None:
                 per_sample = per_sample + contribution.per_sample_loss
             if contribution.sample_weights is not None:
+                if not self.learner.ce_weight:
+                    raise UserError(
+                        f"{debiaser.model_name} weighs the cross-entropy of images, which has no part in the loss of "
+                        f"{self.base_name}; give it one, as with TRAINER.FINETUNE.CAPTIONS 0.8"
+                    )
                 weights = weights * contribution.sample_weights
             if contribution.penalty is not None:
                 penalties.append(contribution.penalty)

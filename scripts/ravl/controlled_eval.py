@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from oodprompt.cli import exit_status
+from oodprompt.controlled.evaluation import METHODS, Plan, part_of_grid, teach_backbone
 from oodprompt.controlled.metrics import TAU_EVAL, is_valid
 from oodprompt.engine.report import markdown_table, write_figure
 from oodprompt.errors import UserError
@@ -35,23 +35,9 @@ from oodprompt.files import write_atomically
 Key = tuple[str, float]  # target, V
 
 
-def _work(function: str, *arguments: Any) -> dict[str, Any]:
-    """One part of the grid, in a process of its own."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import torch
-    from sklearn.exceptions import ConvergenceWarning
-
-    from oodprompt.controlled import evaluation
-
-    warnings.simplefilter("ignore", ConvergenceWarning)  # baselines cluster regions that are all alike: empty quadrants
-
-    torch.set_num_threads(1)
-    return getattr(evaluation, function)(*arguments)
-
-
 def together(pool: ProcessPoolExecutor, tasks: dict[Any, tuple[Any, ...]], title: str) -> dict[Any, dict[str, Any]]:
     """The results of tasks (name of a function of ``oodprompt.controlled.evaluation``, its arguments), by key."""
-    futures = {pool.submit(_work, *task): key for key, task in tasks.items()}
+    futures = {pool.submit(part_of_grid, *task): key for key, task in tasks.items()}
     results = {}
     try:
         for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="run", disable=None):
@@ -122,6 +108,7 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--mitigation-seeds", type=int, nargs="+", help="seeds of the mitigations; default: --seeds")
     parser.add_argument("--train", type=int, default=2000, help="images of a fine-tuning set")
+    parser.add_argument("--evaluation", type=int, default=1000, help="images for discovery, and again for testing")
     parser.add_argument("--methods", nargs="+", help="mitigations; default: all")
     parser.add_argument("--config-file", default="configs/trainers/RaVL/tiny_controlled.yaml")
     parser.add_argument("--backbone", default="tiny")
@@ -134,7 +121,6 @@ def run(argv: list[str] | None = None) -> None:
 
 def grid(args: argparse.Namespace) -> None:
     from oodprompt.controlled.digits import build_setting, class_index, kind_of
-    from oodprompt.controlled.evaluation import METHODS, Plan, teach_backbone
 
     if args.jobs < 1:
         raise UserError("--jobs: give 1 or more")
@@ -151,7 +137,15 @@ def grid(args: argparse.Namespace) -> None:
     plan = Plan(args.kind, args.config_file, str(backbone), tuple(args.opts))
     folder: dict[Key, Path] = {
         (target, v): build_setting(
-            args.kind, args.root, args.out / "settings", target, v, n_train=args.train, download=args.download
+            args.kind,
+            args.root,
+            args.out / "settings",
+            target,
+            v,
+            n_train=args.train,
+            n_val=args.evaluation,
+            n_test=args.evaluation,
+            download=args.download,
         )
         for target, v in itertools.product(targets, args.v)
     }
@@ -222,4 +216,5 @@ def write(
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the workers inherit it
     sys.exit(exit_status(run))

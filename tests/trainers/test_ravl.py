@@ -281,6 +281,7 @@ def test_nothing_found_is_said_plainly(arguments: Arguments, tmp_path: Path) -> 
         (("DISCOVERY.SPLIT", "train"), "DISCOVERY.SPLIT: unknown split"),
         (("DISCOVERY.K_RANGE", "(5, 2)"), "DISCOVERY.K_RANGE"),
         (("DISCOVERY.TEMPERATURE", 0), "DISCOVERY.TEMPERATURE"),
+        (("DISCOVERY.CLUSTERS", 0), "DISCOVERY.CLUSTERS: 0"),
         (("DISCOVERY.PLANTED", "rectangle"), "DISCOVERY.PLANTED: no region"),
         (("DISCOVERY.FROM", "nowhere"), "there is no nowhere"),
         ((*TOWER, "INPUT.TRANSFORMS", "('random_flip', 'normalize')"), "at random, which moves regions"),
@@ -292,6 +293,16 @@ def test_nothing_found_is_said_plainly(arguments: Arguments, tmp_path: Path) -> 
 def test_what_cannot_be_is_refused(keys: tuple[Any, ...], words: str, arguments: Arguments) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         cli.run(arguments("RaVL", "refused", "DISCOVERY.EPOCHS", 1, *keys))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"), [("DebiasedPT", "debiasedpt weighs the cross-entropy"), ("CoOpOOD", "CoOpOOD learns its")]
+)
+def test_what_needs_labels_is_refused_over_captions_alone(trainer: str, words: str, arguments: Arguments) -> None:
+    keys = ("--base", "FineTune", "OPTIM.MAX_EPOCH", 1, "OPTIM.LR", 1e-4)
+    with pytest.raises(UserError, match=words):
+        cli.run(arguments(trainer, "captions", *keys))
+    cli.run(arguments(trainer, "both", *keys, "TRAINER.FINETUNE.CAPTIONS", 0.5))
 
 
 def test_clusters_of_other_regions_are_refused(found: Path, arguments: Arguments) -> None:

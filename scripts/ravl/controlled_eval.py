@@ -85,7 +85,7 @@ def figure(rows: dict[str, list[dict[str, Any]]], labels: Sequence[str]) -> Any:
     """Worst-group accuracy of every method in every setting and seed."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(2.5 + 0.45 * len(labels), 4.2), layout="constrained")
+    picture = Figure(figsize=(max(7, 2.5 + 0.45 * len(labels)), 4.6), layout="constrained")
     axes = picture.add_subplot()
     for i, (name, measured) in enumerate(rows.items()):
         values = [100 * row["image_worst_group"] for row in measured]
@@ -94,7 +94,7 @@ def figure(rows: dict[str, list[dict[str, Any]]], labels: Sequence[str]) -> Any:
     axes.set_ylabel("image worst-group accuracy, %")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    picture.legend(loc="outside upper center", ncols=len(rows), frameon=False, fontsize=9)
+    picture.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return picture
 
 

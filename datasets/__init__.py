@@ -1,9 +1,12 @@
-"""One file per data set; importing this package registers them all."""
+"""One file per data set or family of data sets; importing this package registers them all."""
 
 from oodprompt.datasets import (
     celeba,
+    coop_sets,
     csv_file,
+    domains,
     folders,
+    imagenet,
     metashift,
     nicopp,
     shapes_on_scenes,
@@ -14,8 +17,11 @@ from oodprompt.datasets import (
 
 __all__ = [
     "celeba",
+    "coop_sets",
     "csv_file",
+    "domains",
     "folders",
+    "imagenet",
     "metashift",
     "nicopp",
     "shapes_on_scenes",

@@ -83,9 +83,7 @@ class CSV(FilesDataset):
             label = label_of[row.label]
             attribute = value_of.get(row.attribute, -1)
             image = path.parent / row.image
-            splits[row.split].append(
-                listed(path, row.line, image, label, names[label], attribute, caption=row.caption)
-            )
+            splits[row.split].append(listed(path, row.line, image, label, names[label], attribute, caption=row.caption))
         train, val, test = splits
         if not val:
             train, val = split_off_validation(cfg, str(path), train)

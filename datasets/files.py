@@ -1,4 +1,4 @@
-"""What data sets that read the user's files share: finding the folder, listing images, csv rows, a validation split."""
+"""What data sets that read the user's files share: finding folders, listing images, lines and csv rows, a validation split."""
 
 from __future__ import annotations
 
@@ -61,6 +61,16 @@ def image_names(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     return sorted(name for name in names if name.lower().endswith(tuple(suffixes)) and not name.startswith("."))
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """The folders right in ``folder`` that are not hidden, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def readable(name: str) -> str:
+    """A folder's name as words: "Alarm_Clock" is "alarm clock"."""
+    return name.replace("_", " ").lower()
+
+
 def listed(
     path: Path,
     line: int,
@@ -75,11 +85,49 @@ def listed(
 
     The attribute serves as the domain too, for samplers that balance domains.
     """
+    remedy = remedy or "restore it or take the line out"
+    return named(f"{path}, line {line}", remedy, image, label, attribute, classname, attribute, caption)
+
+
+def named(
+    where: str,
+    remedy: str,
+    image: Path | str,
+    label: int,
+    domain: int,
+    classname: str,
+    attribute: int = -1,
+    caption: str = "",
+) -> Datum:
+    """The ``Datum`` of an image that is named at ``where``; ``UserError`` says so, and the remedy, if it is missing."""
     try:
-        return Datum(str(image), label, attribute, classname, attribute, caption)
+        return Datum(str(image), label, domain, classname, attribute, caption)
     except UserError:  # asked for only now, so that an image is looked for once
-        remedy = remedy or "restore it or take the line out"
-        raise UserError(f"{path}, line {line} names {image}, which is missing; {remedy}") from None
+        raise UserError(f"{where} names {image}, which is missing; {remedy}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, text without blanks at its ends) of every line that is not empty; ``UserError`` if unreadable."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line, text in enumerate(file, 1):
+                if text.strip():
+                    yield line, text.strip()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file: {error}; fetch it again") from error
+
+
+def check_names(where: Path | str, *splits: Iterable[Datum]) -> None:
+    """``UserError`` where a class number has two names: a list whose numbers are wrong would train on wrong classes."""
+    names: dict[int, str] = {}
+    for datum in (datum for split in splits for datum in split):
+        if names.setdefault(datum.label, datum.classname) != datum.classname:
+            raise UserError(
+                f"{where}: class {datum.label} is named {names[datum.label]!r} and {datum.classname!r} "
+                f"(image {datum.impath}); fetch the list again"
+            )
 
 
 def read_rows(

@@ -206,8 +206,14 @@ declare(
     {
         "ROOT": ("", "Folder that holds the data sets; empty: ./data for data sets that make themselves."),
         "NAME": ("", "Registered name of the data set."),
-        "SOURCE_DOMAINS": ((), "Domains to train on, for data sets that have domains."),
-        "TARGET_DOMAINS": ((), "Domains to test on."),
+        "SOURCE_DOMAINS": (
+            (),
+            "Domains to train on, for data sets that have domains; empty: all but TARGET_DOMAINS.",
+        ),
+        "TARGET_DOMAINS": (
+            (),
+            "Domains to test on; empty: all but SOURCE_DOMAINS, or the last one where both are empty.",
+        ),
         "NUM_LABELED": (-1, "Labelled instances in total, for semi-supervised data sets."),
         "NUM_SHOTS": (-1, "Training images per class, drawn with SEED; -1: all. Validation and test stay whole."),
         "VAL_PERCENT": (0.1, "Share of validation data, for data sets that split themselves."),

@@ -78,6 +78,7 @@ class DatasetBase:
     template = "a photo of a {}."
     attribute_names: Sequence[str] = ()
     attribute_prompts: Sequence[Sequence[str]] = ()
+    test_only = False  # whether the images given as training images are those of the test
 
     def __init__(
         self,

@@ -469,6 +469,11 @@ class PromptTrainer:
         self.print(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
         self.print(f"Image features: {cached}")
         self.time_start = time.time()
+        if self.trainable and self.dataset.test_only:
+            raise UserError(
+                f"{self.cfg.DATASET.NAME} has test images only; train on another data set and come back with --eval-only "
+                "--model-dir OUTPUT_FOLDER"
+            )
         self._note_what_does_nothing()
         if self.start_epoch < self.max_epoch:
             self._check_selection()

@@ -40,6 +40,7 @@ setup(
         "pyyaml>=6",
         "regex",
         "scikit-learn>=1.3",
+        "scipy>=1.10",
         "tabulate>=0.9",
         "tensorboard>=2.12",
         "torch>=2.3",
@@ -47,5 +48,5 @@ setup(
         "tqdm>=4.64",
         "yacs>=0.1.8",
     ],
-    extras_require={"test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"]},
+    extras_require={"test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"], "slurm": ["submitit>=1.5"]},
 )

@@ -45,6 +45,7 @@ import yaml
 from tqdm import tqdm
 
 from oodprompt.cli import exit_status
+from oodprompt.collecting import changed_keys
 from oodprompt.engine.report import grid_figure, markdown_table, write_figure
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
@@ -146,20 +147,6 @@ def commands(grid: dict[str, Any], seeds: list[int], out: Path, root: str) -> di
             raise UserError(f"two methods of the grid go to the folder {folder}: give one another name")
         runs[folder] = [*flags, *cache, *keys, *(["TEST.SPLIT", "val"] if grid["rank"] else [])]
     return runs
-
-
-def changed_keys(folder: Path, command: list[str]) -> list[str]:
-    """The keys in which a finished run differs from its command line of now."""
-    from oodprompt import cli
-    from oodprompt.engine.config import get_cfg_default, leaves, merge_file
-
-    old = get_cfg_default()
-    merge_file(old, folder / "config.yaml")
-    parser = cli.build_parser()
-    with contextlib.redirect_stdout(io.StringIO()):
-        new = leaves(cli.setup_cfg(parser.parse_intermixed_args([*command, "--output-dir", str(folder)])))
-    free = ("OUTPUT_DIR", "DATASET.ROOT", "DATALOADER.CACHE_DIR")
-    return [f"{k} was {v!r}, is now {new[k]!r}" for k, v in leaves(old).items() if k not in free and new[k] != v]
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from oodprompt.backbones import load_backbone, tokenize
+from oodprompt.discovery.attributes import DiscoveredAttributes, Found
 from oodprompt.engine.evaluation import attribute_metrics
 from oodprompt.engine.report import group_curves
 from oodprompt.engine.trainer import PromptTrainer
@@ -23,6 +24,9 @@ from tests.conftest import interrupted_at
 
 PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of snow."]]
 NAMES = ("water", "land", "snow")
+
+
+NOTHING = DiscoveredAttributes(lambda: Found((), {}, {}))  # raises when it is asked
 
 
 def a_split(n: int = 50, name: str = "train") -> Split:
@@ -65,14 +69,19 @@ def test_noise_moves_that_share_and_keeps_the_values() -> None:
 
 def test_groups_of_both_kinds() -> None:
     split, seen = a_split(), pseudo()
-    true = groups_of(split, "true", ["a", "b"], 3, seen)
+    true = groups_of(split, "true", ["a", "b"], 3, seen, NOTHING)
     assert torch.equal(true.index, split.label * 3 + split.attribute)
     assert true.names == ("a / water", "a / land", "a / snow", "b / water", "b / land", "b / snow")
     assert true.count.tolist() == [sum((true.index == g).tolist()) for g in range(6)]
     assert not seen.splits  # labels are enough, nothing is encoded
-    guessed = groups_of(split, "pseudo", ["a", "b"], 3, seen)
+    guessed = groups_of(split, "pseudo", ["a", "b"], 3, seen, NOTHING)
     assert torch.equal(guessed.index, split.label * 3 + seen.of(split)) and guessed.count.sum() == 50
-    nameless = groups_of(split, "true", ["a", "b"], 4, PseudoAttributes(load_backbone("tiny"), (), []))
+    found = Found((2,), {"train": torch.arange(60) % 7}, {"train": torch.arange(60) % 50})
+    regions = groups_of(split, "regions", ["a", "b"], 3, seen, DiscoveredAttributes(lambda: found))
+    present = {i % 50 for i in range(60) if i % 7 == 2}
+    assert regions.names == ("a / absent", "a / present", "b / absent", "b / present")
+    assert regions.index.tolist() == [2 * (i % 2) + (i in present) for i in range(50)]
+    nameless = groups_of(split, "true", ["a", "b"], 4, PseudoAttributes(load_backbone("tiny"), (), []), NOTHING)
     assert nameless.names[:4] == ("a / 0", "a / 1", "a / 2", "a / 3")  # a value that only another split has counts too
     assert torch.equal(nameless.index, split.label * 4 + split.attribute)
 
@@ -81,9 +90,9 @@ def test_unknown_attributes_and_choices_are_refused() -> None:
     split = a_split()
     split.attribute[3:5] = -1
     with pytest.raises(UserError, match=r"2 of 50 images of the train split have no\s+attribute label.*pseudo"):
-        groups_of(split, "true", ["a", "b"], 3, pseudo())
+        groups_of(split, "true", ["a", "b"], 3, pseudo(), NOTHING)
     with pytest.raises(UserError, match=r"TRAINER.GROUPS.*'treu'.*true"):
-        groups_of(split, "treu", ["a", "b"], 3, pseudo())
+        groups_of(split, "treu", ["a", "b"], 3, pseudo(), NOTHING)
 
 
 def test_sums_by_group() -> None:

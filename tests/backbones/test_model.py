@@ -400,7 +400,7 @@ def test_the_whole_image_as_a_region_has_the_image_features(name: str, how: str,
     assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("name", "auto"), [("small ViT", "crops"), ("small RN", "roi")])
+@pytest.mark.parametrize(("name", "auto"), [("small ViT", "tokens"), ("small RN", "roi")])
 def test_what_auto_is(name: str, auto: str, reference: Reference) -> None:
     clip, images = clip_and_images(name, reference)
     with torch.no_grad():
@@ -438,7 +438,7 @@ def test_no_regions_give_no_features(name: str, how: str, reference: Reference) 
 def test_wrong_ways_and_numbers_of_boxes(reference: Reference) -> None:
     vit, images = clip_and_images("small ViT", reference, 2)
     resnet, _ = clip_and_images("small RN", reference, 2)
-    with pytest.raises(UserError, match="a ViT has no way 'roi'; give auto, crops, masked, patches"):
+    with pytest.raises(UserError, match="a ViT has no way 'roi'; give auto, tokens, crops, masked, patches"):
         vit.region_features(images, [WHOLE] * 2, "roi")
     with pytest.raises(UserError, match="a ResNet has no way 'masked'; give auto, roi, crops, patches"):
         resnet.region_features(images, [WHOLE] * 2, "masked")

@@ -1,0 +1,85 @@
+"""Tables over seeds from a folder of outputs: ``python scripts/collect.py DIR [--keyword accuracy] [--baseline CoOp]``.
+
+DIR holds runs at any depth: ours (``results.json``) or those of CoOp, MaPLe and other projects on Dassl (``log.txt``).
+One row for all runs whose paths differ in ``seed<N>`` alone, mean ± sample standard deviation (n - 1); base, new and
+their harmonic mean where paths have ``train_base`` and ``test_new``. ``--baseline METHOD`` adds paired differences over
+common seeds to the row with that part in its path, with a paired t-test. What is unfinished or broken is named on stderr.
+
+``--upstream`` prints what upstream's ``parse_test_res.py DIR`` finds: DIR's folders are the seeds (with ``--multi-exp``,
+of each folder in DIR), from ``log.txt`` alone, with the population standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from oodprompt import collecting
+from oodprompt.cli import exit_status
+from oodprompt.errors import UserError
+from oodprompt.files import write_atomically
+
+
+def print_upstream(directory: Path, keyword: str, args: argparse.Namespace) -> float:
+    """One experiment as upstream reads it; returns its mean."""
+    values, unfinished = collecting.upstream_values(directory, keyword, args.test_log)
+    for folder in unfinished:
+        print(f"{folder}: no {keyword} in a finished {collecting.LOG}", file=sys.stderr)
+    if not values:
+        raise UserError(f"{directory}: no folder in it has a finished {collecting.LOG} with {keyword!r}")
+    for folder, value in values.items():
+        print(f"{folder / collecting.LOG}  {keyword}: {value:.2f}%")
+    mean, spread = collecting.upstream_summary(list(values.values()), args.ci95)
+    print(f"{directory}\n* {keyword}: {mean:.2f}% +- {spread:.2f}%")
+    return mean
+
+
+def upstream(args: argparse.Namespace) -> None:
+    for keyword in args.keyword or ["accuracy"]:
+        if not args.multi_exp:
+            print_upstream(args.directory, keyword, args)
+            continue
+        means = [print_upstream(folder, keyword, args) for folder in collecting.subfolders(args.directory)]
+        print(f"Average of {len(means)}\n* {keyword}: {np.mean(means):.2f}%")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
+    parser.add_argument("--keyword", action="append", metavar="METRIC", help="a metric, e.g. macro_f1; may be repeated")
+    parser.add_argument(
+        "--ci95", action="store_true", help="half the 95%% interval of the mean in place of the deviation"
+    )
+    parser.add_argument("--test-log", action="store_true", help="logs are of evaluations (=> result), not of training")
+    parser.add_argument("--multi-exp", action="store_true", help="add the average over all rows")
+    parser.add_argument("--baseline", default="", metavar="METHOD", help="paired differences to the rows of METHOD")
+    parser.add_argument("--digits", type=int, default=1, help="digits after the point")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of all rows, as PNG")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
+    parser.add_argument("--upstream", action="store_true", help="upstream's own numbers")
+    args = parser.parse_args()
+    if args.upstream:
+        upstream(args)
+        return
+    tree = collecting.collect(
+        args.directory, args.keyword or (), evaluation=args.test_log, ci95=args.ci95, average=args.multi_exp
+    )
+    for problem in tree.problems:
+        print(problem, file=sys.stderr)
+    text = collecting.tables(tree, args.format, args.baseline, args.digits)
+    print(text, end="")
+    if args.out:
+        write_atomically(args.out, text)
+    if args.plot:
+        from oodprompt.engine.report import write_figure
+
+        write_figure(collecting.figure(tree, str(args.directory)), args.plot)
+        print(f"Wrote {args.plot}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Base to new, first half: train on the base classes, test on them: DATA=FOLDER bash scripts/coopood/base2new_train.sh DATASET SEED [...]; more in scripts/common.sh.
+. "$(dirname "$0")/../common.sh"
+base2new_train CoOpOOD "$@"

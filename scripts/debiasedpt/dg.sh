@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Domain generalisation: train on some domains, test on others: DATA=FOLDER bash scripts/debiasedpt/dg.sh DATASET SEED 'TARGET ...' 'SOURCE ...' [...]; more in scripts/common.sh.
+. "$(dirname "$0")/../common.sh"
+dg DebiasedPT "$@"

@@ -48,5 +48,8 @@ setup(
         "tqdm>=4.64",
         "yacs>=0.1.8",
     ],
-    extras_require={"test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"], "slurm": ["submitit>=1.5"]},
+    extras_require={
+        "test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"],
+        "slurm": ["submitit>=1.5"],
+    },
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oodprompt import cli
 from oodprompt.backbones import tokenize
+from oodprompt.contracts import Step
 from oodprompt.discovery.report import read_discovery
 from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
@@ -325,3 +326,17 @@ def test_config_file_runs_by_itself() -> None:
     )
     cfg = cli.setup_cfg(args)
     assert cfg.DATASET.NAME == "ShapesOnScenes"
+
+
+def test_mean_is_over_the_images_that_have_a_loss(build: Build) -> None:
+    trainer = prepared(build, "RaVL")
+    debiaser, batch = trainer.debiasers[0], next(iter(trainer.loader("train")))
+    alignment, regions = trainer.align(batch), trainer.step_regions(batch)
+    debiaser.spurious = torch.zeros_like(debiaser.spurious)
+    debiaser.spurious[regions.index[regions.image < 3]] = True  # three images have no other region
+    step = Step(alignment, alignment.logits, batch["label"], batch["attribute"], batch["index"], regions)
+    s = regions.features @ alignment.text_features.T / 0.07
+    L_R, L_A, has = region_losses(s, regions.image, regions.image < 3, batch["label"])
+    assert has.sum() == 13
+    want = 0.2 / 0.8 * (L_R + L_A)[has].mean()
+    assert torch.allclose(debiaser.contribute(step).per_sample_loss.mean(), want, rtol=1e-5)

@@ -340,3 +340,9 @@ def test_mean_is_over_the_images_that_have_a_loss(build: Build) -> None:
     assert has.sum() == 13
     want = 0.2 / 0.8 * (L_R + L_A)[has].mean()
     assert torch.allclose(debiaser.contribute(step).per_sample_loss.mean(), want, rtol=1e-5)
+
+
+def test_a_run_of_its_own_counts_as_many_clusters_as_it_is_told(build: Build) -> None:
+    trainer = prepared(build, "RaVL", "DISCOVERY.CLUSTERS", 2)
+    best = [c["index"] for c in read_discovery(trainer.output_dir)["clusters"] if c["survives"]]
+    assert len(best) > 2 and list(trainer.discovered.found.clusters) == best[:2]

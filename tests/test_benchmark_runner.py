@@ -405,6 +405,14 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(PromptTrainer, "forward_backward", slowly)
 
 
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore Ctrl-C, and so their children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The pointers to whole checkpoints."""
     return list(out.rglob("checkpoint"))

@@ -1,0 +1,51 @@
+"""OODPrompt inside an installed Dassl: one line at the top of ``train.py`` of CoOp, MaPLe or any repository of their shape,
+
+    import oodprompt.plugin
+
+registers the trainers CoOpOOD, DebiasedPT and RaVL, our data sets under their names with OOD before them, and our config
+keys, and mends what keeps Dassl from running on current PyTorch (``OODPROMPT_REPAIR=0``: leave it as it is). Without
+touching the file: ``python -m oodprompt.plugin train.py ...``. See docs/plugin.md.
+
+Importing this without Dassl raises ``DasslMissing``.
+"""
+
+# ruff: noqa: E402 (Dassl can be imported once it is found and mended)
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from oodprompt.errors import UserError
+
+
+class DasslMissing(UserError, ImportError):
+    """Dassl is not installed."""
+
+
+if importlib.util.find_spec("dassl") is None:
+    raise DasslMissing(
+        "oodprompt.plugin works inside Dassl, which is not installed: git clone "
+        "https://github.com/KaiyangZhou/Dassl.pytorch && pip install --no-deps --no-build-isolation ./Dassl.pytorch "
+        "(or put its folder on PYTHONPATH); our own train.py does not need it"
+    )
+
+import oodprompt.datasets
+import oodprompt.trainers  # noqa: F401
+from oodprompt.plugin.repair import repair_dassl
+
+if os.environ.get("OODPROMPT_REPAIR", "1") != "0":
+    repair_dassl()
+
+from dassl.config import defaults
+
+from oodprompt.plugin.adapters import register_adapter
+from oodprompt.plugin.datasets import PREFIX, register_datasets
+from oodprompt.plugin.keys import extend_cfg
+from oodprompt.plugin.trainers import register_debiaser
+
+extend_cfg(defaults._C)
+for _name in ("CoOpOOD", "DebiasedPT", "RaVL"):
+    register_debiaser(_name)
+register_datasets()
+
+__all__ = ["PREFIX", "DasslMissing", "extend_cfg", "register_adapter", "register_debiaser", "repair_dassl"]

@@ -1,0 +1,1 @@
+from dassl.data.datasets.dg.wilds import *  # noqa: F403

@@ -1,0 +1,1 @@
+from wilds import get_dataset  # noqa: F401

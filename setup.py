@@ -23,6 +23,7 @@ setup(
         "oodprompt.controlled",
         "oodprompt.discovery",
         "oodprompt.engine",
+        "oodprompt.plugin",
         "oodprompt.trainers",
         "oodprompt.datasets",
     ],
@@ -48,6 +49,7 @@ setup(
         "tqdm>=4.64",
         "yacs>=0.1.8",
     ],
+    entry_points={"console_scripts": ["oodprompt = oodprompt.__main__:main"]},
     extras_require={
         "test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"],
         "slurm": ["submitit>=1.5"],

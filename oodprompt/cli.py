@@ -17,6 +17,7 @@ from typing import IO, NoReturn
 
 from yacs.config import CfgNode
 
+from oodprompt import extensions
 from oodprompt.errors import UserError, nearest
 
 # flag -> key
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset-config-file", help="yaml file of the data set, merged first")
     parser.add_argument("--trainer", help="name of the trainer (TRAINER.NAME)")
     parser.add_argument("--base", help="prompt learner that a debiaser wraps (TRAINER.BASE)")
+    extensions.add_flag(parser)
     parser.add_argument("--backbone", help="name of the CLIP (MODEL.BACKBONE.NAME)")
     parser.add_argument("--head", help="kept for Dassl's command lines (MODEL.HEAD.NAME)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the model in --model-dir")
@@ -76,6 +78,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """The frozen config: defaults, data set's file, method's file, flags, KEY VALUE pairs, in this order."""
     from oodprompt.engine.config import get_cfg_default, merge_file, merge_opts, set_key
 
+    extensions.add(args.imports)
     opts = list(args.opts)
     for flag in ("source_domains", "target_domains", "transforms"):
         # `--transforms a b OPTIM.LR 0.1` gives all four words to the flag; keys are those with a dot and capitals.
@@ -176,10 +179,10 @@ def logged(directory: str, rank: int) -> Iterator[None]:
 
 def print_list() -> None:
     """Registered trainers, data sets and backbones, one line each."""
-    import oodprompt.datasets
-    import oodprompt.trainers  # noqa: F401
     from oodprompt.backbones import BACKBONES
-    from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY
+    from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY, register_all
+
+    register_all()
 
     def line(obj: object) -> str:
         return (inspect.getdoc(obj) or "").split("\n")[0]
@@ -201,6 +204,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train or evaluate; raises ``UserError`` for what the user can mend."""
     args = build_parser().parse_intermixed_args(argv)
     if args.list:
+        extensions.add(args.imports)
         print_list()
         return
     if args.model_dir and not Path(args.model_dir).is_dir():

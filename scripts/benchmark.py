@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
-from oodprompt import collecting
+from oodprompt import collecting, extensions
 from oodprompt.cli import build_parser, exit_status, setup_cfg
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -76,6 +76,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config-file", nargs="+", required=True, metavar="[TRAINER=]FILE", help="of all trainers, or of one"
     )
+    extensions.add_flag(parser)
     parser.add_argument("--root", default="data", help="folder that holds the data sets")
     parser.add_argument("--out", type=Path, default=Path("output/benchmark"))
     parser.add_argument("--jobs", type=int, help="runs at the same time; default: one, or one per GPU of --gpus")
@@ -104,6 +105,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def jobs(args: argparse.Namespace) -> list[Job]:
     """All runs of the grid, every one's config checked; ``UserError`` for the first that cannot be."""
     found: dict[Path, Job] = {}
+    extensions.add(args.imports)
+    imports = [word for name in args.imports for word in ("--import", name)]
     for dataset, trainer in itertools.product(args.datasets, args.trainers):
         flags = [*_dataset_flags(dataset), "--config-file", _config_file(args.config_file, trainer)]
         for base in dict.fromkeys(args.bases if _is_debiaser(trainer) else [""]):
@@ -111,7 +114,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
             method = ["--trainer", main, *(["--base", base] if base else [])]
             keys = ["TRAINER.STACK", repr(tuple(stack))] if stack else []
             keys += ["DATASET.NAME", _dataset_name(flags)] if dataset else []  # a method's file may name another
-            line = ["--root", args.root, *flags, *method, *keys, *args.opts]
+            line = [*imports, "--root", args.root, *flags, *method, *keys, *args.opts]
             name = _check(line)
             place = args.out / (Path(dataset).stem or name) / "-".join([trainer, *([base] if base else [])])
             for seed in args.seeds:
@@ -123,10 +126,9 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def _is_debiaser(trainer: str) -> bool:
-    import oodprompt.trainers  # noqa: F401
+    from oodprompt.engine.registry import TRAINER_REGISTRY, register_all
 
-    from oodprompt.engine import TRAINER_REGISTRY
-
+    register_all()
     return "+" in trainer or TRAINER_REGISTRY.get(trainer, "--trainers").debiaser_class is not None
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+from oodprompt import extensions
 from oodprompt.cli import exit_status
 from oodprompt.errors import UserError
 
@@ -26,8 +27,10 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--load-epoch", type=int, help="epoch to look at; else the best model, else the last")
     parser.add_argument("--output-dir", type=Path, help="where to write; default: the run's folder")
     parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")
+    extensions.add_flag(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys, e.g. REGIONS.GRID '(3, 3)'")
     args = parser.parse_intermixed_args(argv)
+    extensions.add(args.imports)
     config = args.model_dir / "config.yaml"
     if not config.is_file():
         raise UserError(f"--model-dir: there is no {config}; give the output folder of a run of train.py")

@@ -32,8 +32,9 @@ def declared_keys() -> dict[str, tuple[Any, str]]:
 
 
 def _import_methods() -> None:
-    import oodprompt.datasets
-    import oodprompt.trainers  # noqa: F401
+    from oodprompt.engine.registry import register_all
+
+    register_all()
 
 
 def get_cfg_default() -> CfgNode:

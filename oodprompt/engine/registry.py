@@ -45,3 +45,12 @@ class Registry:
 TRAINER_REGISTRY = Registry("trainer")
 DATASET_REGISTRY = Registry("data set")
 EVALUATOR_REGISTRY = Registry("evaluator")
+
+
+def register_all() -> None:
+    """Import what registers trainers, data sets and keys: our own, and those of others (``oodprompt.extensions``)."""
+    import oodprompt.datasets
+    import oodprompt.trainers  # noqa: F401
+    from oodprompt import extensions
+
+    extensions.load()

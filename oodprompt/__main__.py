@@ -1,0 +1,34 @@
+"""``oodprompt doctor`` and ``oodprompt train ...``: the commands of an installed package, also as ``python -m oodprompt``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: oodprompt COMMAND ...
+  doctor [--root DIR]   what is installed and found, what is wrong and what to do
+  train ...             what train.py does, with its flags
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status, 2 for an unknown one."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
+    if command == "doctor":
+        from oodprompt.doctor import main as doctor
+
+        return doctor(words[1:])
+    if command == "train":
+        from oodprompt.cli import main as train
+
+        return train(words[1:])
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    print(f"error: unknown command {command!r}\n{USAGE}" if command else USAGE, end="", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

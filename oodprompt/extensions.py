@@ -1,0 +1,92 @@
+"""Methods and data sets of others: files that ``--import`` names, and installed packages.
+
+A file of your own registers its trainers, data sets and keys when it is imported (docs/your_method.md). ``--import FILE``
+of ``train.py`` and of the scripts imports it ahead of everything else; ``OODPROMPT_IMPORT`` (paths or module names, with
+``:`` between them) does the same without the flag, also in processes that are started. An installed package is
+imported by an entry point in the group ``oodprompt``:
+
+    setup(..., entry_points={"oodprompt": ["my_method = my_package.my_method"]})
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from oodprompt.errors import UserError
+
+ENVIRONMENT = "OODPROMPT_IMPORT"
+_done: set[str] = set()
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import`` to a command line, as ``args.imports``."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file (or module) with a method or data set of your own; may be given again",
+    )
+
+
+def add(names: Sequence[str]) -> None:
+    """Have files (``.py``) and modules imported by ``load``, here and in processes that are started from here."""
+    known = _named()
+    new = [str(Path(name).absolute()) if name.endswith(".py") else name for name in names]
+    os.environ[ENVIRONMENT] = os.pathsep.join(dict.fromkeys([*known, *new]))
+
+
+def load() -> None:
+    """Import what is named and was not imported yet; ``UserError`` for what is not there or takes a name that is taken."""
+    for point in importlib.metadata.entry_points(group="oodprompt"):
+        if f"{point.name}={point.value}" in _done:
+            continue
+        _done.add(f"{point.name}={point.value}")
+        try:
+            point.load()
+        except Exception as error:  # a package that is not even wanted must not stop every run
+            warnings.warn(f"the entry point {point.name} = {point.value} failed: {error!r}", stacklevel=2)
+    for name in _named():
+        if name in _done:
+            continue
+        _done.add(name)  # first: a file may itself ask for the config
+        try:
+            _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+        except BaseException as error:
+            _done.discard(name)
+            if isinstance(error, KeyError) and "already registered" in str(error):
+                raise UserError(f"--import {name}: {error.args[0]}; give yours another name") from error
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                raise UserError(f"--import: there is no module {name}; a file ends in .py") from error
+            raise
+
+
+def _named() -> list[str]:
+    return [name for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name]
+
+
+def _import_file(path: Path) -> None:
+    """As ``python FILE`` would find it: its folder is on the path, behind all others."""
+    if not path.is_file():
+        raise UserError(f"--import: there is no file {path}")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # Known by its name, as what classes of it ask for; the name of another module is left to that.
+    sys.modules.setdefault(path.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if sys.modules.get(path.stem) is module:
+            del sys.modules[path.stem]
+        raise

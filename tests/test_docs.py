@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from oodprompt import cli, extensions
 from oodprompt.engine import config
-from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY
+from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY, register_all
 from oodprompt.engine.trainer import PromptTrainer
 from tests.conftest import REPOSITORY
 
@@ -35,6 +36,27 @@ def test_files_named_in_the_readme_exist() -> None:
         re.findall(r"(?:scripts|configs|docs|datasets|trainers|oodprompt|tests|benchmarks)/[\w./-]+\.\w+", text)
     )
     assert named and [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of every page, with its heading."""
+    files = subprocess.run(["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
+    pages = {name: (REPOSITORY / name).read_text() for name in files or ["README.md"]}
+
+    def headings(page: str) -> set[str]:
+        found = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+    broken = []
+    for name, page in pages.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", page):
+            place, _, heading = link.partition("#")
+            target = (REPOSITORY / name).parent / place if place else REPOSITORY / name
+            if "://" in link:
+                continue
+            if not target.exists() or (heading and heading not in headings(target.read_text())):
+                broken.append((name, link))
+    assert broken == []
 
 
 @pytest.fixture
@@ -132,5 +154,6 @@ def test_data_of_the_documentation_are_read(own: None, tmp_path: Path) -> None:
 
 def test_every_debiaser_is_documented() -> None:
     text = (REPOSITORY / "docs" / "debiasers.md").read_text() + (REPOSITORY / "README.md").read_text()
+    register_all()
     names = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.debiaser_class]
     assert len(names) > 8 and [name for name in names if f"`{name}`" not in text] == []

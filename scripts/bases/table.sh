@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table of prompt learners, each alone and under the anchored CoOpOOD, on ShapesOnScenes with the embedded
+# The table of prompt learners in docs/results.md, each alone and under the anchored CoOpOOD, on ShapesOnScenes with the embedded
 # CLIP; mean and standard deviation over seeds.
 #   bash scripts/bases/table.sh [SEEDS (default "1 2 3")] [OUTPUT (default output/bases_table)] [RUNS AT A TIME (default 1)]
 # Runs that are finished are not trained again. About 1.5 CPU hours in all, most of it for the last four rows.

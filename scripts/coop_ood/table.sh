@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table: six methods on ShapesOnScenes with the embedded CLIP, mean and standard deviation over seeds.
+# The first table of docs/results.md: six methods on ShapesOnScenes with the embedded CLIP, mean and standard deviation over seeds.
 #   bash scripts/coop_ood/table.sh [SEEDS (default "1 2 3 4 5")] [OUTPUT (default output/coop_ood_table)]
 # Runs that are finished are not trained again.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""The table and the example in datasets/README.md, and the yaml files."""
+"""The tables in datasets/README.md, the example in docs/your_data.md, and the yaml files."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def test_addresses_and_keys_of_the_readme() -> None:
     ] == []
 
 
-def test_the_example_of_the_readme(build: Build, tmp_path: Path) -> None:
+def test_the_example_of_your_data(build: Build, tmp_path: Path) -> None:
     """The csv file shown there is read as the text beside it says."""
-    text = re.search(r"```csv\n(.*?)```", README, re.S)[1]
+    page = (REPOSITORY / "docs" / "your_data.md").read_text()
+    text = re.search(r"```csv\n(.*?)```", page, re.S)[1]
     put(tmp_path, *re.findall(r"photos/\S+?\.jpg", text))
     (tmp_path / "metadata.csv").write_text(text)
     data = build("CSV")

@@ -57,7 +57,7 @@ def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> N
     assert {"state_dict", "epoch", "optimizer", "scheduler", "val_result"} <= saved.keys() and saved["epoch"] == 3
     assert torch.load(folder / "cmat.pt", weights_only=True).shape == (2, 2)
     log = (folder / "log.txt").read_text()
-    for line in ("=> result (test)", "* accuracy: ", "* worst_group: ", "=> per-class result", "Finish training"):
+    for line in ("=> result\n", "* accuracy: ", "* worst_group: ", "=> per-class result", "Finish training"):
         assert line in log
 
 

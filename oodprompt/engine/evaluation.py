@@ -45,9 +45,9 @@ class Classification:
         prediction, label, attribute = (torch.cat(x) for x in (self._prediction, self._label, self._attribute))
         return group_metrics(prediction, label, attribute, train, self.dataset)
 
-    def report(self, metrics: dict[str, Any], split: str) -> None:
-        """Print the metrics in Dassl's lines."""
-        print(f"=> result ({split})")
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Print the metrics in Dassl's lines, which upstream's ``parse_test_res.py`` reads."""
+        print("=> result")
         print(f"* total: {metrics['num_samples']:,}")
         print(f"* correct: {round(metrics['accuracy'] * metrics['num_samples']):,}")
         print(f"* accuracy: {100 * metrics['accuracy']:.1f}%")

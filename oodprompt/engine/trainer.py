@@ -986,7 +986,7 @@ class PromptTrainer:
         metrics = self.evaluate(split)
         seconds = time.time() - began
         if self.state.is_main_process:
-            self.evaluator.report(metrics, split)
+            self.evaluator.report(metrics)
             for name, other in metrics["other_predictions"].items():
                 worst = other["worst_group_accuracy"]
                 worst_text = "" if worst is None else f", worst group {100 * worst:.1f}%"

@@ -111,10 +111,10 @@ def test_printed_lines_are_dassls(capsys: pytest.CaptureFixture[str]) -> None:
     label = torch.arange(1200) % 2
     judge = evaluator(per_class=True)
     judge.process(torch.nn.functional.one_hot(torch.where(correct, label, 1 - label), 2), label, label)
-    judge.report(judge.evaluate(TRAIN), "test")
+    judge.report(judge.evaluate(TRAIN))
     out = capsys.readouterr().out
     assert out.splitlines()[:5] == [
-        "=> result (test)",
+        "=> result",
         "* total: 1,200",
         "* correct: 1,024",
         "* accuracy: 85.3%",
@@ -130,5 +130,5 @@ def test_printed_lines_are_dassls(capsys: pytest.CaptureFixture[str]) -> None:
 def test_printed_lines_without_groups(capsys: pytest.CaptureFixture[str]) -> None:
     judge = evaluator()
     judge.process(torch.eye(2), torch.tensor([0, 1]), torch.tensor([-1, -1]))
-    judge.report(judge.evaluate(TRAIN), "val")
+    judge.report(judge.evaluate(TRAIN))
     assert capsys.readouterr().out.endswith("* error: 0.0%\n* macro_f1: 100.0%\n")

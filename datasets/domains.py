@@ -265,6 +265,11 @@ class OfficeHome(DomainsDataset):
 
 
 @DATASET_REGISTRY.register()
+class OfficeHomeDG(OfficeHome):
+    """OfficeHome under the name that it has in Dassl's configs."""
+
+
+@DATASET_REGISTRY.register()
 class TerraIncognita(DomainsDataset):
     """Ten kinds of animals (or none) before camera traps at four locations, which are the domains.
 

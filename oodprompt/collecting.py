@@ -320,6 +320,12 @@ def _metrics(runs: Sequence[_Run], keywords: Sequence[str], root: Path) -> list[
     return wanted or [metric for metric in LABELS if metric in known]
 
 
+def spread(values: Iterable[float], factor: float = 100, digits: int = 1) -> str:
+    """``factor`` times values: mean ± sample standard deviation; the mean alone of one value, "-" of none."""
+    values = [factor * value for value in values]
+    return _text(_cell(values, ci95=False) if values else None, digits)
+
+
 def _cell(values: Sequence[float], ci95: bool) -> tuple[float, float | None]:
     if len(values) < 2:
         return values[0], None

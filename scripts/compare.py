@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from oodprompt.cli import exit_status
+from oodprompt.collecting import spread
 from oodprompt.engine.report import comparison_figure, markdown_table, write_figure
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -33,12 +34,6 @@ def read_rows(root: Path, names: list[str]) -> dict[str, list[dict]]:
         if any(r["worst_group_accuracy"] is None for r in results):
             raise UserError(f"{root / name}: these results have no groups (no attributes in the data set)")
     return rows
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± sample standard deviation, in per cent."""
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def main() -> None:

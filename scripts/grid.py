@@ -45,7 +45,7 @@ import yaml
 from tqdm import tqdm
 
 from oodprompt.cli import exit_status
-from oodprompt.collecting import changed_keys
+from oodprompt.collecting import changed_keys, spread
 from oodprompt.engine.report import grid_figure, markdown_table, write_figure
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
@@ -153,12 +153,6 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
     return 100 * statistics.fmean(row[key] for row in rows)
 
 
-def spread(rows: list[dict[str, Any]], key: str) -> str:
-    """Mean ± sample standard deviation over seeds, in per cent."""
-    deviation = f" ± {100 * statistics.stdev(row[key] for row in rows):.1f}" if len(rows) > 1 else ""
-    return f"{mean(rows, key):.1f}{deviation}"
-
-
 def tables(grid: dict[str, Any], results: dict[tuple[str, Method], list[dict[str, Any]]]) -> str:
     """One table per quantity, settings as columns; or, under ``rank``, one per section with the best row first."""
     settings, methods = list(grid["settings"]), grid["methods"]
@@ -169,7 +163,7 @@ def tables(grid: dict[str, Any], results: dict[tuple[str, Method], list[dict[str
             ("Average accuracy, %", "accuracy"),
             ("Gap, points", "gap"),
         ):
-            rows = [[m.name, *(spread(results[s, m], key) for s in settings)] for m in methods]
+            rows = [[m.name, *(spread(row[key] for row in results[s, m]) for s in settings)] for m in methods]
             parts.append(f"**{title}**\n\n{markdown_table(['', *map(str, settings)], rows)}\n")
         return "\n".join(parts)
     parts = []

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from oodprompt.cli import exit_status
+from oodprompt.collecting import spread
 from oodprompt.controlled.evaluation import METHODS, Plan, part_of_grid, teach_backbone
 from oodprompt.controlled.metrics import TAU_EVAL, is_valid
 from oodprompt.engine.report import markdown_table, write_figure
@@ -46,15 +47,6 @@ def together(pool: ProcessPoolExecutor, tasks: dict[Any, tuple[Any, ...]], title
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     return {key: results[key] for key in tasks}
-
-
-def spread(values: Iterable[float], factor: float = 100, digits: int = 1) -> str:
-    """Mean ± sample standard deviation."""
-    values = [factor * value for value in values]
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def discovery_table(valid: Sequence[Key], models: dict[Any, dict[str, Any]], seeds: Sequence[int]) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from oodprompt import extensions
 from oodprompt.cli import exit_status
-from oodprompt.errors import UserError
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -31,24 +30,12 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys, e.g. REGIONS.GRID '(3, 3)'")
     args = parser.parse_intermixed_args(argv)
     extensions.add(args.imports)
-    config = args.model_dir / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"--model-dir: there is no {config}; give the output folder of a run of train.py")
 
-    from oodprompt.engine import discover
-    from oodprompt.engine.config import get_cfg_default, merge_file, merge_opts, set_key
-    from oodprompt.engine.trainer import build_trainer
+    from oodprompt.engine import discover, load_run
 
-    cfg = get_cfg_default()
-    merge_file(cfg, config)
-    merge_opts(cfg, args.opts)
-    if args.root:
-        set_key(cfg, "DATASET.ROOT", args.root, "--root")
     out = args.output_dir or args.model_dir
-    set_key(cfg, "OUTPUT_DIR", str(out), "--output-dir")
-    cfg.freeze()
-    trainer = build_trainer(cfg)
-    trainer.load_model(args.model_dir, epoch=args.load_epoch)
+    trainer = load_run(args.model_dir, args.load_epoch, args.opts, root=args.root, output_dir=str(out))
+    cfg = trainer.cfg
     name = " + ".join([cfg.TRAINER.NAME, *cfg.TRAINER.STACK])
     title = name if trainer.base_name == cfg.TRAINER.NAME else f"{name} over {trainer.base_name}"
     discover.run(trainer, trainer.learner, trainer.predict, title, out)

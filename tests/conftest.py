@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +26,16 @@ SMALL = [
     *("DATASET.SHAPES.NUM_TRAIN", "80", "DATASET.SHAPES.NUM_VAL", "16", "DATASET.SHAPES.NUM_TEST", "24"),
     *("DATALOADER.TRAIN_X.BATCH_SIZE", "16", "OPTIM.MAX_EPOCH", "3", "DATASET.SHAPES.CORRELATION", "0.8"),
 ]
+
+
+def load_script(place: str) -> ModuleType:
+    """The script at ``place`` in the repository, as a module, under its name also for processes that it starts."""
+    path = REPOSITORY / place
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def interrupted_at(epoch: int, batch: int) -> Callable[[PromptTrainer, dict[str, Any]], dict[str, torch.Tensor]]:

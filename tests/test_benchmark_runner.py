@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -27,18 +26,14 @@ import pytest
 from oodprompt import cli, collecting
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.conftest import CONFIG, REPOSITORY, SMALL
+from tests.conftest import CONFIG, REPOSITORY, SMALL, load_script
 
 TINY = [*SMALL, "TRAIN.VAL_FREQ", "0", "OPTIM.MAX_EPOCH", "2"]
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "scripts" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/benchmark.py")
 
 
 Line = Callable[..., list[str]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -18,7 +17,7 @@ from oodprompt.backbones import CLIP, CLIPShape, encode
 from oodprompt.backbones.weights import OPENAI_WEIGHTS, SHAPES
 from oodprompt.engine.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, load_script
 
 SCRIPT = REPOSITORY / "benchmarks" / "step_time.py"
 SMALL = ["--backbone", "tiny", "--batch", "4", "--steps", "5", "--device", "cpu", "--threads", "1"]
@@ -26,10 +25,7 @@ SMALL = ["--backbone", "tiny", "--batch", "4", "--steps", "5", "--device", "cpu"
 
 @pytest.fixture(scope="module")
 def step_time() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("step_time", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/step_time.py")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import math
@@ -17,15 +16,12 @@ import pytest
 from oodprompt import collecting
 from oodprompt.collecting import Difference, Row, collect, differences, paired_difference, tables
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("collect_script", REPOSITORY / "scripts" / "collect.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/collect.py")
 
 
 def write(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
@@ -20,13 +19,11 @@ from oodprompt import cli, extensions
 from oodprompt.engine import config
 from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY, register_all
 from oodprompt.engine.trainer import PromptTrainer
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, load_script
 
 
 def test_config_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("config_reference", REPOSITORY / "scripts" / "config_reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("scripts/config_reference.py")
     assert module.PATH.read_text() == module.reference(), "run python scripts/config_reference.py"
 
 
@@ -141,7 +138,7 @@ def test_data_of_the_documentation_are_read(own: None, tmp_path: Path) -> None:
         Image.new("RGB", (40, 40), (20 * i, 90, 30)).save(file)
     line = [
         "--import",
-        documented("your_data.md", "4. A data set in code", tmp_path / "my_data.py"),
+        documented("your_data.md", "5. A data set in code", tmp_path / "my_data.py"),
         "--trainer",
         "ZeroshotCLIP",
         *flags,

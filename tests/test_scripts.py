@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 from oodprompt.errors import UserError
-from tests.conftest import CONFIG, REPOSITORY, SMALL
+from tests.conftest import CONFIG, REPOSITORY, SMALL, load_script
 
 GRID = {
     "config": CONFIG,
@@ -28,11 +27,7 @@ GRID = {
 
 @pytest.fixture(scope="module")
 def grid() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grid", REPOSITORY / "scripts" / "grid.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["grid"] = module  # where the worker processes look for it
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/grid.py")
 
 
 def write_grid(path: Path, **entries: Any) -> Path:

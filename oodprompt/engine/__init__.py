@@ -2,7 +2,7 @@
 
 from oodprompt.engine.data import DatasetBase, Datum
 from oodprompt.engine.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
-from oodprompt.engine.trainer import PromptTrainer, build_trainer
+from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 
 __all__ = [
     "DATASET_REGISTRY",
@@ -12,4 +12,5 @@ __all__ = [
     "Datum",
     "PromptTrainer",
     "build_trainer",
+    "load_run",
 ]

@@ -41,7 +41,7 @@ from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Ste
 from oodprompt.discovery.attributes import DiscoveredAttributes
 from oodprompt.engine import checkpoint, discover, evaluation, features, report, seeding
 from oodprompt.engine.alone import fit_alone, outputs
-from oodprompt.engine.config import leaves
+from oodprompt.engine.config import get_cfg_default, leaves, merge_file, merge_opts, set_key
 from oodprompt.engine.data import Batch, DataManager, Datum, is_random
 from oodprompt.engine.distributed import average_gradients, gather_rows
 from oodprompt.engine.optim import LRScheduler, build_optimizer
@@ -978,6 +978,15 @@ class PromptTrainer:
         result["other_predictions"] = {name: {key: m[key] for key in keys} for name, m in metrics.items()}
         return result
 
+    @torch.no_grad()
+    def classify(self, paths: Sequence[str | Path]) -> Tensor:
+        """Probabilities [N, C] of the classes for images that are in no split, by the test transform."""
+        for model in self._models.values():
+            model.eval()
+        batches = self.dm.loader([Datum(str(path)) for path in paths])
+        shown = tqdm(batches, "images", unit="batch", disable=None if self.shows else True)
+        return torch.cat([self.predict(self.align(batch)).softmax(dim=1).cpu() for batch in shown])
+
     def test(self, split: str | None = None) -> float:
         """Evaluate, print, and write the results; returns the accuracy in [0, 1]."""
         split = split or self.tested_split()
@@ -1085,3 +1094,26 @@ def base_of(cfg: CfgNode) -> str:
 def build_trainer(cfg: CfgNode) -> PromptTrainer:
     """The trainer named by ``TRAINER.NAME``."""
     return TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer")(cfg)
+
+
+def load_run(
+    directory: str | Path, epoch: int | None = None, keys: Sequence[str] = (), **values: str | None
+) -> PromptTrainer:
+    """The trained model of a run's output folder, with its data, ready to evaluate.
+
+    Its config.yaml with ``keys`` (KEY VALUE words) and ``values`` (root, output_dir; None: the run's) changed; the model of
+    ``epoch``, else the best, else the last. ``UserError`` where the folder is none of a run.
+    """
+    config = Path(directory) / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"--model-dir: there is no {config}; give the output folder of a run of train.py")
+    cfg = get_cfg_default()
+    merge_file(cfg, config)
+    merge_opts(cfg, keys)
+    for name, key in {"root": "DATASET.ROOT", "output_dir": "OUTPUT_DIR"}.items():
+        if values.get(name):
+            set_key(cfg, key, values[name], f"--{name.replace('_', '-')}")
+    cfg.freeze()
+    trainer = build_trainer(cfg)
+    trainer.load_model(directory, epoch=epoch)
+    return trainer

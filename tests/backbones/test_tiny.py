@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import urllib.request
 from pathlib import Path
@@ -13,16 +12,14 @@ import pytest
 import torch
 
 from oodprompt.backbones import CLIP, load_backbone, weights
+from tests.conftest import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_tiny_clip.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tiny_clip", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/train_tiny_clip.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 
 from oodprompt.controlled.evaluation import METHODS
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import load_script
 from tests.controlled.test_digits import put_items
 
 
@@ -28,12 +26,7 @@ def idx_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = REPOSITORY / "scripts" / "ravl" / "controlled_eval.py"
-    spec = importlib.util.spec_from_file_location("controlled_eval", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["controlled_eval"] = module  # where the worker processes look for it
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/ravl/controlled_eval.py")
 
 
 def model(eps: tuple[float, float], worst: float, **precision: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from oodprompt.errors import UserError
+from tests.conftest import load_script
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--regions", "300", "--dim", "16", "--centres", "6", "--k-min", "4", "--k-max", "7", "--repeats", "1"]
@@ -21,10 +21,7 @@ SMALL = ["--regions", "300", "--dim", "16", "--centres", "6", "--k-min", "4", "-
 @pytest.fixture
 def discovery_time(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("discovery_time", FOLDER / "discovery_time.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/discovery_time.py")
 
 
 def answer(medoids: dict[str, list[int]], **more: Any) -> dict[str, Any]:

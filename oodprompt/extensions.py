@@ -40,9 +40,10 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 def add(names: Sequence[str]) -> None:
     """Have files (``.py``) and modules imported by ``load``, here and in processes that are started from here."""
-    known = _named()
-    new = [str(Path(name).absolute()) if name.endswith(".py") else name for name in names]
-    os.environ[ENVIRONMENT] = os.pathsep.join(dict.fromkeys([*known, *new]))
+    for name in names:
+        if os.pathsep in name:
+            raise UserError(f"--import {name}: a path with {os.pathsep!r} in it cannot be given; rename the folder")
+    os.environ[ENVIRONMENT] = os.pathsep.join(dict.fromkeys([*_named(), *map(_resolved, names)]))
 
 
 def load() -> None:
@@ -60,18 +61,44 @@ def load() -> None:
             continue
         _done.add(name)  # first: a file may itself ask for the config
         try:
-            _import_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
+            _import_file(Path(name)) if name.endswith(".py") else _import_module(name)
         except BaseException as error:
             _done.discard(name)
-            if isinstance(error, KeyError) and "already registered" in str(error):
-                raise UserError(f"--import {name}: {error.args[0]}; give yours another name") from error
-            if isinstance(error, ModuleNotFoundError) and error.name == name:
-                raise UserError(f"--import: there is no module {name}; a file ends in .py") from error
-            raise
+            problem = _in_a_line(error)
+            if problem is None:
+                raise
+            raise UserError(f"--import {name}: {problem}") from error
+
+
+def _in_a_line(error: BaseException) -> str | None:
+    """What is wrong with a file, where it is no mistake in its code that a traceback shows better."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {error.msg}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"it needs {error.name}, which is not installed"
+    if isinstance(error, SystemExit):
+        return "it ends the program when it is imported; take that out, or below `if __name__ == '__main__':`"
+    if isinstance(error, KeyError) and "already registered" in str(error):
+        return f"{error.args[0]}; give yours another name"
+    return None
+
+
+def _resolved(name: str) -> str:
+    return str(Path(name).resolve()) if name.endswith(".py") else name
 
 
 def _named() -> list[str]:
-    return [name for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name]
+    return [_resolved(name) for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name]
+
+
+def _import_module(name: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"--import {name}: give a file that ends in .py, or the name of a module")
+    if importlib.util.find_spec(name.split(".")[0]) is None:
+        raise UserError(f"--import: there is no module {name}; a file ends in .py")
+    module = importlib.import_module(name)
+    if getattr(module, "__file__", None) is None:
+        raise UserError(f"--import {name}: this is a folder without __init__.py; give a file that ends in .py")
 
 
 def _import_file(path: Path) -> None:

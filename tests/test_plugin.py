@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
@@ -60,6 +61,9 @@ class Weighing(Debiaser):
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         return {"turned round": -alignment.logits}
+
+    def check(self) -> None:
+        self.calls.append("check")
 
     def before_train(self) -> None:
         self.calls.append("before_train")
@@ -308,6 +312,46 @@ def test_a_config_made_before_the_import_gets_the_keys(make: Make) -> None:
     assert build_trainer(cfg).cfg.TRAINER.COOPOOD.ALPHA == 0.1 and "COOPOOD" not in cfg.TRAINER
 
 
+def test_methods_of_others_come_with_their_keys(make: Make, theirs: dict[str, type]) -> None:
+    """By what is imported after the plugin, or by OODPROMPT_IMPORT ahead of it."""
+    from dassl.config import get_cfg_default
+
+    from oodprompt.engine import config
+
+    config.declare("TRAINER.LATER", {"POWER": (1.0, "x")})
+    try:
+        TRAINER_REGISTRY.register(type("Later", (PromptTrainer,), {"debiaser_class": Nothing, "__doc__": "x"}))
+        importlib.import_module("oodprompt.plugin").register_debiaser("Later")
+        assert get_cfg_default().TRAINER.LATER.POWER == 1.0
+        assert make("Later", "CoOp", "TRAINER.LATER.POWER", 0.5).companion.cfg.TRAINER.LATER.POWER == 0.5
+    finally:
+        del config._KEYS["TRAINER.LATER.POWER"], importlib.import_module("dassl.config").defaults._C.TRAINER["LATER"]
+
+
+def test_an_imported_file_is_registered_with_dassl(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "your_method.md").read_text().split("## A debiaser")[1]
+    (tmp_path / "my_debiaser.py").write_text(page.split("```python\n")[1].split("```")[0])
+    code = (
+        "import oodprompt.plugin, dassl.engine as e, dassl.config as c\n"
+        "print('RareFirst' in e.TRAINER_REGISTRY.registered_names(), c.get_cfg_default().TRAINER.RAREFIRST.POWER)\n"
+        "print('GroupDRO' in e.TRAINER_REGISTRY.registered_names())"
+    )
+    environment = {**os.environ, "OODPROMPT_IMPORT": "my_debiaser.py"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests" / "stand_in"), str(REPOSITORY)])
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert shown.stdout == "True 1.0\nFalse\n", shown.stderr
+
+
+def test_the_launcher_without_dassl_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "dassl").mkdir()  # a folder of that name is no Dassl
+    shown = subprocess.run(
+        [sys.executable, "-m", "oodprompt.plugin", "train.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        shown.returncode == 2 and shown.stderr.count("\n") == 1 and shown.stderr.startswith("error: oodprompt.plugin")
+    )
+
+
 def test_without_dassl_the_import_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     spec = importlib.util.spec_from_file_location("plugin_alone", REPOSITORY / "oodprompt" / "plugin" / "__init__.py")
@@ -384,6 +428,7 @@ class _Bad:
         return (os.mkdir, ("should_not_be_made",))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*TorchScript:UserWarning")
 def test_checkpoints_load_without_running_code(
     plugin: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +446,9 @@ def test_checkpoints_load_without_running_code(
     assert loaded["val_result"] == 81.5 and type(loaded["scheduler"]["successor"]) is type(sched.successor)
     save_checkpoint({**state, "val_result": None}, "run")
     assert np.isnan(load_checkpoint("run/model.pth.tar-3")["val_result"]), "which a format of numbers can print"
+    torch.jit.script(nn.Linear(1, 1)).save("run/model.pth.tar-3")
+    with pytest.raises(RuntimeError, match="TorchScript"):
+        load_checkpoint("run/model.pth.tar-3")
     save_checkpoint({**state, "bad": _Bad()}, "run")
     assert load_checkpoint("run/model.pth.tar-3")["state_dict"]["a"].tolist() == [1, 1]
     assert not Path("should_not_be_made").exists()
@@ -441,8 +489,8 @@ def test_cross_entropy_is_exchanged_however_it_is_called(plugin: ModuleType) -> 
     Instead = importlib.import_module("oodprompt.plugin.trainers").CrossEntropyInstead
     x, y, given = torch.randn(3, 2), torch.tensor([0, 1, 1]), []
 
-    def replace(logits: Tensor, **rest: Any) -> Tensor | None:
-        given.append((logits is x, rest["reduction"]))
+    def replace(logits: Tensor, target: Tensor, **rest: Any) -> Tensor | None:
+        given.append((logits is x and target is y, rest["reduction"]))
         return torch.tensor(5.0) if rest["reduction"] == "mean" else None
 
     plain = F.cross_entropy(x, y, reduction="none")
@@ -496,7 +544,7 @@ def test_the_objective_and_one_step_by_hand(make: Make, base: str) -> None:
     assert summary["index"] == batch["index"].sum() and "acc" in summary
     # Warm-up: 1e-3 for every group; decay of a zero bias is zero. The bias has moved once, not twice.
     torch.testing.assert_close(debiaser.bias.detach(), -1e-3 * gradient, atol=1e-6, rtol=1e-4)
-    assert debiaser.calls == ["before_train", "before 0", "step"]
+    assert debiaser.calls == ["check", "before_train", "before 0", "step"]
 
 
 def test_the_debiasers_own_rate_follows_the_schedule(make: Make) -> None:
@@ -567,11 +615,52 @@ def test_debiasers_hear_of_epochs_before_they_are_saved(make: Make) -> None:
     trainer = make("WithWeighing", "MaPLe")
     trainer.train()
     calls = ["before 0", *["step"] * 3, "after 0", "before 1", *["step"] * 3, "after 1"]
-    assert trainer.companion.debiasers[0].calls == ["before_train", *calls]
+    assert trainer.companion.debiasers[0].calls == ["check", "before_train", *calls]
     saved = torch.load(Path(trainer.output_dir) / "weighing" / "model.pth.tar-2", weights_only=True)
     assert saved["state_dict"]["epochs"] == 2 and torch.equal(
         saved["state_dict"]["bias"], trainer.companion.debiasers[0].bias
     )
+
+
+def test_models_of_different_epochs_go_back_to_the_newest_of_all(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epochs in (1, 2):
+        make("WithWeighing", "CoOp", "OPTIM.MAX_EPOCH", epochs).train()
+    run = make("WithWeighing", "CoOp", "OPTIM.MAX_EPOCH", 3)
+    out = Path(run.output_dir)
+    (out / "weighing" / "checkpoint").write_text("model.pth.tar-1\n")  # killed between two saves
+    run.before_train()
+    first = torch.load(out / "prompt_learner" / "model.pth.tar-1", weights_only=False)["state_dict"]["ctx"]
+    assert run.start_epoch == 1 and torch.equal(run.model.prompt_learner.ctx, first)
+    assert run.companion.start_epoch == 1 and run.companion.debiasers[0].epochs == 1
+    assert "prompt_learner goes back to epoch 1" in capsys.readouterr().out
+    (out / "weighing" / "checkpoint").unlink()  # killed ahead of the first save of a debiaser
+    run = make("WithWeighing", "CoOp")
+    run.before_train()
+    assert run.start_epoch == 0 and "train from scratch" in capsys.readouterr().out
+
+
+def test_a_finished_run_prepares_nothing(make: Make) -> None:
+    make("WithWeighing", "CoOp").train()
+    again = make("WithWeighing", "CoOp")
+    again.train()
+    assert again.companion.debiasers[0].calls == []
+
+
+def test_base_to_new_classes(make: Make) -> None:
+    keys = ["DATASET.SHAPES.CLASSES", ("circle", "diamond", "square"), "DATASET.SHAPES.SCENES", ("water", "land", "sky")]
+    keys += ["DATASET.SHAPES.NUM_VAL", 9, "DATASET.SUBSAMPLE_CLASSES"]
+    stack = ["TRAINER.STACK", ("CoOpOOD",), "TRAINER.COOPOOD.ANCHOR", "attributes"]
+    run = make("DebiasedPT", "CoOp", *keys, "base", *stack)
+    assert run.companion.num_classes == run.dm.num_classes == 2 and run.companion.debiasers[0].w.shape == (6,)
+    run.train()
+    new = make("DebiasedPT", "CoOp", *keys, "new", *stack, out="new")
+    assert new.companion.num_classes == 1 and new.companion.debiasers[0].w.shape == (3,)
+    new.load_model(run.output_dir, epoch=2)
+    own, other = new.companion.debiasers[1].state_dict(), run.companion.debiasers[1].state_dict()
+    assert torch.equal(own["h_u.weight"], other["h_u.weight"])
+    assert new.test() == 100
 
 
 def test_what_counts_for_other_classes_is_left(make: Make) -> None:
@@ -610,6 +699,31 @@ def test_the_context_is_that_of_clip_and_the_data(make: Make) -> None:
         images = next(iter(trainer.val_loader))["img"]
         torch.testing.assert_close(logits, trainer.model(images), atol=1e-3, rtol=1e-4)
     assert z.shape == (8, clip.shape.embed_dim) and trainer.model.prompt_learner.training
+
+
+def test_an_image_tower_of_their_own_is_noticed(make: Make, theirs: dict[str, type]) -> None:
+    class Shifted(theirs["CoOp"]):
+        def build_model(self) -> None:
+            super().build_model()
+            with torch.no_grad():
+                self.model.image_encoder.proj.copy_(self.model.image_encoder.proj.flip(1))
+
+    importlib.import_module("dassl.engine").TRAINER_REGISTRY.register(Shifted)
+    assert not make("WithWeighing", "Shifted").companion.debiasers[0].context.features_are_frozen
+
+
+def test_the_first_clip_that_is_built_is_the_frozen_one(make: Make, theirs: dict[str, type]) -> None:
+    class TwoClips(theirs["CoOp"]):
+        def build_model(self) -> None:
+            super().build_model()
+            module, build = sys.modules["clip.clip"], sys.modules["clip.clip"].build_model
+            teacher = build({})
+            assert teacher is not None and module.build_model is build
+
+    importlib.import_module("dassl.engine").TRAINER_REGISTRY.register(TwoClips)
+    state = load_backbone("tiny").state_dict()
+    own = make("WithWeighing", "TwoClips").companion.clip.state_dict()
+    assert torch.equal(own["visual.proj"], state["visual.proj"].half().float())
 
 
 def test_a_trained_image_tower_is_noticed(make: Make) -> None:
@@ -760,14 +874,36 @@ def test_logits_of_another_kind_are_refused(make: Make, theirs: dict[str, type])
         def loss(self, image: Tensor, label: Tensor) -> Tensor:
             return F.cross_entropy(self.model(image), label, label_smoothing=0.1)
 
-    for cls in (Tempered, Pairs, Smoothed):
+    class Weighted(theirs["CoOp"]):
+        def loss(self, image: Tensor, label: Tensor) -> Tensor:
+            return F.cross_entropy(self.model(image), label, torch.tensor([1.0, 2.0]))
+
+    class Soft(theirs["CoOp"]):
+        def loss(self, image: Tensor, label: Tensor) -> Tensor:
+            return F.cross_entropy(self.model(image), 0.9 * F.one_hot(label, 2) + 0.05)
+
+    class MixUp(theirs["CoOp"]):
+        def loss(self, image: Tensor, label: Tensor) -> Tensor:
+            logits = self.model(image)
+            return 0.7 * F.cross_entropy(logits, label) + 0.3 * F.cross_entropy(logits, 1 - label)
+
+    class Shuffled(theirs["CoOp"]):
+        def loss(self, image: Tensor, label: Tensor) -> Tensor:
+            order = torch.arange(len(label)).flip(0)
+            return F.cross_entropy(self.model(image[order]), label[order])
+
+    for cls in (Tempered, Pairs, Smoothed, Weighted, Soft, MixUp, Shuffled):
         registry.register(cls)
+    for name in ("Smoothed", "Weighted"):
+        with pytest.raises(UserError, match=f"{name}: its cross-entropy has class weights, label smoothing"):
+            make("WithNothing", name).train()
+    for name in ("Soft", "MixUp", "Shuffled"):
+        with pytest.raises(UserError, match=f"{name}: its cross-entropy has other targets than the labels"):
+            make("WithNothing", name).train()
     with pytest.raises(UserError, match="Tempered: its logits are not those of its image features"):
         make("WithNothing", "Tempered")
     with pytest.raises(UserError, match="Pairs: it takes no cross-entropy"):
         make("WithNothing", "Pairs").train()
-    with pytest.raises(UserError, match="Smoothed: its cross-entropy has class weights, label smoothing"):
-        make("WithNothing", "Smoothed").train()
 
 
 def test_only_the_cross_entropy_of_the_prediction_is_exchanged(make: Make, theirs: dict[str, type]) -> None:
@@ -807,6 +943,9 @@ def test_a_table_of_templates_learns_the_data_set(make: Make, theirs: dict[str, 
     try:
         make("WithNothing", "CoOp")
         assert module.CUSTOM_TEMPLATES == {"Other": "x {}", "OODShapesOnScenes": "a photo of a {}."}
+        del module.CUSTOM_TEMPLATES["OODShapesOnScenes"]
+        make("WithNothing", "CoOp", "DATASET.TEMPLATE", "a drawing of a {}.", out="other")
+        assert module.CUSTOM_TEMPLATES["OODShapesOnScenes"] == "a drawing of a {}."
     finally:
         del module.CUSTOM_TEMPLATES
 
@@ -857,6 +996,16 @@ def test_logits_in_half_precision_are_recognised(plugin: ModuleType) -> None:
     seen = watch.alignment(logits)
     assert seen.image_features.dtype == torch.float32 and torch.equal(seen.logits, logits.float())
     assert watch.alignment(logits + 5) is None and watch.alignment(logits[:4]) is None
+    watch.clear()
+    full = [model.image_encoder(x.float()) for x in (z, w)]
+    watch.clear()
+    model.image_encoder(full[0]), model.text_encoder(full[1])
+    exact = model.logit_scale.exp() * F.normalize(full[0], dim=-1) @ F.normalize(full[1], dim=-1).T
+    assert watch.alignment(exact + 0.05) is not None and watch.alignment(exact + 0.2) is None, (
+        "full precision is checked"
+    )
+    watch.clear()
+    model.image_encoder(z), model.text_encoder(w)
     assert watch.alignment(logits.float() + 0.5) is not None, "towers in half precision, logits in full"
     model.text_encoder(w), model.text_encoder(w)
     assert watch.alignment(logits) is not None, "called otherwise than once per image: the first call counts"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 from oodprompt.errors import UserError
 
@@ -22,15 +23,19 @@ class DasslMissing(UserError, ImportError):
     """Dassl is not installed."""
 
 
-if importlib.util.find_spec("dassl") is None:
-    raise DasslMissing(
+_spec = importlib.util.find_spec("dassl")
+if _spec is None or _spec.origin is None:  # a mere folder of that name is none
+    _error = DasslMissing(
         "oodprompt.plugin works inside Dassl, which is not installed: git clone "
         "https://github.com/KaiyangZhou/Dassl.pytorch && pip install --no-deps --no-build-isolation ./Dassl.pytorch "
         "(or put its folder on PYTHONPATH); our own train.py does not need it"
     )
+    if sys.argv[:1] == ["-m"]:  # python -m oodprompt.plugin
+        print(f"error: {_error}", file=sys.stderr)
+        raise SystemExit(2)
+    raise _error
 
-import oodprompt.datasets
-import oodprompt.trainers  # noqa: F401
+from oodprompt.engine.registry import TRAINER_REGISTRY, register_all
 from oodprompt.plugin.repair import repair_dassl
 
 if os.environ.get("OODPROMPT_REPAIR", "1") != "0":
@@ -43,9 +48,13 @@ from oodprompt.plugin.datasets import PREFIX, register_datasets
 from oodprompt.plugin.keys import extend_cfg
 from oodprompt.plugin.trainers import register_debiaser
 
+register_all()
 extend_cfg(defaults._C)
-for _name in ("CoOpOOD", "DebiasedPT", "RaVL"):
-    register_debiaser(_name)
+for _name, _trainer in TRAINER_REGISTRY.items():
+    # Of ours the three that are no one else's; of others (OODPROMPT_IMPORT, installed packages) all.
+    _ours = _trainer.__module__.startswith("oodprompt.")
+    if _trainer.debiaser_class and (_name in ("CoOpOOD", "DebiasedPT", "RaVL") or not _ours):
+        register_debiaser(_name)
 register_datasets()
 
 __all__ = ["PREFIX", "DasslMissing", "extend_cfg", "register_adapter", "register_debiaser", "repair_dassl"]

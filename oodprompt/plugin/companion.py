@@ -139,8 +139,9 @@ class Companion(PromptTrainer):
 
     def build_learner(self, cfg: CfgNode) -> NoReturn:
         raise UserError(
-            f"a debiaser asks for {self.base_name} trained alone, which cannot be done for a base of another repository; "
-            "for discovery set DISCOVERY.FROM to a folder that scripts/discover.py wrote"
+            f"{' or '.join(self.debiaser_names)} asks for {self.base_name} trained alone, which cannot be done for a base "
+            "of another repository; take another debiaser, or our train.py; where it is for discovery, set "
+            "DISCOVERY.FROM to a folder that scripts/discover.py wrote"
         )
 
     def align(self, batch: Batch, learner: PromptLearner | None = None) -> Alignment:

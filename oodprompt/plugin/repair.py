@@ -10,6 +10,7 @@ import codecs
 import importlib
 import importlib.util
 import inspect
+import pickle
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -137,7 +138,10 @@ class _PickleModule:
 
 
 def _load(path: Any, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
-    state = torch.load(path, map_location=map_location, weights_only=False, pickle_module=_PickleModule)
+    try:  # first, as this refuses archives of TorchScript, which would be run
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        state = torch.load(path, map_location=map_location, weights_only=False, pickle_module=_PickleModule)
     if isinstance(state, dict) and "state_dict" in state and state.get("val_result") is None:
         state["val_result"] = float("nan")
     return state

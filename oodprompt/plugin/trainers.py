@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dassl.config import defaults
 from dassl.engine import TRAINER_REGISTRY as DASSL_TRAINERS
 from dassl.optim import build_lr_scheduler
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.contracts import Alignment, Debiaser
-from oodprompt.engine import seeding
+from oodprompt.engine import checkpoint, seeding
 from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.report import markdown_table
 from oodprompt.errors import UserError, nearest
@@ -38,10 +40,12 @@ from oodprompt.plugin.keys import extend_cfg, own_cfg
 
 # The names in Dassl's registry that are ours.
 OURS: set[str] = set()
+# What cross_entropy is called with, where it is the mean over the batch and nothing else.
+_PLAIN = {"size_average": None, "reduce": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
 
 
 class CrossEntropyInstead(TorchFunctionMode):
-    """While active, ``cross_entropy(input, target, ...)`` gives what ``replace(input, **rest)`` gives, unless that is None.
+    """While active, ``cross_entropy(input, target, ...)`` gives what ``replace(input, target, **rest)`` gives, unless None.
 
     However it is called: by name, by ``F.`` or by ``nn.CrossEntropyLoss``.
     """
@@ -53,7 +57,7 @@ class CrossEntropyInstead(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function is F.cross_entropy:
-            instead = self.replace(*args[:1], **kwargs)
+            instead = self.replace(*args, **kwargs)
             if instead is not None:
                 return instead
         return function(*args, **kwargs)
@@ -149,6 +153,22 @@ class DebiasedTrainer:
 
     # --- training ----------------------------------------------------------------------------------------------
 
+    def resume_model_if_exist(self, directory: str) -> int:
+        """Dassl's, from the newest epoch that all models have: a run that is killed while it saves has it of some alone."""
+        names = list(self._models)
+        epoch = checkpoint.newest_epoch(directory, names)
+        files = [checkpoint.file_of(directory, name, epoch) for name in names]
+        if epoch is None or not all(file.is_file() for file in files):
+            begun = [name for name in names if (Path(directory) / name).exists()]
+            if begun:
+                print(f"{directory} has no epoch that all of {', '.join(names)} have, train from scratch")
+            return 0 if begun else super().resume_model_if_exist(directory)
+        for file in files:
+            if (file.parent / "checkpoint").read_text().strip() != file.name:
+                print(f"{file.parent.name} goes back to epoch {epoch}, the newest that all models have")
+                checkpoint.write_pointer(file)
+        return super().resume_model_if_exist(directory)
+
     def before_train(self) -> None:
         super().before_train()
         companion = self.companion
@@ -177,16 +197,19 @@ class DebiasedTrainer:
         self._watch.clear()
         ours: dict[str, float] = {}
 
-        def replace(
-            logits: Tensor, weight: Any = None, reduction: str = "mean", label_smoothing: float = 0.0, **rest: Any
-        ) -> Tensor | None:
-            if ours or logits.ndim != 2 or len(logits) != len(batch["index"]):
+        def replace(input: Tensor, target: Tensor, weight: Tensor | None = None, **rest: Any) -> Tensor | None:
+            if input.ndim != 2 or len(input) != len(batch["index"]):
                 return None
-            alignment = self._watch.alignment(logits)
+            alignment = self._watch.alignment(input)
             if alignment is None:
                 return None
-            if weight is not None or reduction != "mean" or label_smoothing:
+            label = batch["label"].to(target.device)
+            if target.shape != label.shape or not torch.equal(target, label):
+                raise self._watch.error("its cross-entropy has other targets than the labels of the batch")
+            if weight is not None or any(value != _PLAIN[name] for name, value in rest.items()):
                 raise self._watch.error("its cross-entropy has class weights, label smoothing or is no mean")
+            if ours:
+                return None
             with torch.autocast(self.device.type, enabled=False):
                 loss, summary = self.companion.step(alignment, batch)
             ours.update(summary)
@@ -280,9 +303,12 @@ def _watched_clip() -> Iterator[list[CLIP]]:
 
 
 def _leave_what_does_not_fit(module: Debiaser, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    """Buffers that count for the classes of training only (``not_loaded``) are left where there are other classes."""
+    """What counts for the classes of training only is left where there are other classes.
+
+    Of a debiaser that predicts, its ``not_loaded``; of any other, which has no part in evaluation, everything.
+    """
     own = module.state_dict()
-    for name in getattr(module, "not_loaded", ()):
+    for name in getattr(module, "not_loaded", ()) if module.predicts else own:
         key = prefix + name
         if key in state_dict and name in own and state_dict[key].shape != own[name].shape:
             state_dict[key] = own[name]
@@ -317,6 +343,7 @@ def register_debiaser(name: str) -> None:
         cfg.freeze()
         return debiased(name, base_trainer(cfg))(cfg)
 
+    extend_cfg(defaults._C)  # with the keys of a method that was imported later than the plugin
     make.__name__ = make.__qualname__ = name
     make.__doc__ = TRAINER_REGISTRY.get(name).__doc__
     DASSL_TRAINERS.register(make, force=True)

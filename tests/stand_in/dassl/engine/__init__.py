@@ -43,11 +43,16 @@ class TrainerX:
         self.test()
 
     def before_train(self):
-        places = {name: os.path.join(self.output_dir, name) for name in self._models}
+        self.start_epoch = self.resume_model_if_exist(self.output_dir)
+
+    def resume_model_if_exist(self, directory):
+        places = {name: os.path.join(directory, name) for name in self._models}
+        epoch = 0
         if all(os.path.exists(place) for place in places.values()):
             for name, place in places.items():
                 parts = (self._models[name], self._optims[name], self._scheds[name])
-                self.start_epoch = resume_from_checkpoint(place, *parts)
+                epoch = resume_from_checkpoint(place, *parts)
+        return epoch
 
     def before_epoch(self):
         pass

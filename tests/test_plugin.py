@@ -106,8 +106,8 @@ class TheirPrompts(nn.Module):
         self.ctx = nn.Parameter(0.2 * torch.randn(2, embedding.shape[-1]))
         self.pixels = nn.Parameter(torch.zeros(3, 1, 1))  # moves images, in the trainer that has it trained
         self.half_layer = nn.Linear(1, 1).half()
-        self.register_buffer("token_prefix", embedding[:, :1])
-        self.register_buffer("token_suffix", embedding[:, 3:])
+        self.register_buffer("token_prefix", embedding[:, :1], persistent=False)
+        self.register_buffer("token_suffix", embedding[:, 3:], persistent=False)
 
     def forward(self, shift: Tensor | float = 0.0) -> Tensor:
         ctx = (self.ctx + shift).expand(len(self.tokens), -1, -1)

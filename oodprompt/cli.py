@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from yacs.config import CfgNode
 
@@ -36,17 +36,20 @@ _FLAG_KEYS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
+class Parser(argparse.ArgumentParser):
+    """Of every command of ours: its errors are one line, like all others; its description keeps its lines."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
         flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see train.py --help")
+        raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description="Train and evaluate prompt learners and debiasers on CLIP.",
         epilog="All keys with their defaults are in docs/config.md.",

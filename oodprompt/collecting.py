@@ -107,8 +107,11 @@ def finished_results(folder: Path) -> dict[str, Any] | None:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(content, dict) and isinstance(content.get("accuracy"), (int, float))
-    return content if whole else None
+    if not isinstance(content, dict) or content.get("accuracy") is None:
+        return None
+    values = [content[key] for key in _FRACTIONS if content.get(key) is not None]
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return content if numbers and all(map(math.isfinite, values)) else None
 
 
 def changed_keys(folder: Path, command: Sequence[str]) -> list[str]:
@@ -194,7 +197,7 @@ class _Run:
 
 def _seed_of(parts: tuple[str, ...]) -> tuple[tuple[str, ...], int | str]:
     """A path without its part ``seed<N>`` (the last one; else a number at the end), and the seed."""
-    for pattern, places in ((r"seed[_-]?(\d+)", range(len(parts))[::-1]), (r"s?(\d+)", range(len(parts))[-1:])):
+    for pattern, places in ((r"seed_?(-?\d+)", range(len(parts))[::-1]), (r"s?(\d+)", range(len(parts))[-1:])):
         for i in places:
             if match := re.fullmatch(pattern, parts[i], re.IGNORECASE):
                 return (*parts[:i], *parts[i + 1 :]), int(match.group(1))
@@ -235,7 +238,7 @@ def _runs(root: Path, evaluation: bool) -> tuple[list[_Run], list[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         folder = Path(at)
         parts = folder.relative_to(root).parts
-        begun = not folders and bool(re.fullmatch(r"seed[_-]?\d+", folder.name))
+        begun = not folders and bool(re.fullmatch(r"seed_?-?\d+", folder.name))
         if not begun and not {RESULTS, LOG} & set(files):
             continue
         try:

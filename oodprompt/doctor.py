@@ -5,11 +5,11 @@ Exit status 0 when a run is possible (the embedded CLIP loads and gives finite f
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import os
 import platform
 import re
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import oodprompt
+from oodprompt.cli import Parser, exit_status
 from oodprompt.errors import UserError
 
 _SECONDS = 3.0  # for reading data sets, and again for digests of weights
@@ -231,7 +232,7 @@ def data_sets(root: str, seconds: float = _SECONDS) -> Section:
             absent.append(name)
             continue
         try:
-            with _at_most(end - time.monotonic()):
+            with _at_most(end - time.monotonic()), contextlib.redirect_stdout(io.StringIO()):
                 data = cls(cfg)
             counts = " / ".join(f"{len(split):,}" for split in (data.train_x, data.val, data.test))
             lines.append(f"{name}: {counts} images to train, validate, test; {data.num_classes} classes")
@@ -289,11 +290,16 @@ def report(root: str = "") -> tuple[str, bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; returns the exit status."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in oodprompt.cli.main
-    parser = argparse.ArgumentParser(prog="python -m oodprompt.doctor", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m oodprompt.doctor", description=__doc__.split("\n\n")[0])
     parser.add_argument("--root", default="", metavar="DIR", help="folder that holds the data sets")
-    text, possible = report(parser.parse_args(argv).root)
-    print(text, end="")
-    return 0 if possible else 1
+    possible = False
+
+    def work() -> None:
+        nonlocal possible
+        text, possible = report(parser.parse_args(argv).root)
+        print(text, end="")
+
+    return exit_status(work) or (0 if possible else 1)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,22 @@ from typing import Any, NoReturn, Protocol
 from tqdm import tqdm
 
 from oodprompt import collecting, extensions
-from oodprompt.cli import build_parser, exit_status, setup_cfg
+from oodprompt.cli import Parser, build_parser, exit_status, setup_cfg
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN_LOG, LOCK, PROMPT = "train.log", ".benchmark.lock", "$ "
 PATIENCE = 10.0  # seconds that a child has to end after SIGTERM
+# Keys that --opts cannot change, and what does.
+_OWN_KEYS = {
+    "SEED": "give --seeds",
+    "OUTPUT_DIR": "give --out",
+    "RESUME": "runs are resumed by themselves",
+    "TRAINER.NAME": "give --trainers",
+    "TRAINER.BASE": "give --bases",
+    "TRAINER.STACK": "give --trainers A+B",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Child(Protocol):
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--trainers", nargs="+", required=True, metavar="NAME", help="names, or stacks as A+B")
     parser.add_argument("--bases", nargs="+", default=[""], metavar="NAME", help="under debiasers; default: their own")
     parser.add_argument(
@@ -95,6 +104,10 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("--gpus: Slurm gives each run a GPU of its own; leave it out with --slurm")
     if wrong := [pair for pair in args.slurm_opts if "=" not in pair]:
         raise UserError(f"--slurm-opts: KEY=VALUE expected, not {wrong[0]!r}; submitit's README lists the keys")
+    if min(args.seeds) < 0:
+        raise UserError("--seeds: give 0 or more; a negative seed is another one in every run")
+    if taken := [f"{key}: {use}" for key, use in _OWN_KEYS.items() if key in args.opts[::2]]:
+        raise UserError(f"--opts {taken[0]}")
     for name in ("trainers", "bases", "datasets", "seeds"):
         values = getattr(args, name)
         if twice := [value for value in values if values.count(value) > 1]:
@@ -122,6 +135,9 @@ def jobs(args: argparse.Namespace) -> list[Job]:
                 if folder in found:
                     raise UserError(f"--datasets: two files are named {place.parent.name}, rename one")
                 found[folder] = Job(folder, ("--seed", str(seed), "--output-dir", str(folder), *line))
+    if args.baseline:  # now, and not when all runs are finished
+        places = dict.fromkeys(folder.parent.relative_to(args.out).parts for folder in found)
+        collecting.baselines([collecting.Row(parts, name="/".join(parts)) for parts in places], args.baseline)
     return list(found.values())
 
 
@@ -230,8 +246,11 @@ def uninterrupted() -> Iterator[None]:
 @contextlib.contextmanager
 def locked(job: Job) -> Iterator[int | None]:
     """The lock of a run's folder, or None where another process trains it."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(job.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(job.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {job.folder}: {error.strerror}; choose another folder") from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -376,6 +395,8 @@ def report(args: argparse.Namespace, grid: Sequence[Job], failed: Sequence[str])
         print(f"failed: {line}", file=sys.stderr)
     if len(failed) < len(grid):
         tree = collecting.collect(args.out, only=[job.folder for job in grid])
+        for problem in tree.problems:
+            print(problem, file=sys.stderr)
         text = collecting.tables(tree, baseline=args.baseline)
         write_atomically(args.out / "table.md", text)
         print(f"\n{text}\nWrote {args.out / 'table.md'}")

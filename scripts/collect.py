@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from oodprompt import collecting
-from oodprompt.cli import exit_status
+from oodprompt.cli import Parser, exit_status
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
@@ -47,7 +47,7 @@ def upstream(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
     parser.add_argument("--keyword", action="append", metavar="METRIC", help="a metric, e.g. macro_f1; may be repeated")
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
     parser.add_argument("--upstream", action="store_true", help="upstream's own numbers")
     args = parser.parse_args()
+    if args.digits < 0:
+        raise UserError("--digits: give 0 or more")
     if args.upstream:
         upstream(args)
         return

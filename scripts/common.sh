@@ -12,9 +12,9 @@
 #   OUTPUT   folder of all results (default output);  PYTHON  which Python (default python)
 #   --dry-run as one of the arguments: print the command
 set -euo pipefail
-for name in DATA OUTPUT; do # relative to where the script is called
+for name in DATA OUTPUT PYTHON; do # relative to where the script is called; a PYTHON without "/" is looked for in PATH
   value="${!name:-}"
-  case "$value" in "" | /*) ;; *) declare "$name=$PWD/$value" ;; esac
+  [[ -z "$value" || "$value" == /* || ("$name" == PYTHON && "$value" != */*) ]] || declare "$name=$PWD/$value"
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

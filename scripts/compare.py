@@ -6,13 +6,12 @@ order of the rows; without names, all are taken in alphabetical order.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
-from oodprompt.cli import exit_status
+from oodprompt.cli import Parser, exit_status
 from oodprompt.collecting import spread
 from oodprompt.engine.report import comparison_figure, markdown_table, write_figure
 from oodprompt.errors import UserError
@@ -37,7 +36,7 @@ def read_rows(root: Path, names: list[str]) -> dict[str, list[dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("root", type=Path)
     parser.add_argument("names", nargs="*")
     args = parser.parse_args()

@@ -11,17 +11,16 @@ docs/config.md under REGIONS and DISCOVERY.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from oodprompt import extensions
-from oodprompt.cli import exit_status
+from oodprompt.cli import Parser, exit_status
 
 
 def run(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
     parser.add_argument("--load-epoch", type=int, help="epoch to look at; else the best model, else the last")
     parser.add_argument("--output-dir", type=Path, help="where to write; default: the run's folder")

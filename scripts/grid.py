@@ -26,7 +26,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes, not threads, share the cores
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -44,7 +43,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from oodprompt.cli import exit_status
+from oodprompt.cli import Parser, exit_status
 from oodprompt.collecting import changed_keys, spread
 from oodprompt.engine.report import grid_figure, markdown_table, write_figure
 from oodprompt.errors import UserError, nearest
@@ -180,7 +179,7 @@ def tables(grid: dict[str, Any], results: dict[tuple[str, Method], list[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("grid", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, help="default: output/<name of the grid file>")

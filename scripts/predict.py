@@ -6,7 +6,6 @@ probability of every class. The run's data set must be there, for the names of i
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import os
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oodprompt import extensions
-from oodprompt.cli import exit_status
+from oodprompt.cli import Parser, exit_status
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
@@ -39,7 +38,7 @@ def images_of(places: Sequence[Path]) -> list[Path]:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
     parser.add_argument("--load-epoch", type=int, help="epoch whose model is taken; else the best model, else the last")
     parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")

@@ -183,6 +183,12 @@ def test_rows_are_means_over_seeds_of_the_known_metrics(tmp_path: Path) -> None:
     assert "85.000 ± 1.000" in tables(tree, digits=3)
 
 
+def test_a_negative_seed_is_another(tmp_path: Path) -> None:
+    for seed, accuracy in {"seed-1": 0.9, "seed1": 0.1, "seed_2": 0.2}.items():
+        ours(tmp_path / "CoOp" / seed, accuracy)
+    assert collect(tmp_path).rows[0].values["accuracy"] == {-1: 90.0, 1: 10.0, 2: 20.0}
+
+
 def test_interval_in_place_of_the_deviation(tmp_path: Path) -> None:
     row = {r.name: r for r in collect(our_tree(tmp_path), ci95=True).rows}["waterbirds/CoOpOOD"]
     assert row.cells["accuracy"] == pytest.approx((85.0, 4.302653 / math.sqrt(3)), abs=1e-5)  # t_{0.975, 2} = 4.302653
@@ -210,6 +216,8 @@ def test_what_does_not_count_is_named(tmp_path: Path) -> None:
     root = our_tree(tmp_path)
     write(root / "celeba" / "CoOpOOD" / "seed8" / "results.json", '{"accuracy": 0.')
     write(root / "celeba" / "CoOpOOD" / "seed9" / "results.json", "[1]")
+    for seed, value in {12: "NaN", 13: "true"}.items():
+        write(root / "celeba" / "CoOpOOD" / f"seed{seed}" / "results.json", f'{{"accuracy": {value}}}')
     write(root / "celeba" / "CoOpOOD" / "seed10" / "log.txt", trained(10.0))  # ours: results.json is what counts
     write(root / "celeba" / "CoOpOOD" / "seed10" / "config.yaml", "SEED: 10\n")
     (root / "celeba" / "CoOpOOD" / "seed11").mkdir()
@@ -219,6 +227,8 @@ def test_what_does_not_count_is_named(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in problems] == [
         ".../seed10: unfinished",
         ".../seed11: unfinished",
+        ".../seed12: broken results.json",
+        ".../seed13: broken results.json",
         ".../seed8: broken results.json",
         ".../seed9: broken results.json",
         "celeba/CoOpOOD: two runs of seed 7; the first counts",

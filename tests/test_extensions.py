@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from oodprompt import __main__ as commands
 from oodprompt import cli, extensions
 from oodprompt.engine import config
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.engine.registry import TRAINER_REGISTRY, register_all
 from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -30,6 +31,7 @@ TRAINER_REGISTRY.register(type(NAME, (CoOp,), {"__doc__": "Of my own."}))
 
 @pytest.fixture(autouse=True)
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_all()
     monkeypatch.setattr(TRAINER_REGISTRY, "_objects", dict(TRAINER_REGISTRY._objects))
     monkeypatch.setattr(config, "_KEYS", dict(config._KEYS))
     monkeypatch.setattr(extensions, "_done", set(extensions._done))
@@ -82,6 +84,44 @@ def test_what_cannot_be_imported_says_why(mine: Path) -> None:
     mine.with_name("helper_of_mine.py").write_text('NAME = "CoOp"')
     assert "'CoOp' is already registered" in problem(str(mine)) and "another name" in problem(str(mine))
     assert "mine" not in sys.modules
+    extensions.os.environ[extensions.ENVIRONMENT] = ""
+    (mine.parent / "bare").mkdir()
+    sys.path.append(str(mine.parent))
+    for name, words in {
+        "./mine": "give a file that ends in .py, or the name of a module",
+        "bare": "a folder without __init__.py",
+        "co:lon.py": "a path with ':' in it cannot be given",
+    }.items():
+        assert words in problem(name)
+        extensions.os.environ[extensions.ENVIRONMENT] = ""
+    for code, words in {
+        "x = (": "mine.py: line 1: '(' was never closed",
+        "import not_there_at_all": "it needs not_there_at_all, which is not installed",
+        "import sys; sys.exit(0)": "it ends the program when it is imported",
+    }.items():
+        mine.write_text(code)
+        assert words in problem(str(mine))
+
+
+def test_the_same_file_by_two_names_is_imported_once(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine.parent)
+    monkeypatch.setenv(extensions.ENVIRONMENT, "mine.py")
+    (mine.parent / "sub").mkdir()
+    extensions.add(["sub/../mine.py", str(mine)])
+    extensions.load()
+    assert TRAINER_REGISTRY.get("Mine").__name__ == "Mine"
+
+
+def test_modules_and_the_path_of_others_are_left_alone(mine: Path) -> None:
+    mine.rename(mine.parent / "json.py")
+    (mine.parent / "random.py").write_text("1 / 0")
+    extensions.add([str(mine.parent / "json.py")])
+    extensions.load()
+    import json
+    import random
+
+    assert json.dumps([1]) == "[1]" and random.random() < 1 and sys.path[-1] == str(mine.parent)
+    assert "Mine" in TRAINER_REGISTRY.registered_names()
 
 
 def test_an_error_in_the_file_is_shown_as_it_is(mine: Path) -> None:
@@ -95,7 +135,7 @@ def test_an_error_in_the_file_is_shown_as_it_is(mine: Path) -> None:
 
 def test_an_installed_package_is_imported(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load() -> None:
-        TRAINER_REGISTRY.register(type("Packaged", (), {}))
+        TRAINER_REGISTRY.register(type("Packaged", (), {}))  # a second time this would raise
 
     def fail() -> None:
         raise ImportError("no such thing")
@@ -108,7 +148,9 @@ def test_an_installed_package_is_imported(mine: Path, monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning, match=r"bad = c\.d failed: ImportError"):
         extensions.load()
     assert "Packaged" in TRAINER_REGISTRY.registered_names()
-    extensions.load()  # neither again
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extensions.load()  # neither again
 
 
 def test_commands_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

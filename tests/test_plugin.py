@@ -71,6 +71,7 @@ class Weighing(Debiaser):
 
     def before_epoch(self, epoch: int) -> None:
         self.calls.append(f"before {epoch}")
+        torch.rand(1), np.random.rand(1)
 
     def after_epoch(self, epoch: int) -> None:
         self.calls.append(f"after {epoch}")
@@ -547,6 +548,27 @@ def test_the_objective_and_one_step_by_hand(make: Make, base: str) -> None:
     assert debiaser.calls == ["check", "before_train", "before 0", "step"]
 
 
+def test_debiasers_compute_in_full_precision(make: Make, theirs: dict[str, type]) -> None:
+    seen = []
+
+    class Mixed(theirs["CoOp"]):
+        def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward_backward(batch)
+
+    importlib.import_module("dassl.engine").TRAINER_REGISTRY.register(Mixed)
+    trainer = make("WithWeighing", "Mixed")
+    contribute = trainer.companion.debiasers[0].contribute
+
+    def watched(step: Step) -> Contribution:
+        seen.append((torch.is_autocast_enabled("cpu"), step.logits.dtype, step.alignment.image_features.dtype))
+        return contribute(step)
+
+    trainer.companion.debiasers[0].contribute = watched
+    trainer.train()
+    assert set(seen) == {(False, torch.float32, torch.float32)}
+
+
 def test_the_debiasers_own_rate_follows_the_schedule(make: Make) -> None:
     trainer = make("WithWeighing", "CoOp", "OPTIM.MAX_EPOCH", 4)
     base, own = trainer.optim.param_groups
@@ -649,7 +671,12 @@ def test_a_finished_run_prepares_nothing(make: Make) -> None:
 
 
 def test_base_to_new_classes(make: Make) -> None:
-    keys = ["DATASET.SHAPES.CLASSES", ("circle", "diamond", "square"), "DATASET.SHAPES.SCENES", ("water", "land", "sky")]
+    keys = [
+        "DATASET.SHAPES.CLASSES",
+        ("circle", "diamond", "square"),
+        "DATASET.SHAPES.SCENES",
+        ("water", "land", "sky"),
+    ]
     keys += ["DATASET.SHAPES.NUM_VAL", 9, "DATASET.SUBSAMPLE_CLASSES"]
     stack = ["TRAINER.STACK", ("CoOpOOD",), "TRAINER.COOPOOD.ANCHOR", "attributes"]
     run = make("DebiasedPT", "CoOp", *keys, "base", *stack)
@@ -754,7 +781,9 @@ def test_what_cannot_be_here_says_so(make: Make, theirs: dict[str, type]) -> Non
 
 
 def test_an_empty_base_is_coop_of_the_checkout(make: Make, theirs: dict[str, type]) -> None:
-    assert theirs["CoOp"] in type(make("CoOpOOD")).__mro__
+    trainer = make("CoOpOOD")
+    assert theirs["CoOp"] in type(trainer).__mro__
+    assert trainer.model.prompt_learner.training, "modes are left as they were built"
 
 
 def test_ravl_with_found_regions(make: Make, tmp_path: Path) -> None:
@@ -800,6 +829,11 @@ def test_groups_are_reported_and_the_prediction_is_the_debiasers(
     assert "| circle / water  |" in out and "* turned round, worst_group:" in out
     assert trainer.scalars["test/worst_group_accuracy"] == 0 and trainer.scalars["test/gap"] == pytest.approx(0.5)
     trainer.companion.attributes["val"][:] = 0
+    val, trainer.val_loader, trainer.scalars = trainer.val_loader, None, {}
+    trainer.test(split="val")
+    assert "test/gap" in trainer.scalars, "without validation images Dassl tests"
+    capsys.readouterr()
+    trainer.val_loader = val
     trainer.test(split="val")
     assert trainer.scalars["val/gap"] == pytest.approx(0.5) and "/ land" not in capsys.readouterr().out
 

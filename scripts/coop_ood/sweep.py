@@ -12,11 +12,11 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import argparse
 import contextlib
 import io
 import shlex
 import statistics
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from oodprompt.cli import Parser, exit_status
 from oodprompt.engine.report import markdown_table
 from oodprompt.files import write_atomically
 
@@ -86,7 +87,7 @@ def validate(job: tuple[dict[str, object], int, str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102], help="tuning seeds")
     parser.add_argument("--rows", nargs="+", choices=GRIDS | TOWER_GRIDS, default=list(GRIDS), help="which tables")
     parser.add_argument("--root", default="data")
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from oodprompt.cli import exit_status
+from oodprompt.cli import Parser, exit_status
 from oodprompt.collecting import spread
 from oodprompt.controlled.evaluation import METHODS, Plan, part_of_grid, teach_backbone
 from oodprompt.controlled.metrics import TAU_EVAL, is_valid
@@ -91,7 +91,7 @@ def figure(rows: dict[str, list[dict[str, Any]]], labels: Sequence[str]) -> Any:
 
 
 def run(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True, help="folder of the idx files")
     parser.add_argument("--out", type=Path, default=Path("output/ravl_controlled"))
     parser.add_argument("--kind", choices=("mnist", "fashion"), default="mnist")

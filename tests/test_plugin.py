@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -460,6 +461,14 @@ def test_checkpoints_load_without_running_code(
     assert type(load_checkpoint("run/model.pth.tar-3")["scheduler"]["successor"]) is torch.optim.SGD
 
 
+def test_numbers_of_older_numpys_are_read(plugin: ModuleType) -> None:
+    unpickler = importlib.import_module("oodprompt.plugin.repair")._DasslUnpickler
+    data = pickle.dumps(np.float64(2.5), protocol=2)
+    for name in (b"numpy.core.multiarray", b"numpy._core.multiarray"):
+        old = data.replace(b"numpy._core.multiarray", name).replace(b"numpy.core.multiarray", name)
+        assert unpickler(io.BytesIO(old)).load() == 2.5
+
+
 def test_transforms_and_missing_packages(plugin: ModuleType) -> None:
     from dassl.data.datasets import DatasetBase
     from dassl.data.transforms import autoaugment, randaugment
@@ -720,6 +729,7 @@ def test_the_context_is_that_of_clip_and_the_data(make: Make) -> None:
     assert torch.equal(context.train.label, batch["label"])
     assert context.train.attribute.tolist() == [d.attribute for d in trainer.dm.dataset.train_x]
     assert len(context.val.label) == 8 and context.num_groups() == 4
+    assert trainer.companion.attributes["val"].tolist() == [d.attribute for d in trainer.dm.dataset.val]
     trainer.set_model_mode("train")
     z, logits = context.outputs(context.val)
     with torch.no_grad():
@@ -888,6 +898,10 @@ def test_an_adapter_takes_its_place(make: Make, plugin: ModuleType, odd: type) -
     assert np.abs(np.subtract(a, b)).max() < 1e-5
     assert adapted.companion.debiasers[0] and not adapted.companion.learner.trains_image_tower
     plugin.register_adapter("Odd", lambda model, batch: (features(model, batch), torch.tensor(2.0)))
+    half = features(adapted.model, next(iter(adapted.test_loader)))
+    half = Alignment(half.image_features.half(), half.text_features.half(), half.logit_scale)
+    alignment, own = importlib.import_module("oodprompt.plugin.adapters").call_adapter(lambda *_: half, None, {})
+    assert alignment.logits.dtype == torch.float32 and own is None
     more = make("WithNothing", "Odd", out="more")
     more.train()
     assert more.history[0]["loss"] == pytest.approx(a[0] + 2, abs=1e-4)
@@ -980,6 +994,12 @@ def test_a_table_of_templates_learns_the_data_set(make: Make, theirs: dict[str, 
         del module.CUSTOM_TEMPLATES["OODShapesOnScenes"]
         make("WithNothing", "CoOp", "DATASET.TEMPLATE", "a drawing of a {}.", out="other")
         assert module.CUSTOM_TEMPLATES["OODShapesOnScenes"] == "a drawing of a {}."
+        module.CUSTOM_TEMPLATES.clear()
+        trainer = make("WithNothing", "CoOp", "DATASET.TEMPLATE", "a print of a {}.", out="theirs")
+        trainer.dm.dataset = object()  # one of Dassl's has no template
+        module.CUSTOM_TEMPLATES.clear()
+        trainer._add_template()
+        assert module.CUSTOM_TEMPLATES["OODShapesOnScenes"] == "a print of a {}."
     finally:
         del module.CUSTOM_TEMPLATES
 

@@ -10,6 +10,7 @@ import io
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
-            state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PickleModule)
+            state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=pickle_module(TensorsOnly))
     except Exception as error:  # whatever the bytes of a foreign or damaged file make torch and pickle say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the checkpoint {path}: {reason}; is the file complete?") from error
@@ -72,7 +73,7 @@ class _Ignored:
     __setstate__ = __setitem__ = append = extend = add = _nothing
 
 
-class _TensorsOnly(pickle.Unpickler):
+class TensorsOnly(pickle.Unpickler):
     """Unpickles tensors and plain containers; every other class becomes ``_Ignored``, so no foreign code runs."""
 
     _ALLOWED = frozenset(
@@ -92,15 +93,13 @@ class _TensorsOnly(pickle.Unpickler):
         return _Ignored
 
 
-class _PickleModule:
-    """What ``torch.load`` asks of a pickle module, with the restricted unpickler in it."""
+def pickle_module(unpickler: type[pickle.Unpickler]) -> SimpleNamespace:
+    """What ``torch.load`` asks of a pickle module, with ``unpickler`` in it."""
 
-    Unpickler = _TensorsOnly
-    __name__ = "oodprompt.tensors_only"
-
-    @staticmethod
     def load(file: Any, **kwargs: Any) -> Any:
-        return _TensorsOnly(file, **kwargs).load()
+        return unpickler(file, **kwargs).load()
+
+    return SimpleNamespace(Unpickler=unpickler, load=load, __name__=unpickler.__name__)
 
 
 def load_weights(

@@ -119,29 +119,20 @@ def _allowed() -> dict[tuple[str, str], Any]:
     return {**found, **numpys, ("_codecs", "encode"): codecs.encode}
 
 
-class _DasslUnpickler(checkpoint._TensorsOnly):
+class _DasslUnpickler(checkpoint.TensorsOnly):
     """Also what ``_allowed`` names."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _allowed().get((module, name)) or super().find_class(module, name)
 
 
-class _PickleModule:
-    """What ``torch.load`` asks of a pickle module."""
-
-    Unpickler = _DasslUnpickler
-    __name__ = "oodprompt.plugin.repair"
-
-    @staticmethod
-    def load(file: Any, **kwargs: Any) -> Any:
-        return _DasslUnpickler(file, **kwargs).load()
-
-
 def _load(path: Any, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
     try:  # first, as this refuses archives of TorchScript, which would be run
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
-        state = torch.load(path, map_location=map_location, weights_only=False, pickle_module=_PickleModule)
+        state = torch.load(
+            path, map_location=map_location, weights_only=False, pickle_module=checkpoint.pickle_module(_DasslUnpickler)
+        )
     if isinstance(state, dict) and "state_dict" in state and state.get("val_result") is None:
         state["val_result"] = float("nan")
     return state

@@ -186,6 +186,14 @@ def number_attributes(cfg: CfgNode, where: Path, values: Iterable[str]) -> tuple
             f"DATASET.ATTRIBUTE_NAMES has {len(names)} names, but {where} has {len(values)} attribute values: "
             f"{'; '.join(values)[:200]}"
         )
+    elif names and set(values) & set(names):
+        raise UserError(
+            f"DATASET.ATTRIBUTE_NAMES has {'; '.join(names)}, but {where} has {'; '.join(values)[:200]}: give exactly these "
+            "names, or others for all of them in this order"
+        )
+    elif names and values:
+        renamed = ", ".join(f"{value} is called {name}" for value, name in zip(values, names, strict=True))
+        print(f"Attribute values by DATASET.ATTRIBUTE_NAMES: {renamed}"[:300])
     return {value: i for i, value in enumerate(values)}, names or tuple(values)
 
 

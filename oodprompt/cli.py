@@ -100,11 +100,13 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         if value is not None:
             set_key(cfg, key, tuple(value) if isinstance(value, list) else value, f"--{flag.replace('_', '-')}")
     merge_opts(cfg, opts)
-    if cfg.SEED < 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--seed is needed with several processes, which must draw the same numbers; give 0 or more")
     if cfg.SEED < 0:
+        wanted = args.seed is not None or "SEED" in opts[::2]  # a random one; else the same command again shall go on
+        if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("--seed is needed with several processes, which must draw the same numbers; give 0 or more")
+        drawn = random.SystemRandom().randrange(1, 2**31) if wanted else 1
         seed = _seed_of_run(cfg)
-        cfg.SEED = random.SystemRandom().randrange(1, 2**31) if seed is None else seed
+        cfg.SEED = drawn if seed is None else seed
     if not cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = _output_dir(cfg, args)
     cfg.freeze()
@@ -219,14 +221,20 @@ def run(argv: Sequence[str] | None = None) -> None:
 
         if cfg.VERBOSE:
             print(f"** Arguments: {' '.join(argv if argv is not None else sys.argv[1:])}")
-            print(f"** Output: {cfg.OUTPUT_DIR} (all keys in config.yaml), seed {cfg.SEED}")
+            random_seed = args.seed is not None and args.seed < 0
+            again = f" (drawn at random; to go on: --output-dir {cfg.OUTPUT_DIR})" if random_seed else ""
+            print(f"** Output: {cfg.OUTPUT_DIR} (all keys in config.yaml), seed {cfg.SEED}{again}")
         trainer = build_trainer(cfg)
         if args.eval_only:
             trainer.save_config()
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
         elif args.no_train:
-            print("Config, data and weights are in order; nothing is trained (--no-train)")
+            from oodprompt.engine.data import check_images
+
+            data = trainer.dataset
+            number = check_images(data.train_x, data.val, data.test)
+            print(f"Config, weights and all {number:,} images are in order; nothing is trained (--no-train)")
         else:
             trainer.train()
         leave_together()
@@ -241,6 +249,9 @@ def exit_status(work: Callable[[], None]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from the last finished epoch", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output, `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

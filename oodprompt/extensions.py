@@ -11,6 +11,7 @@ imported by an entry point in the group ``oodprompt``:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +25,7 @@ from oodprompt.errors import UserError
 
 ENVIRONMENT = "OODPROMPT_IMPORT"
 _done: set[str] = set()
+_digests: dict[str, str] = {}
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +72,11 @@ def load() -> None:
             raise UserError(f"--import {name}: {problem}") from error
 
 
+def digests() -> dict[str, str]:
+    """File name -> digest of what it held when it was imported, to notice that it was edited between two runs."""
+    return dict(_digests)
+
+
 def _in_a_line(error: BaseException) -> str | None:
     """What is wrong with a file, where it is no mistake in its code that a traceback shows better."""
     if isinstance(error, SyntaxError):
@@ -107,6 +114,7 @@ def _import_file(path: Path) -> None:
         raise UserError(f"--import: there is no file {path}")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
+    _digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     # Known by its name, as what classes of it ask for; the name of another module is left to that.

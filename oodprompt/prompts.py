@@ -17,6 +17,8 @@ INIT_STD = 0.02  # of random context vectors, in every method
 
 def class_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
     """l2norm of the mean over ``templates`` ("a photo of a {}.") of each class's text features; [C, d], no gradient."""
+    if isinstance(templates, str):
+        raise TypeError(f"templates: a list of them is wanted, [{templates!r}]")
     device = clip.logit_scale.device
     with torch.no_grad():
         features = [

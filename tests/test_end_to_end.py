@@ -14,12 +14,12 @@ import torch
 import yaml
 from PIL import Image
 
-from oodprompt import cli
+from oodprompt import cli, extensions
 from oodprompt.backbones.weights import TINY
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import CONFIG, REPOSITORY
 
 Run = Callable[..., dict[str, Any]]
 Arguments = Callable[..., list[str]]
@@ -253,3 +253,68 @@ def test_the_documented_command_names_everything_itself(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output/ShapesOnScenes/CoOpOOD-CoOp/tiny_shapes/seed1/results.json").is_file()
+
+
+def small_csv(folder: Path, labels: str) -> list[str]:
+    """Twelve images with these labels, in a csv file; the flags that read them."""
+    folder.mkdir()
+    rows = ["image,label,split"]
+    for i, label in enumerate(labels):
+        Image.new("RGB", (48, 48), (20 * i, 250 - 20 * i, 90)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{label},{'train' if i < 8 else 'test'}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    data = REPOSITORY / "configs/datasets/csv.yaml"
+    return ["--root", str(folder), "--dataset-config-file", str(data), "DATASET.VAL_PERCENT", "0.0"]
+
+
+def test_other_data_of_the_same_name_are_not_taken_for_these(tmp_path: Path) -> None:
+    flags = ["--trainer", "CoOp", "--config-file", CONFIG, "--output-dir", str(tmp_path / "out")]
+    keys = ["DATASET.NAME", "CSV", "OPTIM.MAX_EPOCH", "1", "DATALOADER.TRAIN_X.BATCH_SIZE", "4"]
+    cli.run([*flags, *small_csv(tmp_path / "one", "abababababab"), *keys])
+    first = (tmp_path / "out" / "results.json").read_text()
+    with pytest.raises(UserError, match="is of another run: the training or validation data are others"):
+        cli.run([*flags, *small_csv(tmp_path / "two", "babababababa"), *keys])
+    assert (tmp_path / "out" / "results.json").read_text() == first
+    (tmp_path / "one").rename(tmp_path / "moved")
+    cli.run([*flags, "--root", str(tmp_path / "moved"), *small_csv(tmp_path / "three", "abababababab")[2:], *keys])
+
+
+def test_results_of_another_method_are_not_overwritten(run: Run, tmp_path: Path) -> None:
+    run("CoOp", "run")
+    before = (tmp_path / "run" / "results.json").read_text()
+    with pytest.raises(UserError, match="results of another run .trainer 'CoOp', not 'ZeroshotCLIP'.*--output-dir"):
+        run("ZeroshotCLIP", "run")
+    assert (tmp_path / "run" / "results.json").read_text() == before
+    run("ZeroshotCLIP", "other")
+    run("ZeroshotCLIP", "other", "DATASET.TEMPLATE", "a {}.")
+
+
+def test_no_train_reads_every_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--trainer", "CoOp", "--config-file", CONFIG, "--output-dir", str(tmp_path / "out"), "--no-train"]
+    flags += [*small_csv(tmp_path / "data", "abababababab"), "DATASET.NAME", "CSV"]
+    cli.run(flags)
+    assert "all 12 images are in order" in capsys.readouterr().out
+    for i in (3, 11):
+        file = tmp_path / "data" / f"{i}.png"
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(UserError) as error:
+        cli.run(flags)
+    assert [line.split("/")[-1].split(":")[0] for line in str(error.value).splitlines()] == ["3.png", "11.png"]
+
+
+def test_an_edited_method_is_noticed(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"_done": set(), "_digests": {}}.items():
+        monkeypatch.setattr(extensions, name, value)
+    monkeypatch.setenv(extensions.ENVIRONMENT, "")
+    mine = tmp_path / "mine.py"
+    line = ["--import", str(mine), *arguments("CoOp", "run")]
+    mine.write_text("x = 1")
+    cli.run(line)
+    cli.run(line)
+    assert "mine.py" not in capsys.readouterr().out.replace(str(mine), "")
+    mine.write_text("x = 2")
+    extensions._done.clear()
+    cli.run(line)
+    assert f"Note: mine.py has changed since this run was trained; delete {tmp_path / 'run'}" in capsys.readouterr().out

@@ -1015,6 +1015,28 @@ def test_without_an_optimiser_nothing_is_wrapped(make: Make, theirs: dict[str, t
         make("WithNothing", "Frozen")
 
 
+# --- the embedded CLIP in a checkout ---------------------------------------------------------------------------
+
+
+def test_the_embedded_clip_can_be_named(
+    make: Make, theirs: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As upstream's ``load_clip_to_cpu`` asks for it: the address of a name, then the file at the address."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module = sys.modules["clip.clip"]
+    monkeypatch.setattr(module, "_MODELS", {"ViT-B/16": "https://there"}, raising=False)
+    monkeypatch.setattr(module, "_download", lambda url, root="x": f"downloaded {url}", raising=False)
+    for _ in range(2):
+        make("CoOp", out="plain")  # also for their own trainers
+    assert (
+        set(module._MODELS) == {"ViT-B/16", "tiny"} and module._download("https://there") == "downloaded https://there"
+    )
+    file = Path(module._download(module._MODELS["tiny"]))
+    assert file.parent == tmp_path / ".cache" / "oodprompt"
+    state, own = torch.load(file, weights_only=True), load_backbone("tiny").state_dict()
+    assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
+
+
 # --- the launcher ----------------------------------------------------------------------------------------------
 
 

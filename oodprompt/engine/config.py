@@ -163,7 +163,11 @@ declare(
         "VERSION": (1, "Version of the configuration tree (Dassl's)."),
         "OUTPUT_DIR": ("", "Folder of this run; empty: output/<data set>/<trainer>[-<base>]/<config name>/seed<seed>."),
         "RESUME": ("", "Folder of the run to go on with; empty: OUTPUT_DIR, where it holds a checkpoint."),
-        "SEED": (-1, "Seed of everything (0 counts); negative: drawn at random and written to config.yaml."),
+        "SEED": (
+            -1,
+            "Seed of everything (0 counts); negative: drawn at random and written to config.yaml. Where nothing is given "
+            "train.py takes 1.",
+        ),
         "USE_CUDA": (True, "Use a GPU when there is one."),
         "VERBOSE": (True, "Print the config and a summary of the data set."),
     },

@@ -8,10 +8,12 @@ processes; and BATCH_SIZE counts per process, whose batches together are one bat
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.engine import seeding
@@ -275,6 +278,40 @@ def read_image(path: str) -> Image.Image:
         raise UserError(
             f"cannot read the image {path}: {error}; replace the file or take it out of the list"
         ) from error
+
+
+def digest(root: str, *splits: Sequence[Datum]) -> str:
+    """Of the images' places under ``root``, labels and attributes, in order: what makes a run one on the same data.
+
+    The folder ``root`` may move; of images elsewhere the file name counts. Their contents are not read.
+    """
+    root = os.path.join(root, "")
+    sha = hashlib.sha256()
+    for split in splits:
+        for d in split:
+            place = d.impath[len(root) :] if d.impath.startswith(root) else os.path.basename(d.impath)
+            sha.update(f"{place}\t{d.label}\t{d.attribute}\n".encode())
+        sha.update(b"\n")
+    return sha.hexdigest()[:16]
+
+
+def check_images(*splits: Sequence[Datum]) -> int:
+    """Read every image once; returns how many. ``UserError`` names those that cannot be read."""
+    paths = list(dict.fromkeys(d.impath for split in splits for d in split))
+
+    def problem(path: str) -> str | None:
+        try:
+            read_image(path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [p for p in tqdm(pool.map(problem, paths), "images", len(paths), unit="image", disable=None) if p]
+    if found:
+        more = f"\nand {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError("\n".join(found[:5]) + more)
+    return len(paths)
 
 
 # --- samplers and loaders --------------------------------------------------------------------------------------

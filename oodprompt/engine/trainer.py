@@ -35,14 +35,16 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 import oodprompt
+from oodprompt import extensions
 from oodprompt.backbones import load_backbone
 from oodprompt.backbones.weights import check_name
+from oodprompt.collecting import finished_results
 from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step, StepRegions
 from oodprompt.discovery.attributes import DiscoveredAttributes
 from oodprompt.engine import checkpoint, discover, evaluation, features, report, seeding
 from oodprompt.engine.alone import fit_alone, outputs
 from oodprompt.engine.config import get_cfg_default, leaves, merge_file, merge_opts, set_key
-from oodprompt.engine.data import Batch, DataManager, Datum, is_random
+from oodprompt.engine.data import Batch, DataManager, Datum, digest, is_random
 from oodprompt.engine.distributed import average_gradients, gather_rows
 from oodprompt.engine.optim import LRScheduler, build_optimizer
 from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
@@ -460,6 +462,8 @@ class PromptTrainer:
             self.max_epoch = 0
         directory = self.cfg.RESUME or self.cfg.OUTPUT_DIR
         self.start_epoch = self.resume_model_if_exist(directory)
+        if not self.start_epoch:
+            self._check_folder()
         if self.cfg.RESUME and not self.start_epoch:
             raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
         self.save_config()
@@ -537,6 +541,23 @@ class PromptTrainer:
             new = [name for name in rows if name not in self.pseudo_accuracy]
             self.print(*report.write_pseudo_attributes(rows, new, self.dataset, self.pseudo.noise, self.output_dir))
         self.pseudo_accuracy = {name: row["accuracy"] for name, row in rows.items()}
+
+    @cached_property
+    def _data_digest(self) -> str:
+        return digest(self.cfg.DATASET.ROOT, self.dataset.train_x, self.dataset.val)
+
+    def _check_folder(self) -> None:
+        """``UserError`` where the output folder has the results of another method or data set, which would be lost."""
+        old = finished_results(self.output_dir) or {}
+        cfg = self.cfg
+        now = {"trainer": cfg.TRAINER.NAME, "base": self.base_name, "stack": list(cfg.TRAINER.STACK)}
+        now["dataset"] = cfg.DATASET.NAME
+        changed = [f"{key} {old[key]!r}, not {new!r}" for key, new in now.items() if key in old and old[key] != new]
+        if changed:
+            raise UserError(
+                f"{self.output_dir} has the results of another run ({'; '.join(changed)}): choose another --output-dir, "
+                "or delete the folder"
+            )
 
     def save_config(self) -> None:
         """Write ``config.yaml``, which reruns the run."""
@@ -822,6 +843,8 @@ class PromptTrainer:
             "train_seconds": self.train_seconds,
             "step_ms_median": self.step_ms_median,
             "whole_batch": self.train_loader_x.batches.whole,
+            "data": self._data_digest,
+            "imports": extensions.digests(),
         }
         val_result = self.history[-1].get("val_accuracy")
         for name, model in self._models.items():
@@ -899,6 +922,13 @@ class PromptTrainer:
             changed.append(
                 f"images per step of all processes were {engine['whole_batch']}, now {self.train_loader_x.batches.whole}"
             )
+        if engine.get("data", self._data_digest) != self._data_digest:
+            changed.append("the training or validation data are others (images, labels or attributes)")
+        for name, was in engine.get("imports", {}).items():
+            if extensions.digests().get(name, was) != was:
+                self.print(
+                    f"Note: {name} has changed since this run was trained; delete {path.parents[1]} to train anew"
+                )
         if changed:
             raise UserError(
                 f"{path} is of another run: {'; '.join(changed[:3])}"

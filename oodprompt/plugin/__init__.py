@@ -46,6 +46,7 @@ from dassl.config import defaults
 from oodprompt.plugin.adapters import register_adapter
 from oodprompt.plugin.datasets import PREFIX, register_datasets
 from oodprompt.plugin.keys import extend_cfg
+from oodprompt.plugin.tiny import offer_tiny
 from oodprompt.plugin.trainers import register_debiaser
 
 register_all()
@@ -56,5 +57,6 @@ for _name, _trainer in TRAINER_REGISTRY.items():
     if _trainer.debiaser_class and (_name in ("CoOpOOD", "DebiasedPT", "RaVL") or not _ours):
         register_debiaser(_name)
 register_datasets()
+offer_tiny()
 
 __all__ = ["PREFIX", "DasslMissing", "extend_cfg", "register_adapter", "register_debiaser", "repair_dassl"]

@@ -103,7 +103,7 @@ def test_numbers_sort_as_numbers() -> None:
     assert sorted_values({"10", "9", "b"}) == ["10", "9", "b"]
 
 
-def test_names_of_attributes() -> None:
+def test_names_of_attributes(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"b", "a"}
     assert number_attributes(config(), Path("f"), values) == ({"a": 0, "b": 1}, ("a", "b"))
     renamed = config(ATTRIBUTE_NAMES=("x", "y"))
@@ -111,5 +111,8 @@ def test_names_of_attributes() -> None:
     ordered = config(ATTRIBUTE_NAMES=("b", "a", "c"))
     assert number_attributes(ordered, Path("f"), values) == ({"b": 0, "a": 1, "c": 2}, ("b", "a", "c"))
     assert number_attributes(renamed, Path("f"), set())[1] == ("x", "y")
+    assert capsys.readouterr().out == "Attribute values by DATASET.ATTRIBUTE_NAMES: a is called x, b is called y\n"
+    with pytest.raises(UserError, match="ATTRIBUTE_NAMES has x; a, but f has a; b: give exactly these"):
+        number_attributes(config(ATTRIBUTE_NAMES=("x", "a")), Path("f"), values)
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES has 2 names, but f has 3 attribute values: a; b; c"):
         number_attributes(renamed, Path("f"), {"a", "b", "c"})

@@ -220,6 +220,8 @@ def test_seed_zero_counts_and_a_negative_seed_is_drawn_once(tmp_path: Path) -> N
         (tmp_path / "config.yaml").write_text(drawn.dump())
         assert seed == cfg_of("--output-dir", tmp_path).SEED
         assert seed == cfg_of("--output-dir", tmp_path / "new", "--resume", tmp_path).SEED
+    assert cfg_of("--output-dir", tmp_path / "new").SEED == 1, "the same command again goes on"
+    assert cfg_of("--output-dir", tmp_path / "new", "SEED", "-1").SEED > 1
 
 
 def test_flags_with_several_words_leave_the_pairs_alone() -> None:

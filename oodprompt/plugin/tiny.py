@@ -1,0 +1,62 @@
+"""The embedded CLIP inside a checkout: ``MODEL.BACKBONE.NAME tiny``, so that everything can be tried without a download.
+
+Upstream's loaders ask the checkout's ``clip.clip`` for the address of a name (``_MODELS``) and for the file at an address
+(``_download``). Learners that are written for the widths of ViT-B (MaPLe, PromptSRC) cannot use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from dassl.engine import TrainerX
+
+from oodprompt.backbones import load_backbone
+from oodprompt.backbones.weights import TINY
+from oodprompt.files import write_atomically
+
+NAME = "tiny"
+_ADDRESS = "oodprompt:tiny"
+
+
+def offer_tiny() -> None:
+    """Let every trainer of Dassl's know the name, from when it is built: ``clip`` is imported by then. Again: nothing."""
+    init = TrainerX.__init__
+    if hasattr(init, "_offers_tiny"):
+        return
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _add_to(sys.modules.get("clip.clip"))
+        init(self, *args, **kwargs)
+
+    __init__._offers_tiny = True
+    TrainerX.__init__ = __init__
+
+
+def _add_to(module: Any) -> None:
+    models, download = getattr(module, "_MODELS", None), getattr(module, "_download", None)
+    if models is None or download is None or NAME in models:
+        return
+    models[NAME] = _ADDRESS
+
+    def fetch(url: str, *args: Any, **kwargs: Any) -> str:
+        return str(state_dict_file()) if url == _ADDRESS else download(url, *args, **kwargs)
+
+    module._download = fetch
+
+
+def state_dict_file() -> Path:
+    """The embedded CLIP as a state dict in OpenAI's layout, fp32; written once into ``~/.cache/oodprompt``."""
+    version = hashlib.sha256(TINY.read_bytes()).hexdigest()[:8]
+    path = Path(f"~/.cache/oodprompt/tiny-{version}.pt").expanduser()
+    if not path.is_file():
+        buffer = io.BytesIO()
+        torch.save(dict(load_backbone(NAME).state_dict()), buffer)
+        write_atomically(path, buffer.getvalue())
+    return path

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from oodprompt.errors import UserError, nearest
 
@@ -193,6 +194,40 @@ class _Run:
     seed: int | str
     metrics: dict[str, float]
     dataset: str
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+def _keys_of(folder: Path) -> dict[str, Any]:
+    """The keys of a run of ours that say what it computes, but for its seed; none where they cannot be read."""
+    file, found = folder / "config.yaml", {}
+    if not file.is_file():
+        return found
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            elif f"{prefix}{key}" not in (*_FREE_KEYS, "SEED"):
+                found[f"{prefix}{key}"] = value
+
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+        walk(yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "")
+    return found
+
+
+def _unlike(runs: Iterable[_Run]) -> list[str]:
+    """A line for each row whose runs have other keys than its first."""
+    first: dict[tuple[str, ...], _Run] = {}
+    lines: dict[tuple[str, ...], str] = {}
+    for run in runs:
+        one = first.setdefault(run.parts, run)
+        changed = sorted(k for k in run.keys if k in one.keys and run.keys[k] != one.keys[k])
+        if changed and run.parts not in lines:
+            values = ", ".join(f"{k} {one.keys[k]!r} and {run.keys[k]!r}" for k in changed[:3])
+            more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
+            place = "/".join(run.parts) or "these runs"
+            lines[run.parts] = f"{place}: runs of seeds {one.seed} and {run.seed} differ in {values}{more}"
+    return list(lines.values())
 
 
 def _seed_of(parts: tuple[str, ...]) -> tuple[tuple[str, ...], int | str]:
@@ -247,7 +282,7 @@ def _runs(root: Path, evaluation: bool) -> tuple[list[_Run], list[str]]:
             problems.append(f"{folder}: {error}")
             continue
         problems += [note] if note else []
-        runs.append(_Run(*_seed_of(parts), metrics, dataset))
+        runs.append(_Run(*_seed_of(parts), metrics, dataset, _keys_of(folder)))
     return runs, problems
 
 
@@ -279,6 +314,7 @@ def collect(
     if not runs:
         more = f"; {len(problems)} unfinished: {problems[0]}" if problems else ""
         raise UserError(f"{root} has no finished runs{more}")
+    problems += _unlike(runs)
     plain: dict[tuple[str, ...], Row] = {}
     sides: dict[tuple[str, ...], dict[str, Row]] = {}
     metrics = _metrics(runs, keywords, root)

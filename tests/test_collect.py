@@ -183,6 +183,16 @@ def test_rows_are_means_over_seeds_of_the_known_metrics(tmp_path: Path) -> None:
     assert "85.000 ± 1.000" in tables(tree, digits=3)
 
 
+def test_unlike_runs_in_a_row_are_named(tmp_path: Path) -> None:
+    for seed, alpha in {1: 0.1, 2: 0.1, 3: 0.2}.items():
+        ours(tmp_path / "CoOpOOD" / f"seed{seed}", 0.5)
+        text = f"SEED: {seed}\nOUTPUT_DIR: at{seed}\nTRAINER:\n  COOPOOD:\n    ALPHA: {alpha}\n"
+        write(tmp_path / "CoOpOOD" / f"seed{seed}" / "config.yaml", text)
+    assert collect(tmp_path).problems == ["CoOpOOD: runs of seeds 1 and 3 differ in TRAINER.COOPOOD.ALPHA 0.1 and 0.2"]
+    write(tmp_path / "CoOpOOD" / "seed3" / "config.yaml", "[")
+    assert collect(tmp_path).problems == []
+
+
 def test_a_negative_seed_is_another(tmp_path: Path) -> None:
     for seed, accuracy in {"seed-1": 0.9, "seed1": 0.1, "seed_2": 0.2}.items():
         ours(tmp_path / "CoOp" / seed, accuracy)

@@ -109,7 +109,8 @@ def _nearest_key(name: str, known: Iterable[str]) -> str:
     hint = nearest(name, known).split("known:")[0]
     if siblings:
         return f"{hint}({section[:-1]} has: {', '.join(key[len(section) :] for key in siblings)})"
-    return hint or "see docs/config.md"
+    own = " (a key of a file of your own needs --import FILE)" if section.startswith("TRAINER.") else ""
+    return (hint.strip() or "see docs/config.md") + own
 
 
 def _literal(raw: Any) -> Any:

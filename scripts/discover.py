@@ -31,12 +31,12 @@ def run(argv: list[str] | None = None) -> None:
     extensions.add(args.imports)
 
     from oodprompt.engine import discover, load_run
+    from oodprompt.engine.report import method_title
 
     out = args.output_dir or args.model_dir
     trainer = load_run(args.model_dir, args.load_epoch, args.opts, root=args.root, output_dir=str(out))
     cfg = trainer.cfg
-    name = " + ".join([cfg.TRAINER.NAME, *cfg.TRAINER.STACK])
-    title = name if trainer.base_name == cfg.TRAINER.NAME else f"{name} over {trainer.base_name}"
+    title = method_title({"trainer": cfg.TRAINER.NAME, "base": trainer.base_name, "stack": cfg.TRAINER.STACK})
     discover.run(trainer, trainer.learner, trainer.predict, title, out)
 
 

@@ -28,10 +28,15 @@ def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
     return files
 
 
+def method_title(results: dict[str, Any]) -> str:
+    """The method of a run in words: "CoOpOOD + DebiasedPT over MaPLe"."""
+    over = f" over {results['base']}" if results["base"] not in ("", results["trainer"]) else ""
+    return " + ".join([results["trainer"], *results["stack"]]) + over
+
+
 def results_markdown(results: dict[str, Any]) -> str:
     """The results as tables that a person reads."""
-    stack = "".join(f" + {name}" for name in results["stack"])
-    title = results["trainer"] + (f" over {results['base']}" if results["base"] not in ("", results["trainer"]) else "")
+    title = method_title(results)
     head = [
         ("data set", f"{results['dataset']} ({results['split']}, {results['num_samples']:,} images)"),
         ("backbone", results["backbone"]),
@@ -43,7 +48,7 @@ def results_markdown(results: dict[str, Any]) -> str:
         ("macro F1", _percent(results["macro_f1"])),
         ("checkpoint", results["checkpoint"] or "none"),
     ]
-    parts = [f"# {title}{stack}\n", markdown_table(("", ""), head)]
+    parts = [f"# {title}\n", markdown_table(("", ""), head)]
     if results["groups"]:
         rows = [
             (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", _percent(g["accuracy"]))
@@ -110,7 +115,10 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     axes = figure.add_subplot()
     worst = min(values)
     bars = axes.barh(names, values, color=[_RED if v == worst else _BLUE for v in values])
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    # In the bar where there is room, so that the line of the average crosses no number.
+    for inside, padding, colour in ((True, -34, "white"), (False, 3, "black")):
+        labels = [f"{value:.1f}" if (value > 15) == inside else "" for value in values]
+        axes.bar_label(bars, labels, padding=padding, color=colour)
     axes.axvline(
         100 * results["accuracy"], color=_GREY, linestyle="--", label=f"average {100 * results['accuracy']:.1f}"
     )
@@ -118,7 +126,7 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     axes.set_xlabel("accuracy, %")
     axes.invert_yaxis()
     axes.set_title(
-        f"{results['trainer']} on {results['dataset']} ({results['split']}, seed {results['seed']})"
+        f"{method_title(results)}\n{results['dataset']} ({results['split']}, seed {results['seed']})"
         + (f"\nthe {most} worst of {count:,}" if count > most else "")
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.5 * len(rows) + 0.4)), frameon=False)
@@ -206,7 +214,8 @@ def group_curves(history: Sequence[dict[str, Any]], most: int = 12) -> Figure | 
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
+        top = max((max(line.get_ydata(), default=0) for line in axes.get_lines()), default=0)
+        axes.set_ylim(0, 1.05 * top if 0 < top < float("inf") else None)
     handles = {h.get_label(): h for axes in figure.axes for h in axes.get_lines()}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
     return figure

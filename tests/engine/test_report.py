@@ -57,7 +57,7 @@ def test_results_are_written_as_json_tables_and_picture(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["results.json", "results.md", "groups.png"]
     assert json.loads(files[0].read_text()) == results()
     text = files[1].read_text()
-    assert text.startswith("# CoOpOOD over CoOp + DebiasedPT\n")
+    assert text.startswith("# CoOpOOD + DebiasedPT over CoOp\n")
     for row in (
         ["data set", "ShapesOnScenes (test, 2,000 images)"],
         ["accuracy", "81.2 %"],

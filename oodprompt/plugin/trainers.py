@@ -198,9 +198,7 @@ class DebiasedTrainer:
         ours: dict[str, float] = {}
 
         def replace(input: Tensor, target: Tensor, weight: Tensor | None = None, **rest: Any) -> Tensor | None:
-            if input.ndim != 2 or len(input) != len(batch["index"]):
-                return None
-            alignment = self._watch.alignment(input)
+            alignment = self._watch.alignment(input) if input.ndim == 2 else None
             if alignment is None:
                 return None
             label = batch["label"].to(target.device)

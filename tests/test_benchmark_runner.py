@@ -177,10 +177,17 @@ def test_each_trainer_has_its_own_file(benchmark: ModuleType, line: Line) -> Non
     ],
 )
 def test_grids_that_make_no_sense(
-    benchmark: ModuleType, line: Line, trainers: list[str], more: list[str], opts: list[str], message: str
+    benchmark: ModuleType,
+    line: Line,
+    tmp_path: Path,
+    trainers: list[str],
+    more: list[str],
+    opts: list[str],
+    message: str,
 ) -> None:
     with pytest.raises(UserError, match=message):
         benchmark.run(line(*trainers, more=more, opts=opts))
+    assert not (tmp_path / "out").exists(), "nothing is trained first"
 
 
 def test_two_data_sets_of_one_folder(benchmark: ModuleType, line: Line, tmp_path: Path) -> None:

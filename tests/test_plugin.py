@@ -665,8 +665,20 @@ def test_models_of_different_epochs_go_back_to_the_newest_of_all(
     first = torch.load(out / "prompt_learner" / "model.pth.tar-1", weights_only=False)["state_dict"]["ctx"]
     assert run.start_epoch == 1 and torch.equal(run.model.prompt_learner.ctx, first)
     assert run.companion.start_epoch == 1 and run.companion.debiasers[0].epochs == 1
-    assert "prompt_learner goes back to epoch 1" in capsys.readouterr().out
-    (out / "weighing" / "checkpoint").unlink()  # killed ahead of the first save of a debiaser
+    assert "going back to model.pth.tar-1, the newest that all models have" in capsys.readouterr().out
+    # With FINAL_MODEL best_val Dassl's pointer names the best model, here of one epoch in both folders or of two.
+    for name in run._models:
+        (out / name / "model-best.pth.tar").write_bytes((out / name / "model.pth.tar-2").read_bytes())
+        (out / name / "checkpoint").write_text("model-best.pth.tar\n")
+    run = make("WithWeighing", "CoOp", "OPTIM.MAX_EPOCH", 3)
+    run.before_train()
+    assert run.start_epoch == 2 and "going back" not in capsys.readouterr().out
+    (out / "weighing" / "model-best.pth.tar").write_bytes((out / "weighing" / "model.pth.tar-1").read_bytes())
+    run = make("WithWeighing", "CoOp", "OPTIM.MAX_EPOCH", 3)
+    run.before_train()
+    assert run.start_epoch == 1 and "going back to model.pth.tar-1" in capsys.readouterr().out
+    for file in out.glob("weighing/*"):  # killed ahead of the first save of a debiaser
+        file.unlink()
     run = make("WithWeighing", "CoOp")
     run.before_train()
     assert run.start_epoch == 0 and "train from scratch" in capsys.readouterr().out

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from dassl.config import defaults
 from dassl.engine import TRAINER_REGISTRY as DASSL_TRAINERS
 from dassl.optim import build_lr_scheduler
+from dassl.utils import load_checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
@@ -154,20 +155,30 @@ class DebiasedTrainer:
     # --- training ----------------------------------------------------------------------------------------------
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """Dassl's, from the newest epoch that all models have: a run that is killed while it saves has it of some alone."""
-        names = list(self._models)
-        epoch = checkpoint.newest_epoch(directory, names)
-        files = [checkpoint.file_of(directory, name, epoch) for name in names]
-        if epoch is None or not all(file.is_file() for file in files):
-            begun = [name for name in names if (Path(directory) / name).exists()]
-            if begun:
-                print(f"{directory} has no epoch that all of {', '.join(names)} have, train from scratch")
-            return 0 if begun else super().resume_model_if_exist(directory)
-        for file in files:
-            if (file.parent / "checkpoint").read_text().strip() != file.name:
-                print(f"{file.parent.name} goes back to epoch {epoch}, the newest that all models have")
-                checkpoint.write_pointer(file)
+        """Dassl's, from an epoch that all models have: a run that is killed while it saves has the newest of some alone."""
+        folders = [Path(directory) / name for name in self._models]
+        if not any(folder.exists() for folder in folders):
+            return super().resume_model_if_exist(directory)
+        epochs = [self._saved_epoch(folder) for folder in folders]
+        if None in epochs or len(set(epochs)) > 1:
+            # What was written after the pointer may be cut short.
+            newest = 0 if None in epochs else min(epochs)
+            saved = [[file for file in folder.glob("model.pth.tar-*") if _epoch(file) <= newest] for folder in folders]
+            common = sorted(set.intersection(*({file.name for file in files} for files in saved)), key=_epoch)
+            if not common:
+                print(f"{directory} has no epoch that all of {', '.join(self._models)} have, train from scratch")
+                return 0
+            print(f"{directory}: going back to {common[-1]}, the newest that all models have")
+            for folder in folders:
+                checkpoint.write_pointer(folder / common[-1])
         return super().resume_model_if_exist(directory)
+
+    @staticmethod
+    def _saved_epoch(folder: Path) -> int | None:
+        """The epoch of the file that Dassl's pointer names, which may be model-best; None where there is none."""
+        pointer = folder / "checkpoint"
+        file = folder / pointer.read_text().strip() if pointer.is_file() else folder
+        return load_checkpoint(str(file))["epoch"] if file.is_file() else None
 
     def before_train(self) -> None:
         super().before_train()
@@ -298,6 +309,11 @@ def _watched_clip() -> Iterator[list[CLIP]]:
         yield seen
     finally:
         module.build_model = build
+
+
+def _epoch(file: Path | str) -> int:
+    """That of a file model.pth.tar-<epoch>."""
+    return int(str(file).rsplit("-", 1)[1])
 
 
 def _leave_what_does_not_fit(module: Debiaser, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:

@@ -244,6 +244,7 @@ def exit_status(work: Callable[[], None]) -> int:
     """Do ``work``; returns 0 for success, 2 for a user's error (one line on stderr), 1 for anything else."""
     try:
         work()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -37,7 +37,7 @@ _SIDES = {"train_base": "base", "test_base": "base", "test_new": "new"}
 _TRAINED = ("Finish training", "Finished training")  # the latter: Dassl up to 0.5
 _EVALUATED = "=> result"
 # Keys that say where a run is kept and how its data are read, not what it computes.
-_FREE_KEYS = (
+FREE_KEYS = (
     "OUTPUT_DIR",
     "RESUME",
     "VERBOSE",
@@ -128,7 +128,7 @@ def changed_keys(folder: Path, command: Sequence[str]) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()):
         arguments = cli.build_parser().parse_intermixed_args([*command, "--output-dir", str(folder)])
         new = leaves(cli.setup_cfg(arguments))
-    return [f"{k} was {v!r}, is now {new[k]!r}" for k, v in leaves(old).items() if k not in _FREE_KEYS and new[k] != v]
+    return [f"{k} was {v!r}, is now {new[k]!r}" for k, v in leaves(old).items() if k not in FREE_KEYS and new[k] != v]
 
 
 def last_line(log: Path) -> str:
@@ -207,7 +207,7 @@ def _keys_of(folder: Path) -> dict[str, Any]:
         for key, value in tree.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
-            elif f"{prefix}{key}" not in (*_FREE_KEYS, "SEED"):
+            elif f"{prefix}{key}" not in (*FREE_KEYS, "SEED"):
                 found[f"{prefix}{key}"] = value
 
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -318,3 +319,12 @@ def test_an_edited_method_is_noticed(
     extensions._done.clear()
     cli.run(line)
     assert f"Note: mine.py has changed since this run was trained; delete {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` leaves it
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--list"]
+    shown = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (shown.returncode, shown.stderr) == (1, "")

@@ -38,7 +38,7 @@ import oodprompt
 from oodprompt import extensions
 from oodprompt.backbones import load_backbone
 from oodprompt.backbones.weights import check_name
-from oodprompt.collecting import finished_results
+from oodprompt.collecting import FREE_KEYS, finished_results
 from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step, StepRegions
 from oodprompt.discovery.attributes import DiscoveredAttributes
 from oodprompt.engine import checkpoint, discover, evaluation, features, report, seeding
@@ -55,19 +55,11 @@ from oodprompt.regions import Regions, rows_of_images
 
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 _FREE_KEYS = (
-    "OUTPUT_DIR",
-    "RESUME",
-    "VERBOSE",
-    "DATASET.ROOT",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.CACHE_DIR",
-    "DATALOADER.CACHE_MEMORY_MIB",
-    "DATALOADER.IMAGE_CACHE_MIB",
+    *FREE_KEYS,
     "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
     "DATALOADER.TEST.BATCH_SIZE",
     "TRAIN.ACTIVATION_GIB",
     "TRAIN.CHECKPOINT_FREQ",
-    "TRAIN.PRINT_FREQ",
     "TRAIN.VAL_FREQ",
     "TEST.SPLIT",
     "TEST.PER_CLASS_RESULT",

@@ -52,6 +52,8 @@ def test_features_are_normalised_before_they_are_averaged(towers: Towers) -> Non
     text = learner(towers[0], templates)
     torch.testing.assert_close(text, ensemble(towers[1], templates), rtol=1e-5, atol=1e-6)
     other_way = class_text_features(towers[0], NAMES, templates)
+    with pytest.raises(TypeError, match="a list of them is wanted"):
+        class_text_features(towers[0], NAMES, OWN)
     assert (text - other_way).abs().max() > 1e-4, "here templates must differ in length, or this test tells nothing"
 
 

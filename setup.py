@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "oodprompt" / "__init__.py").read_text()).group(1)
@@ -17,16 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[
-        "oodprompt",
-        "oodprompt.backbones",
-        "oodprompt.controlled",
-        "oodprompt.discovery",
-        "oodprompt.engine",
-        "oodprompt.plugin",
-        "oodprompt.trainers",
-        "oodprompt.datasets",
-    ],
+    packages=[*find_packages(include=["oodprompt", "oodprompt.*"]), "oodprompt.trainers", "oodprompt.datasets"],
     package_dir={"oodprompt.trainers": "trainers", "oodprompt.datasets": "datasets"},
     package_data={"oodprompt.backbones": ["tiny.pt.gz"]},
     install_requires=[
@@ -34,6 +25,7 @@ setup(
         "clip-anytorch>=2.6",  # OpenAI's tokenizer and vocabulary
         "filelock>=3",
         "ftfy",
+        "jinja2>=3.1",
         "kmedoids>=0.5",  # FasterPAM
         "matplotlib>=3.6",
         "numpy>=1.24",
@@ -51,7 +43,17 @@ setup(
     ],
     entry_points={"console_scripts": ["oodprompt = oodprompt.__main__:main"]},
     extras_require={
-        "test": ["pytest>=7", "pytest-timeout", "pytest-xdist>=3", "ruff>=0.6"],
+        "test": [
+            "import-linter>=2",
+            "mypy>=1.11",
+            "pytest>=7",
+            "pytest-timeout",
+            "pytest-xdist>=3",
+            "ruff>=0.6",
+            "types-PyYAML",
+            "types-tabulate",
+            "types-tqdm",
+        ],
         "slurm": ["submitit>=1.5"],
     },
 )

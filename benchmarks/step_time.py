@@ -38,11 +38,13 @@ import oodprompt.engine.trainer
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.weights import SHAPES, check_name
 from oodprompt.cli import build_parser, exit_status, setup_cfg
-from oodprompt.engine.data import Batch, DatasetBase, Datum
-from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY
-from oodprompt.engine.report import markdown_table
-from oodprompt.engine.trainer import PromptTrainer, build_trainer, resolve_methods
+from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
+from oodprompt.data.dataset import DatasetBase, Datum
+from oodprompt.data.loading import Batch
+from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
+from oodprompt.methods.resolve import resolve_methods
+from oodprompt.reports.style import markdown_table
 
 WARM_UP = 2  # steps ahead of the timed ones
 MEASURES = ("step_s", "image_fwd_s", "text_fwd_s", "backward_s", "peak_mib")

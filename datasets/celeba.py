@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from oodprompt.datasets.files import FilesDataset, Splits, listed
+from oodprompt.datasets.file_lists import FilesDataset, Splits, listed
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError, nearest
 
 declare(

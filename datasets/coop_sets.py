@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from oodprompt.datasets.files import FilesDataset, Splits, check_names, named, read_lines
+from oodprompt.datasets.file_lists import FilesDataset, Splits, check_names, named
 from yacs.config import CfgNode
 
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError, nearest
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"

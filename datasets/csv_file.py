@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from oodprompt.datasets.files import (
+from oodprompt.datasets.file_lists import (
     FilesDataset,
     Splits,
     listed,
     number_attributes,
-    read_rows,
     sorted_values,
     split_off_validation,
 )
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.tables import read_rows
 from oodprompt.errors import UserError, nearest
 
 _DEFAULT_ATTRIBUTES = ("attribute",)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from oodprompt.datasets.files import (
+from oodprompt.datasets.file_lists import (
     FilesDataset,
     check_names,
     image_names,
     listed,
-    read_lines,
     readable,
     sorted_values,
     split_off_validation,
@@ -19,8 +18,9 @@ from oodprompt.datasets.files import (
 )
 from yacs.config import CfgNode
 
-from oodprompt.engine.data import Datum
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import Datum
+from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError, nearest
 
 _DOMAINBED = "https://github.com/facebookresearch/DomainBed"

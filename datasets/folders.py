@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oodprompt.datasets.files import IMAGE_SUFFIXES, FilesDataset, image_names, number_attributes, split_off_validation
+from oodprompt.datasets.file_lists import (
+    IMAGE_SUFFIXES,
+    FilesDataset,
+    image_names,
+    number_attributes,
+    split_off_validation,
+)
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import declare
-from oodprompt.engine.data import Datum
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import Datum
 from oodprompt.errors import UserError, nearest
 
 declare("DATASET.FOLDERS", {"DIR": ("", "Folder under ROOT that holds train, val and test; empty: ROOT itself.")})

@@ -6,18 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from oodprompt.datasets.coop_sets import GUIDE, note_few_shot
-from oodprompt.datasets.files import (
-    FilesDataset,
-    image_names,
-    read_lines,
-    sorted_values,
-    split_off_validation,
-    subfolders,
-)
+from oodprompt.datasets.file_lists import FilesDataset, image_names, sorted_values, split_off_validation, subfolders
 from yacs.config import CfgNode
 
-from oodprompt.engine.data import Datum
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import Datum
+from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError
 
 

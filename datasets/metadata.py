@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from oodprompt.datasets.files import Splits, listed, read_rows
+from oodprompt.datasets.file_lists import Splits, listed
 
+from oodprompt.data.tables import read_rows
 from oodprompt.errors import UserError
 
 WATERBIRDS = ("img_filename", "y", "split", "place")

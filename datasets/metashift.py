@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from oodprompt.datasets.files import FilesDataset, Splits, image_names
+from oodprompt.datasets.file_lists import FilesDataset, Splits, image_names
 from oodprompt.datasets.metadata import SUBPOPBENCH, read_metadata
 from yacs.config import CfgNode
 
-from oodprompt.engine.data import Datum
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import Datum
 
 BUILD = "MetaShift-Cat-Dog-indoor-outdoor"
 _CLASSES = ("dog", "cat")

@@ -24,9 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import declare
-from oodprompt.engine.data import DatasetBase
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import DatasetBase
 from oodprompt.errors import UserError, nearest
 
 declare(

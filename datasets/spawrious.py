@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oodprompt.datasets.files import FilesDataset, image_names, split_off_validation
+from oodprompt.datasets.file_lists import FilesDataset, image_names, split_off_validation
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import declare
-from oodprompt.engine.data import Datum
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import Datum
 from oodprompt.errors import UserError, nearest
 
 _BREEDS = ("bulldog", "corgi", "dachshund", "labrador")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from oodprompt.datasets.files import FilesDataset
+from oodprompt.datasets.file_lists import FilesDataset
 from oodprompt.datasets.metadata import read_metadata
 from yacs.config import CfgNode
 
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
 
 
 @DATASET_REGISTRY.register()

@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn
 
 from yacs.config import CfgNode
 
-from oodprompt import extensions
+from oodprompt.config import extensions
 from oodprompt.errors import UserError, nearest
 
 # flag -> key
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def setup_cfg(args: argparse.Namespace) -> CfgNode:
     """The frozen config: defaults, data set's file, method's file, flags, KEY VALUE pairs, in this order."""
-    from oodprompt.engine.config import get_cfg_default, merge_file, merge_opts, set_key
+    from oodprompt.config.keys import get_cfg_default, merge_file, merge_opts, set_key
 
     extensions.add(args.imports)
     opts = list(args.opts)
@@ -115,7 +115,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
 
 def _seed_of_run(cfg: CfgNode) -> int | None:
     """The seed that an earlier, randomly seeded run drew in the folder that is being resumed."""
-    from oodprompt.engine.config import get_cfg_default, merge_file
+    from oodprompt.config.keys import get_cfg_default, merge_file
 
     file = Path(cfg.RESUME or cfg.OUTPUT_DIR or os.devnull) / "config.yaml"
     if not file.is_file():
@@ -130,7 +130,7 @@ def _output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
         return cfg.RESUME
     if args.eval_only and args.model_dir:
         return str(Path(args.model_dir) / "eval")
-    from oodprompt.engine.trainer import base_of
+    from oodprompt.methods.resolve import base_of
 
     base = base_of(cfg)
     name = cfg.TRAINER.NAME + (f"-{base}" if base != cfg.TRAINER.NAME else "")
@@ -185,7 +185,8 @@ def logged(directory: str, rank: int) -> Iterator[None]:
 def print_list() -> None:
     """Registered trainers, data sets and backbones, one line each."""
     from oodprompt.backbones import BACKBONES
-    from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY, register_all
+    from oodprompt.config.extensions import register_all
+    from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 
     register_all()
 
@@ -216,7 +217,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--model-dir: there is no folder {args.model_dir}; give the output folder of a run")
     cfg = setup_cfg(args)
     with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
-        from oodprompt.engine.distributed import leave_together
+        from oodprompt.data.distributed import leave_together
         from oodprompt.engine.trainer import build_trainer
 
         if cfg.VERBOSE:
@@ -230,7 +231,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
         elif args.no_train:
-            from oodprompt.engine.data import check_images
+            from oodprompt.data.images import check_images
 
             data = trainer.dataset
             number = check_images(data.train_x, data.val, data.test)

@@ -209,9 +209,9 @@ def weights(folder: Path | None = None, seconds: float = _SECONDS) -> Section:
 
 def data_sets(root: str, seconds: float = _SECONDS) -> Section:
     """Which data sets would load from ``root``, by their own checks; large ones are not read to the end."""
-    from oodprompt.datasets.files import FilesDataset
-    from oodprompt.engine.config import get_cfg_default
-    from oodprompt.engine.registry import DATASET_REGISTRY
+    from oodprompt.config.keys import get_cfg_default
+    from oodprompt.config.registry import DATASET_REGISTRY
+    from oodprompt.datasets.file_lists import FilesDataset
 
     lines, problems = ["ShapesOnScenes: renders itself"], []
     if not root:

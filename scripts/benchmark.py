@@ -28,10 +28,11 @@ from typing import Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
-from oodprompt import collecting, extensions
 from oodprompt.cli import Parser, build_parser, exit_status, setup_cfg
+from oodprompt.config import extensions
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
+from oodprompt.runs import collecting
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN_LOG, LOCK, PROMPT = "train.log", ".benchmark.lock", "$ "
@@ -142,7 +143,8 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def _is_debiaser(trainer: str) -> bool:
-    from oodprompt.engine.registry import TRAINER_REGISTRY, register_all
+    from oodprompt.config.extensions import register_all
+    from oodprompt.config.registry import TRAINER_REGISTRY
 
     register_all()
     return "+" in trainer or TRAINER_REGISTRY.get(trainer, "--trainers").debiaser_class is not None
@@ -177,7 +179,7 @@ def _config(line: Sequence[str]) -> Any:
 
 def _check(line: Sequence[str]) -> str:
     """Build the config of a command line; returns the data set's name."""
-    from oodprompt.engine.trainer import resolve_methods
+    from oodprompt.methods.resolve import resolve_methods
 
     cfg = _config([*line, "--seed", "0"])
     resolve_methods(cfg)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from oodprompt import collecting
 from oodprompt.cli import Parser, exit_status
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
+from oodprompt.runs import collecting
 
 
 def print_upstream(directory: Path, keyword: str, args: argparse.Namespace) -> float:
@@ -77,7 +77,7 @@ def main() -> None:
     if args.out:
         write_atomically(args.out, text)
     if args.plot:
-        from oodprompt.engine.report import write_figure
+        from oodprompt.reports.style import write_figure
 
         write_figure(collecting.figure(tree, str(args.directory)), args.plot)
         print(f"Wrote {args.plot}", file=sys.stderr)

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from oodprompt.cli import Parser, exit_status
-from oodprompt.collecting import spread
-from oodprompt.engine.report import comparison_figure, markdown_table, write_figure
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
+from oodprompt.reports.comparison import comparison_figure
+from oodprompt.reports.style import markdown_table, write_figure
+from oodprompt.runs.collecting import spread
 
 METRICS = {"accuracy": "accuracy", "worst_group_accuracy": "worst group", "gap": "gap"}
 

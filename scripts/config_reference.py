@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oodprompt.engine.config import declared_keys
-from oodprompt.engine.report import markdown_table
+from oodprompt.config.keys import declared_keys
 from oodprompt.files import write_atomically
+from oodprompt.reports.style import markdown_table
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 

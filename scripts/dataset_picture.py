@@ -14,8 +14,9 @@ from collections import Counter
 from matplotlib.figure import Figure
 
 from oodprompt import cli
-from oodprompt.engine.data import DatasetBase, attribute_name, build_dataset, read_image
-from oodprompt.engine.report import write_figure
+from oodprompt.data.dataset import DatasetBase, attribute_name, build_dataset
+from oodprompt.data.images import read_image
+from oodprompt.reports.style import write_figure
 
 
 def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:

@@ -15,8 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from oodprompt import extensions
 from oodprompt.cli import Parser, exit_status
+from oodprompt.config import extensions
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def run(argv: list[str] | None = None) -> None:
     extensions.add(args.imports)
 
     from oodprompt.engine import discover, load_run
-    from oodprompt.engine.report import method_title
+    from oodprompt.reports.results import method_title
 
     out = args.output_dir or args.model_dir
     trainer = load_run(args.model_dir, args.load_epoch, args.opts, root=args.root, output_dir=str(out))

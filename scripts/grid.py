@@ -44,10 +44,11 @@ import yaml
 from tqdm import tqdm
 
 from oodprompt.cli import Parser, exit_status
-from oodprompt.collecting import changed_keys, spread
-from oodprompt.engine.report import grid_figure, markdown_table, write_figure
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import write_atomically
+from oodprompt.reports.comparison import grid_figure
+from oodprompt.reports.style import markdown_table, write_figure
+from oodprompt.runs.collecting import changed_keys, spread
 
 _KEYS = ("config", "common", "settings", "methods", "rank")
 

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from oodprompt import extensions
 from oodprompt.cli import Parser, exit_status
+from oodprompt.config import extensions
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
 
 def images_of(places: Sequence[Path]) -> list[Path]:
     """The files that are given, and the images in folders, in sorted order; ``UserError`` for what is not there."""
-    from oodprompt.datasets.files import IMAGE_SUFFIXES
+    from oodprompt.datasets.file_lists import IMAGE_SUFFIXES
 
     found: list[Path] = []
     for place in places:

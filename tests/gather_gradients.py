@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from oodprompt.engine.distributed import average_gradients, gather_rows, leave_together, sum_over_processes
+from oodprompt.data.distributed import average_gradients, gather_rows, leave_together, sum_over_processes
 
 
 def loss_of(x: torch.Tensor) -> torch.Tensor:

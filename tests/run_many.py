@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from oodprompt import cli
-from oodprompt.engine import distributed
+from oodprompt.data import distributed
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

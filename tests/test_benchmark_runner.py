@@ -23,9 +23,11 @@ from typing import Any
 
 import pytest
 
-from oodprompt import cli, collecting, extensions
+from oodprompt import cli
+from oodprompt.config import extensions
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.runs import collecting
 from tests.conftest import CONFIG, REPOSITORY, SMALL, load_script
 
 TINY = [*SMALL, "TRAIN.VAL_FREQ", "0", "OPTIM.MAX_EPOCH", "2"]

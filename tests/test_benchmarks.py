@@ -15,7 +15,7 @@ import torch
 
 from oodprompt.backbones import CLIP, CLIPShape, encode
 from oodprompt.backbones.weights import OPENAI_WEIGHTS, SHAPES
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY, load_script
 

@@ -13,9 +13,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from oodprompt import collecting
-from oodprompt.collecting import Difference, Row, collect, differences, paired_difference, tables
 from oodprompt.errors import UserError
+from oodprompt.runs import collecting
+from oodprompt.runs.collecting import Difference, Row, collect, differences, paired_difference, tables
 from tests.conftest import load_script
 
 

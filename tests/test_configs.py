@@ -16,9 +16,9 @@ from PIL import Image
 from oodprompt import cli
 from oodprompt.backbones import CLIPShape
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.discovery.attributes import Found
 from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.methods.attributes import Found
 from tests.conftest import REPOSITORY
 from tests.datasets import test_celeba, test_metashift, test_waterbirds
 

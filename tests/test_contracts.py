@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oodprompt.contracts import Alignment, Contribution, Debiaser, PromptLearner, Step
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine import checkpoint
-from oodprompt.engine.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.methods.contracts import Alignment, Contribution, Debiaser, PromptLearner, Step
 
 
 class Reweighting(Debiaser):

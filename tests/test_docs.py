@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from oodprompt import cli, extensions
-from oodprompt.engine import config
-from oodprompt.engine.registry import DATASET_REGISTRY, TRAINER_REGISTRY, register_all
+from oodprompt import cli
+from oodprompt.config import extensions, keys
+from oodprompt.config.extensions import register_all
+from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from tests.conftest import REPOSITORY, load_script
 
@@ -61,7 +62,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers, declares and imports is forgotten after it."""
     for registry in (TRAINER_REGISTRY, DATASET_REGISTRY):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
-    monkeypatch.setattr(config, "_KEYS", dict(config._KEYS))
+    monkeypatch.setattr(keys, "_KEYS", dict(keys._KEYS))
     monkeypatch.setattr(extensions, "_done", set(extensions._done))
     monkeypatch.setenv(extensions.ENVIRONMENT, "")
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -15,8 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
-from oodprompt import cli, extensions
+from oodprompt import cli
 from oodprompt.backbones.weights import TINY
+from oodprompt.config import extensions
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
@@ -229,7 +230,7 @@ def test_mistakes_are_explained(arguments: Arguments, trainer: str, keys: list[s
 def test_stacked_prediction_conflict_is_refused(build: Callable[..., PromptTrainer], monkeypatch: Any) -> None:
     from oodprompt.trainers.coop_ood import DecoupledProjections
 
-    from oodprompt.engine.registry import TRAINER_REGISTRY
+    from oodprompt.config.registry import TRAINER_REGISTRY
 
     class Other(DecoupledProjections):
         model_name = "other"

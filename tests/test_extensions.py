@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from oodprompt import __main__ as commands
-from oodprompt import cli, extensions
-from oodprompt.engine import config
-from oodprompt.engine.registry import TRAINER_REGISTRY, register_all
+from oodprompt import cli
+from oodprompt.config import extensions, keys
+from oodprompt.config.extensions import register_all
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -33,7 +34,7 @@ TRAINER_REGISTRY.register(type(NAME, (CoOp,), {"__doc__": "Of my own."}))
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     register_all()
     monkeypatch.setattr(TRAINER_REGISTRY, "_objects", dict(TRAINER_REGISTRY._objects))
-    monkeypatch.setattr(config, "_KEYS", dict(config._KEYS))
+    monkeypatch.setattr(keys, "_KEYS", dict(keys._KEYS))
     monkeypatch.setattr(extensions, "_done", set(extensions._done))
     monkeypatch.setenv(extensions.ENVIRONMENT, "")
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from oodprompt.backbones import load_backbone, tokenize
-from oodprompt.discovery.attributes import DiscoveredAttributes, Found
 from oodprompt.engine.evaluation import attribute_metrics
-from oodprompt.engine.report import group_curves
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import PseudoAttributes, Split, groups_of, per_group
+from oodprompt.methods.attributes import DiscoveredAttributes, Found, PseudoAttributes
+from oodprompt.methods.groups import groups_of, per_group
+from oodprompt.methods.splits import Split
+from oodprompt.reports.curves import group_curves
 from tests.conftest import interrupted_at
 
 PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of snow."]]

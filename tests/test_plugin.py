@@ -25,10 +25,10 @@ from yacs.config import CfgNode
 from oodprompt import doctor
 from oodprompt.backbones import CLIP, load_backbone, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.contracts import Alignment, Context, Contribution, Debiaser, Step
 from oodprompt.engine import TRAINER_REGISTRY, PromptTrainer, discover
 from oodprompt.engine.optim import learning_rate
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
 from tests.conftest import REPOSITORY
 
 Make = Callable[..., Any]
@@ -318,16 +318,16 @@ def test_methods_of_others_come_with_their_keys(make: Make, theirs: dict[str, ty
     """By what is imported after the plugin, or by OODPROMPT_IMPORT ahead of it."""
     from dassl.config import get_cfg_default
 
-    from oodprompt.engine import config
+    from oodprompt.config import keys
 
-    config.declare("TRAINER.LATER", {"POWER": (1.0, "x")})
+    keys.declare("TRAINER.LATER", {"POWER": (1.0, "x")})
     try:
         TRAINER_REGISTRY.register(type("Later", (PromptTrainer,), {"debiaser_class": Nothing, "__doc__": "x"}))
         importlib.import_module("oodprompt.plugin").register_debiaser("Later")
         assert get_cfg_default().TRAINER.LATER.POWER == 1.0
         assert make("Later", "CoOp", "TRAINER.LATER.POWER", 0.5).companion.cfg.TRAINER.LATER.POWER == 0.5
     finally:
-        del config._KEYS["TRAINER.LATER.POWER"], importlib.import_module("dassl.config").defaults._C.TRAINER["LATER"]
+        del keys._KEYS["TRAINER.LATER.POWER"], importlib.import_module("dassl.config").defaults._C.TRAINER["LATER"]
 
 
 def test_an_imported_file_is_registered_with_dassl(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_warm_up_runs_and_gives_dassls_rates(plugin: ModuleType) -> None:
     from dassl.config import get_cfg_default
     from dassl.optim import build_lr_scheduler
 
-    from oodprompt.engine.config import get_cfg_default as own_default
+    from oodprompt.config.keys import get_cfg_default as own_default
 
     cfg, own = get_cfg_default(), own_default()
     for tree in (cfg, own):
@@ -809,7 +809,7 @@ def test_an_empty_base_is_coop_of_the_checkout(make: Make, theirs: dict[str, typ
 
 
 def test_ravl_with_found_regions(make: Make, tmp_path: Path) -> None:
-    from oodprompt.regions import digest
+    from oodprompt.regions.boxes import digest
 
     with pytest.raises(UserError, match="DISCOVERY.FROM"):
         make("RaVL", "CoOp").before_train()

@@ -20,22 +20,18 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, faster
 from yacs.config import CfgNode
 
 from oodprompt.backbones import load_backbone
-from oodprompt.engine.config import get_cfg_default, set_key
-from oodprompt.engine.data import Datum, EpochBatches, Loader, build_transform, read_image
-from oodprompt.engine.feature_cache import FeatureCache
+from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.data.dataset import Datum
+from oodprompt.data.images import read_image
+from oodprompt.data.loading import Loader
+from oodprompt.data.sampling import EpochBatches
+from oodprompt.data.transforms import build_transform
+from oodprompt.discovery.region_features import extract_region_features, region_view
 from oodprompt.errors import UserError
-from oodprompt.regions import (
-    Regions,
-    build_regions,
-    counts,
-    digest,
-    extract_region_features,
-    grid_regions,
-    per_image,
-    proposal_regions,
-    region_view,
-    select,
-)
+from oodprompt.features.cache import FeatureCache
+from oodprompt.regions.boxes import Regions, counts, digest, per_image, rows_of_images
+from oodprompt.regions.proposals import proposal_regions
+from oodprompt.regions.sources import build_regions, grid_regions
 
 SIZE = (48, 48)
 MakeImages = Callable[..., list[str]]
@@ -95,13 +91,10 @@ def test_by_image() -> None:
 
 @pytest.mark.parametrize("indices", [[0, 1, 2, 3, 4], [3, 1, 0], [4, 1], [2, 2, 3], []], ids=str)
 @pytest.mark.parametrize("form", [list, torch.tensor])
-def test_select(indices: list[int], form: Callable[[list[int]], Any]) -> None:
-    some = select(ONE, form(indices))
-    expected = [row for i in indices for row in range(5) if ONE.owner[row] == i]
-    assert torch.equal(some.boxes, ONE.boxes[expected]) and some.boxes.shape[1] == 4
-    assert some.owner.tolist() == [new for new, i in enumerate(indices) for row in range(5) if ONE.owner[row] == i]
-    assert some.names == tuple("abcde"[row] for row in expected) and some.source == "here"
-    assert select(Regions(ONE.boxes, ONE.owner), [3]).names == ()
+def test_rows_of_images(indices: list[int], form: Callable[[list[int]], Any]) -> None:
+    rows, place = rows_of_images(ONE, form(indices))
+    assert rows.tolist() == [row for i in indices for row in range(5) if ONE.owner[row] == i]
+    assert place.tolist() == [new for new, i in enumerate(indices) for row in range(5) if ONE.owner[row] == i]
 
 
 def test_digest_sees_boxes_owners_and_how() -> None:
@@ -112,7 +105,7 @@ def test_digest_sees_boxes_owners_and_how() -> None:
         digest(ONE, "patches"),
         digest(Regions(changed, ONE.owner), "crops"),
         digest(Regions(ONE.boxes, torch.tensor([0, 0, 1, 3, 3])), "crops"),
-        digest(select(ONE, [0, 1, 2]), "crops"),
+        digest(Regions(ONE.boxes[:3], ONE.owner[:3]), "crops"),
     ]
     assert len(set(different)) == len(different)
     assert digest(Regions(ONE.boxes, ONE.owner, (), "elsewhere"), "crops") == different[0]
@@ -504,7 +497,7 @@ def test_proposals_of_several_images_are_those_of_each(
     assert counts(both, 2).tolist() == [3, 3]
     for i in range(2):
         one = build_regions("proposals", [paths[i]], SIZE, str(detector[1]), per_image=3, show=False)
-        assert torch.equal(select(both, [i]).boxes, one.boxes)
+        assert torch.equal(per_image(both, 2)[i], one.boxes)
 
 
 def test_wrong_weights(

@@ -56,7 +56,7 @@ def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments,
     # A slow image reader holds the process inside an epoch, so that the kill falls there and not between epochs.
     slow = (
         "import runpy, sys, time, torch; torch.set_num_threads(1)\n"
-        "from oodprompt.engine import data\n"
+        "from oodprompt.data import loading as data\n"
         "read = data.read_image\n"
         "def slowly(path):\n    time.sleep(0.01)\n    return read(path)\n"
         "data.read_image = slowly\n"

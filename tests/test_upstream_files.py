@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from oodprompt import cli
 from oodprompt.backbones import load_backbone, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.engine.config import get_cfg_default, leaves, merge_file, merge_opts
+from oodprompt.config.keys import get_cfg_default, leaves, merge_file, merge_opts
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from tests.trainers.conftest import assert_close, deep_prompts, plain_image, plain_text

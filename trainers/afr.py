@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Context, Contribution, Debiaser, PromptLearner, Step
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
-from oodprompt.engine.seeding import HELD_OUT, derive_seed
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.data.seeding import HELD_OUT, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError, nearest
-from oodprompt.groups import per_group
+from oodprompt.methods.contracts import Context, Contribution, Debiaser, PromptLearner, Step
+from oodprompt.methods.groups import per_group
 
 declare(
     "TRAINER.AFR",

@@ -37,8 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Alignment, Context, Contribution, Debiaser, Step
-from oodprompt.dependence import (
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError, nearest
+from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
+from oodprompt.methods.dependence import (
     Club,
     RunningShare,
     cross_covariance,
@@ -49,10 +53,6 @@ from oodprompt.dependence import (
     within_class_moments,
     within_classes,
 )
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
-from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
 
 declare(
     "TRAINER.COOPOOD",

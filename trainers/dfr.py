@@ -34,12 +34,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Alignment, Context, Contribution, Debiaser, Step
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
-from oodprompt.engine.seeding import HEAD, derive_seed
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.data.seeding import HEAD, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
 
 declare(
     "TRAINER.DFR",

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment
 
 declare(
     "TRAINER.FINETUNE",

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Alignment, Context, Contribution, Debiaser, Step
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError, nearest
-from oodprompt.prompts import INIT_STD, ContextPrompts, given_words, initial_context
+from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
+from oodprompt.methods.prompts import INIT_STD, ContextPrompts, given_words, initial_context
 
 declare(
     "TRAINER.GROUPCOOP",

@@ -26,12 +26,12 @@ from oodprompt.trainers.resampling import balanced_draws
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Context, Contribution, Debiaser, Step
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import Groups, per_group
+from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
+from oodprompt.methods.groups import Groups, per_group
 
 declare(
     "TRAINER.GROUPDRO",

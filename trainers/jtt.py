@@ -20,11 +20,11 @@ import math
 import torch
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Context, Contribution, Debiaser, Step
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 
 declare(
     "TRAINER.JTT",

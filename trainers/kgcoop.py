@@ -17,10 +17,10 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.prompts import class_text_features, initial_context
+from oodprompt.methods.contracts import Alignment
+from oodprompt.methods.prompts import class_text_features, initial_context
 
 
 class KnowledgeGuidedLearner(ContextLearner):

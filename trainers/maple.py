@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import TOWERS, Alignment, PromptLearner
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import INIT_STD, ContextPrompts, depth_within, given_words, initial_context, need_vit
+from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
+from oodprompt.methods.prompts import INIT_STD, ContextPrompts, depth_within, given_words, initial_context, need_vit
 
 declare(
     "TRAINER.MAPLE",

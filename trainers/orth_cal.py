@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Alignment, Context, Debiaser
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import prompt_features
+from oodprompt.methods.attributes import prompt_features
+from oodprompt.methods.contracts import Alignment, Context, Debiaser
 
 declare(
     "TRAINER.ORTHCAL",

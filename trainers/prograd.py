@@ -20,12 +20,12 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import class_text_features, padded_context, words_of_template
+from oodprompt.methods.contracts import Alignment
+from oodprompt.methods.prompts import class_text_features, padded_context, words_of_template
 
 declare(
     "LOSS",

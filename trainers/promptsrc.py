@@ -22,13 +22,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import class_text_features
-from oodprompt.templates import PROMPTSRC_TEMPLATES
+from oodprompt.methods.contracts import Alignment
+from oodprompt.methods.prompts import class_text_features
+from oodprompt.methods.templates import PROMPTSRC_TEMPLATES
 
 declare(
     "TRAINER.PROMPTSRC",

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Context, Contribution, Debiaser, Step
-from oodprompt.engine.config import declare
-from oodprompt.engine.data import is_random
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.data.transforms import is_random
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError, nearest
+from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 
 declare(
     "TRAINER.RAVL",

@@ -18,11 +18,11 @@ from functools import cached_property
 import numpy as np
 from yacs.config import CfgNode
 
-from oodprompt.contracts import Context, Debiaser
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
-from oodprompt.engine.seeding import SUBSET, derive_seed
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.data.seeding import SUBSET, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.methods.contracts import Context, Debiaser
 
 declare(
     "TRAINER.SUBG",

@@ -27,12 +27,12 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment, Context, Debiaser
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import prompt_features, span
+from oodprompt.methods.attributes import prompt_features, span
+from oodprompt.methods.contracts import Alignment, Context, Debiaser
 
 declare(
     "TRAINER.ROBOSHOT",

@@ -16,12 +16,12 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import TOWERS, Alignment, PromptLearner
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.prompts import class_text_features, given_words, visual_prompts
+from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
+from oodprompt.methods.prompts import class_text_features, given_words, visual_prompts
 
 declare(
     "TRAINER.VPT",

@@ -18,12 +18,12 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment, PromptLearner
-from oodprompt.engine.config import declare
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declare
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.prompts import class_text_features
-from oodprompt.templates import IMAGENET_SELECT, expand_templates
+from oodprompt.methods.contracts import Alignment, PromptLearner
+from oodprompt.methods.prompts import class_text_features
+from oodprompt.methods.templates import IMAGENET_SELECT, expand_templates
 
 declare(
     "TRAINER.ZEROSHOT",

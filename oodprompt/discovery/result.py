@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,16 @@ class Discovery:
     def top(self) -> Cluster | None:
         """The cluster that discovery returns; None when nothing survives, which is a normal outcome."""
         return self.clusters[0] if self.clusters and self.clusters[0].survives else None
+
+
+def precision_at(ranked: Sequence[int] | ArrayLike, truth: ArrayLike, k: int = 10) -> float:
+    """Share of the first ``k`` of the ``ranked`` regions that hold the planted feature: hits among them / k.
+
+    ``ranked`` holds indices of regions, best first; ``truth`` [r] says of every region whether it holds the feature.
+    Fewer than ``k`` regions are still divided by ``k``, as one that is not returned is a miss, so nothing found gives
+    0. The paper does not say what it does there.
+    """
+    if k < 1:
+        raise ValueError(f"k is 1 or more, not {k}")
+    first = np.asarray(ranked, dtype=np.int64)[:k]
+    return float(np.asarray(truth, dtype=bool)[first].sum() / k)

@@ -1,7 +1,7 @@
 """Config, registries, data, training loop, checkpoints, evaluation, reports."""
 
-from oodprompt.engine.data import DatasetBase, Datum
-from oodprompt.engine.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 
 __all__ = [

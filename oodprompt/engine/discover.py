@@ -12,18 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oodprompt.contracts import Alignment, PromptLearner
-from oodprompt.discovery.attributes import Found
+from oodprompt.config.keys import declare
+from oodprompt.data.images import read_image
+from oodprompt.data.transforms import build_transform
 from oodprompt.discovery.ravl import assign, discover
-from oodprompt.discovery.report import FILE, discovery_table, read_discovery, write_discovery
+from oodprompt.discovery.region_features import region_view
 from oodprompt.discovery.result import Discovery
-from oodprompt.engine.alone import evaluating, fit_alone, outputs
-from oodprompt.engine.config import declare
-from oodprompt.engine.data import build_transform, read_image
-from oodprompt.engine.features import whole
+from oodprompt.engine.first_stage import evaluating, fit_alone, outputs
 from oodprompt.errors import UserError, nearest
+from oodprompt.features.views import whole
 from oodprompt.files import write_atomically
-from oodprompt.regions import Regions, build_regions, digest, region_view
+from oodprompt.methods.attributes import Found
+from oodprompt.methods.contracts import Alignment, PromptLearner
+from oodprompt.regions.boxes import Regions, digest
+from oodprompt.regions.sources import build_regions
+from oodprompt.reports.discovery import FILE, discovery_table, read_discovery, write_discovery
 
 if TYPE_CHECKING:
     from oodprompt.engine.trainer import PromptTrainer

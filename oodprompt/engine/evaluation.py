@@ -11,8 +11,8 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.engine.data import DatasetBase, Datum, attribute_name
-from oodprompt.engine.registry import EVALUATOR_REGISTRY
+from oodprompt.config.registry import EVALUATOR_REGISTRY
+from oodprompt.data.dataset import DatasetBase, Datum, attribute_name
 
 # What an epoch can be chosen by on validation data. Pseudo-groups (class, pseudo-attribute) need no attribute labels.
 CRITERIA = ("accuracy", "worst_group_accuracy", "worst_pseudo_group_accuracy")

@@ -35,37 +35,33 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 import oodprompt
-from oodprompt import extensions
 from oodprompt.backbones import load_backbone
 from oodprompt.backbones.weights import check_name
-from oodprompt.collecting import FREE_KEYS, finished_results
-from oodprompt.contracts import Alignment, Context, Debiaser, PromptLearner, Step, StepRegions
-from oodprompt.discovery.attributes import DiscoveredAttributes
-from oodprompt.engine import checkpoint, discover, evaluation, features, report, seeding
-from oodprompt.engine.alone import fit_alone, outputs
-from oodprompt.engine.config import get_cfg_default, leaves, merge_file, merge_opts, set_key
-from oodprompt.engine.data import Batch, DataManager, Datum, digest, is_random
-from oodprompt.engine.distributed import average_gradients, gather_rows
+from oodprompt.config import extensions
+from oodprompt.config.free_keys import FREE_WHEN_RESUMED
+from oodprompt.config.keys import get_cfg_default, leaves, merge_file, merge_opts, set_key
+from oodprompt.config.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from oodprompt.data import seeding
+from oodprompt.data.dataset import Datum, digest
+from oodprompt.data.distributed import average_gradients, gather_rows
+from oodprompt.data.loading import Batch, DataManager
+from oodprompt.data.transforms import is_random
+from oodprompt.engine import checkpoint, discover, evaluation
+from oodprompt.engine.first_stage import fit_alone, outputs
 from oodprompt.engine.optim import LRScheduler, build_optimizer
-from oodprompt.engine.registry import EVALUATOR_REGISTRY, TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
+from oodprompt.features import views as features
 from oodprompt.files import write_atomically
-from oodprompt.groups import CHOICES, Groups, PseudoAttributes, Split, groups_of, num_values, prompt_features
-from oodprompt.regions import Regions, rows_of_images
+from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes, prompt_features
+from oodprompt.methods.contracts import Alignment, Context, Debiaser, PromptLearner, Step, StepRegions
+from oodprompt.methods.groups import CHOICES, Groups, groups_of, num_values
+from oodprompt.methods.resolve import resolve_methods
+from oodprompt.methods.splits import Split
+from oodprompt.regions.boxes import Regions, rows_of_images
+from oodprompt.reports.attributes import PSEUDO_ATTRIBUTES, write_pseudo_attributes
+from oodprompt.reports.curves import write_training_curves
+from oodprompt.reports.results import finished_results, selections_table, write_results
 
-# Keys that may differ between a run and the run that resumes it: they do not change what is computed.
-_FREE_KEYS = (
-    *FREE_KEYS,
-    "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
-    "DATALOADER.TEST.BATCH_SIZE",
-    "TRAIN.ACTIVATION_GIB",
-    "TRAIN.CHECKPOINT_FREQ",
-    "TRAIN.VAL_FREQ",
-    "TEST.SPLIT",
-    "TEST.PER_CLASS_RESULT",
-    "TEST.COMPUTE_CMAT",
-    "TEST.NO_TEST",
-)
 _PRECISIONS = ("fp32", "bf16", "amp", "fp16")
 
 
@@ -517,7 +513,7 @@ class PromptTrainer:
 
         When no epoch was left to train, what the run found then is read back.
         """
-        file = self.output_dir / report.PSEUDO_ATTRIBUTES
+        file = self.output_dir / PSEUDO_ATTRIBUTES
         if not self.pseudo.splits:
             if self.start_epoch and file.is_file():
                 splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
@@ -531,7 +527,7 @@ class PromptTrainer:
         }
         if rows and self.state.is_main_process:
             new = [name for name in rows if name not in self.pseudo_accuracy]
-            self.print(*report.write_pseudo_attributes(rows, new, self.dataset, self.pseudo.noise, self.output_dir))
+            self.print(*write_pseudo_attributes(rows, new, self.dataset, self.pseudo.noise, self.output_dir))
         self.pseudo_accuracy = {name: row["accuracy"] for name, row in rows.items()}
 
     @cached_property
@@ -767,7 +763,7 @@ class PromptTrainer:
         self.print("Finish training")
         self.report_pseudo_attributes()
         if self.history and self.state.is_main_process:
-            report.write_training_curves(self.history, self.output_dir)
+            write_training_curves(self.history, self.output_dir)
         if not self.cfg.TEST.NO_TEST:
             if self.trainable and self.selects:
                 if self.best:
@@ -829,7 +825,7 @@ class PromptTrainer:
                 f"Lower OPTIM.LR (now {self.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {self.precision})"
             )
         engine = {
-            "config": {key: value for key, value in leaves(self.cfg).items() if key not in _FREE_KEYS},
+            "config": {key: value for key, value in leaves(self.cfg).items() if key not in FREE_WHEN_RESUMED},
             "history": self.history,
             "best": self.best,
             "train_seconds": self.train_seconds,
@@ -909,7 +905,7 @@ class PromptTrainer:
         return {key: f"{key} was {old[key]!r}, now {new[key]!r}" for key in old if key in new and old[key] != new[key]}
 
     def _check_same_run(self, engine: dict[str, Any], path: Path) -> None:
-        changed = [text for key, text in self._changed_keys(engine["config"]).items() if key not in _FREE_KEYS]
+        changed = [text for key, text in self._changed_keys(engine["config"]).items() if key not in FREE_WHEN_RESUMED]
         if engine["whole_batch"] != self.train_loader_x.batches.whole:
             changed.append(
                 f"images per step of all processes were {engine['whole_batch']}, now {self.train_loader_x.batches.whole}"
@@ -1023,8 +1019,8 @@ class PromptTrainer:
                 worst_text = "" if worst is None else f", worst group {100 * worst:.1f}%"
                 print(f"* {name}: accuracy {100 * other['accuracy']:.1f}%{worst_text}")
             if self.selections:
-                print(report.selections_table(self.selections))
-            files = report.write_results(self.results(metrics, split, seconds), self.output_dir)
+                print(selections_table(self.selections))
+            files = write_results(self.results(metrics, split, seconds), self.output_dir)
             if self.cfg.TEST.COMPUTE_CMAT:
                 files.append(self.output_dir / "cmat.pt")
                 checkpoint.save(self.evaluator.confusion_matrix(), files[-1])
@@ -1085,32 +1081,6 @@ def _parts(values: list[str], size: int) -> list[list[str]]:
 def _peak_memory_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[Debiaser]]]:
-    """From TRAINER.NAME, BASE and STACK: the base's name, its learner, and the debiasers in order."""
-    main = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer")
-    bases = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.learner_class]
-    others = [name for name, trainer in TRAINER_REGISTRY.items() if trainer.debiaser_class]
-    debiasers = [main.debiaser_class] if main.debiaser_class else []
-    base_name = base_of(cfg)
-    if base_name in others:
-        raise UserError(f"TRAINER.BASE: {base_name} is a debiaser, not a prompt learner; bases are: {', '.join(bases)}")
-    if base_name not in bases:
-        raise UserError(f"TRAINER.BASE: unknown prompt learner {base_name!r}: {nearest(base_name, bases)}")
-    for name in cfg.TRAINER.STACK:
-        if name in bases:
-            raise UserError(f"TRAINER.STACK: {name} is a prompt learner; debiasers are: {', '.join(others)}")
-        if name not in others:
-            raise UserError(f"TRAINER.STACK: unknown debiaser {name!r}: {nearest(name, others)}")
-        debiasers.append(TRAINER_REGISTRY.get(name).debiaser_class)
-    return base_name, TRAINER_REGISTRY.get(base_name).learner_class, debiasers
-
-
-def base_of(cfg: CfgNode) -> str:
-    """The name of the prompt learner: TRAINER.BASE under a debiaser (its own choice when empty), else TRAINER.NAME."""
-    debiaser = TRAINER_REGISTRY.get(cfg.TRAINER.NAME, "--trainer").debiaser_class
-    return (cfg.TRAINER.BASE or debiaser.default_base(cfg)) if debiaser else cfg.TRAINER.NAME
 
 
 def build_trainer(cfg: CfgNode) -> PromptTrainer:

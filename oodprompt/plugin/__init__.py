@@ -35,7 +35,8 @@ if _spec is None or _spec.origin is None:  # a mere folder of that name is none
         raise SystemExit(2)
     raise _error
 
-from oodprompt.engine.registry import TRAINER_REGISTRY, register_all
+from oodprompt.config.extensions import register_all
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.plugin.repair import repair_dassl
 
 if os.environ.get("OODPROMPT_REPAIR", "1") != "0":

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oodprompt.contracts import Alignment
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment
 
 # (model, batch) -> the alignment of the batch, and perhaps a further loss of the method's own. ``batch`` is Dassl's,
 # with "img" and "label" on the model's device.

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment, Debiaser, PromptLearner
-from oodprompt.engine import features, seeding
-from oodprompt.engine.data import Batch, DataManager, build_transform
-from oodprompt.engine.registry import EVALUATOR_REGISTRY
-from oodprompt.engine.trainer import PromptTrainer, resolve_methods
+from oodprompt.config.registry import EVALUATOR_REGISTRY
+from oodprompt.data import seeding
+from oodprompt.data.loading import Batch, DataManager
+from oodprompt.data.transforms import build_transform
+from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features import views as features
+from oodprompt.methods.contracts import Alignment, Debiaser, PromptLearner
+from oodprompt.methods.resolve import resolve_methods
 from oodprompt.plugin.datasets import TheirDataset
 
 

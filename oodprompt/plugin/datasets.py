@@ -9,8 +9,8 @@ from dassl.data.datasets import DATASET_REGISTRY as DASSL_DATASETS
 from dassl.data.datasets import DatasetBase as DasslDataset
 from yacs.config import CfgNode
 
-from oodprompt.engine.data import DatasetBase, Datum
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import DatasetBase, Datum
 
 # Before our names, so that no data set of Dassl, CoOp or MaPLe has the same.
 PREFIX = "OOD"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import declared_keys, get_cfg_default, leaves, set_key
-from oodprompt.engine.data import is_random
-from oodprompt.engine.registry import TRAINER_REGISTRY
+from oodprompt.config.keys import declared_keys, get_cfg_default, leaves, set_key
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.data.transforms import is_random
 
 _SECTIONS = ("DATASET.", "REGIONS.", "DISCOVERY.")
 _KEYS = (

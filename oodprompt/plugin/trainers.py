@@ -30,14 +30,15 @@ from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
-from oodprompt.contracts import Alignment, Debiaser
-from oodprompt.engine import checkpoint, seeding
-from oodprompt.engine.registry import TRAINER_REGISTRY
-from oodprompt.engine.report import markdown_table
+from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.data import seeding
+from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError, nearest
+from oodprompt.methods.contracts import Alignment, Debiaser
 from oodprompt.plugin.adapters import Watch, adapter_of, call_adapter
 from oodprompt.plugin.companion import Companion, Evaluators, apart, frozen_copy
 from oodprompt.plugin.keys import extend_cfg, own_cfg
+from oodprompt.reports.style import markdown_table
 
 # The names in Dassl's registry that are ours.
 OURS: set[str] = set()

@@ -25,8 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from oodprompt.cli import Parser, exit_status
-from oodprompt.engine.report import markdown_table
 from oodprompt.files import write_atomically
+from oodprompt.reports.style import markdown_table
 
 HERE = Path(__file__).resolve().parent.parent.parent
 CONFIG = HERE / "configs" / "trainers" / "CoOpOOD" / "tiny_shapes.yaml"

@@ -26,12 +26,12 @@ from typing import Any
 from tqdm import tqdm
 
 from oodprompt.cli import Parser, exit_status
-from oodprompt.collecting import spread
-from oodprompt.controlled.evaluation import METHODS, Plan, part_of_grid, teach_backbone
-from oodprompt.controlled.metrics import TAU_EVAL, is_valid
-from oodprompt.engine.report import markdown_table, write_figure
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
+from oodprompt.reports.style import markdown_table, write_figure
+from oodprompt.runs.collecting import spread
+from oodprompt.studies.evaluation import METHODS, Plan, part_of_grid, teach_backbone
+from oodprompt.studies.metrics import TAU_EVAL, is_valid
 
 Key = tuple[str, float]  # target, V
 
@@ -112,7 +112,7 @@ def run(argv: list[str] | None = None) -> None:
 
 
 def grid(args: argparse.Namespace) -> None:
-    from oodprompt.controlled.digits import build_setting, class_index, kind_of
+    from oodprompt.studies.digits import build_setting, class_index, kind_of
 
     if args.jobs < 1:
         raise UserError("--jobs: give 1 or more")

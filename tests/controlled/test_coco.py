@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oodprompt.controlled.coco import CocoPair, _apart, build_coco_setting, coco_pairs, fitting_table, naming, read_coco
-from oodprompt.controlled.planting import contingency, cramers_v
-from oodprompt.engine.config import get_cfg_default
-from oodprompt.engine.data import build_dataset
+from oodprompt.config.keys import get_cfg_default
+from oodprompt.data.dataset import build_dataset
 from oodprompt.errors import UserError
+from oodprompt.studies.coco import CocoPair, _apart, build_coco_setting, coco_pairs, fitting_table, naming, read_coco
+from oodprompt.studies.planting import contingency, cramers_v
 
 IDS = {"person": 1, "cat": 17, "dog": 18, "traffic light": 10, "bench": 15, "kite": 38}  # not in order, with gaps
 PAIR = CocoPair("person", "cat", ("cat", "dog", "traffic light"))

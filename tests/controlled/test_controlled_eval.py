@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from oodprompt.controlled.evaluation import METHODS
 from oodprompt.errors import UserError
+from oodprompt.studies.evaluation import METHODS
 from tests.conftest import load_script
 from tests.controlled.test_digits import put_items
 

@@ -16,8 +16,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
-from oodprompt.controlled import digits
-from oodprompt.controlled.digits import (
+from oodprompt.config.keys import get_cfg_default
+from oodprompt.data.dataset import DatasetBase, build_dataset
+from oodprompt.errors import UserError
+from oodprompt.studies import digits
+from oodprompt.studies.digits import (
     CAPTIONS,
     KINDS,
     QUADRANTS,
@@ -27,10 +30,7 @@ from oodprompt.controlled.digits import (
     read_idx,
     read_items,
 )
-from oodprompt.controlled.planting import cramers_v
-from oodprompt.engine.config import get_cfg_default
-from oodprompt.engine.data import DatasetBase, build_dataset
-from oodprompt.errors import UserError
+from oodprompt.studies.planting import cramers_v
 from tests.conftest import REPOSITORY
 
 REAL = REPOSITORY.parent / "shared" / "data" / "mnist"

@@ -7,17 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from oodprompt.controlled.coco import LABEL_SET_SIZES
-from oodprompt.controlled.digits import KINDS
-from oodprompt.controlled.metrics import (
-    TAU_EVAL,
-    ZERO_SHOT_PROMPTS,
-    image_metrics,
-    is_valid,
-    precision_at,
-    region_metrics,
-    validity,
-)
+from oodprompt.discovery.result import precision_at
+from oodprompt.studies.coco import LABEL_SET_SIZES
+from oodprompt.studies.digits import KINDS
+from oodprompt.studies.metrics import TAU_EVAL, ZERO_SHOT_PROMPTS, image_metrics, is_valid, region_metrics, validity
 
 # Accuracy with the rectangle (images), without it, of a model that takes it for a nine: the demo of RaVL's authors.
 DEMO = {

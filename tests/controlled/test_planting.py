@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats.contingency import association
 
-from oodprompt.controlled.planting import apportion, class_counts, contingency, cramers_v
 from oodprompt.errors import UserError
+from oodprompt.studies.planting import apportion, class_counts, contingency, cramers_v
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from oodprompt.backbones import CLIP, load_backbone, tokenize
-from oodprompt.controlled.digits import CAPTIONS, KINDS
-from oodprompt.controlled.words import teach_words
+from oodprompt.studies.digits import CAPTIONS, KINDS
+from oodprompt.studies.words import teach_words
 
 
 def features(clip: CLIP, template: str, names: tuple[str, ...]) -> torch.Tensor:

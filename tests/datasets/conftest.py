@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from oodprompt.engine.config import get_cfg_default, set_key
-from oodprompt.engine.data import DatasetBase, Datum, build_dataset
+from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.data.dataset import DatasetBase, Datum, build_dataset
 
 Build = Callable[..., DatasetBase]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from oodprompt.datasets.coop_sets import CoOpDataset
 
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
 
 from .conftest import Build, paths, put, write

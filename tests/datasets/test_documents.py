@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oodprompt.engine.config import get_cfg_default, merge_file
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import get_cfg_default, merge_file
+from oodprompt.config.registry import DATASET_REGISTRY
 from tests.conftest import REPOSITORY
 
 from .conftest import Build, groups, put

@@ -133,7 +133,9 @@ def test_every_file_is_run() -> None:
 
 
 def test_helpers_of_files(tmp_path: Path) -> None:
-    from oodprompt.datasets.files import read_lines, subfolders
+    from oodprompt.datasets.file_lists import subfolders
+
+    from oodprompt.data.tables import read_lines
 
     put(tmp_path / "b", ".hidden/1.jpg", "z/1.jpg", "a/1.jpg", "0.jpg")
     assert [path.name for path in subfolders(tmp_path / "b")] == ["a", "z"]

@@ -11,10 +11,10 @@ import torch
 from scipy.stats import norm
 from sklearn.metrics import silhouette_samples
 
-from oodprompt.discovery import baselines
-from oodprompt.discovery.baselines import BASELINE_VARIANTS, DISCOVERY_BASELINES, ErrorAwareMixture
 from oodprompt.discovery.result import Clustering
 from oodprompt.errors import UserError
+from oodprompt.studies import baselines
+from oodprompt.studies.baselines import BASELINE_VARIANTS, DISCOVERY_BASELINES, ErrorAwareMixture
 
 CLASSES = 3
 EVERY = [(name, variant) for name in DISCOVERY_BASELINES for variant in BASELINE_VARIANTS[name]]

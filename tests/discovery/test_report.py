@@ -17,11 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from oodprompt.discovery import report
-from oodprompt.discovery.report import discovery_table, read_discovery, write_discovery
 from oodprompt.discovery.result import Cluster, Clustering, Discovery, Gap
 from oodprompt.errors import UserError
-from oodprompt.regions import Regions
+from oodprompt.regions.boxes import Regions
+from oodprompt.reports import discovery as report
+from oodprompt.reports.discovery import discovery_table, read_discovery, write_discovery
 
 # Of each class 10 images in a row: the first n_in have cluster 1, and the first so many of both parts are right.
 CLASSES = ("one", "seven", "nine")
@@ -144,7 +144,7 @@ def test_every_file_goes_through_write_atomically(tmp_path: Path, monkeypatch: p
         names.append(Path(path).name)
 
     monkeypatch.setattr(report, "write_atomically", write)
-    monkeypatch.setattr("oodprompt.engine.report.write_atomically", write)
+    monkeypatch.setattr("oodprompt.reports.style.write_atomically", write)
     write_discovery(directory=tmp_path, **arguments())
     assert names == ["discovery.json", "discovery.md", "discovery.html", "discovery.png"]
     assert not list(tmp_path.iterdir())

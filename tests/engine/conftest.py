@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import get_cfg_default, set_key
-from oodprompt.engine.data import Datum
+from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.data.dataset import Datum
 
 MakeCfg = Callable[..., CfgNode]
 MakeData = Callable[..., list[Datum]]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oodprompt.engine.config import get_cfg_default, leaves, merge_file
+from oodprompt.config.keys import get_cfg_default, leaves, merge_file
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from yacs.config import CfgNode
 
 from oodprompt.cli import build_parser, setup_cfg
-from oodprompt.engine.config import declared_keys, get_cfg_default, leaves, merge_file, merge_opts, set_key
+from oodprompt.config.keys import declared_keys, get_cfg_default, leaves, merge_file, merge_opts, set_key
 from oodprompt.errors import UserError
 
 # Values of Dassl 0.6.3, dassl/config/defaults.py.

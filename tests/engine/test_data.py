@@ -17,22 +17,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
-from oodprompt.engine.config import get_cfg_default
-from oodprompt.engine.data import (
-    Batch,
-    DataManager,
-    DatasetBase,
-    Datum,
-    EpochBatches,
-    Loader,
-    build_transform,
-    epoch_order,
-    few_shot,
-    is_random,
-    read_image,
-    subsample_classes,
-)
-from oodprompt.engine.registry import DATASET_REGISTRY
+from oodprompt.config.keys import get_cfg_default
+from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.dataset import DatasetBase, Datum, few_shot, subsample_classes
+from oodprompt.data.images import read_image
+from oodprompt.data.loading import Batch, DataManager, Loader
+from oodprompt.data.sampling import EpochBatches, epoch_order
+from oodprompt.data.transforms import build_transform, is_random
 from oodprompt.engine.trainer import build_trainer
 from oodprompt.errors import UserError
 
@@ -371,7 +362,7 @@ def test_kept_images_are_read_once_and_the_same(
     keeping.keep_images()
     first = batches_of(keeping)
     read: list[str] = []
-    monkeypatch.setattr("oodprompt.engine.data.read_image", lambda path: (read.append(path), read_image(path))[1])
+    monkeypatch.setattr("oodprompt.data.loading.read_image", lambda path: (read.append(path), read_image(path))[1])
     again = batches_of(keeping)
     assert len(read) == read_again
     for batches in (first, again):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oodprompt.engine.config import get_cfg_default
+from oodprompt.config.keys import get_cfg_default
+from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.engine.evaluation import Classification, group_metrics
-from oodprompt.engine.registry import EVALUATOR_REGISTRY
 
 BIRDS = SimpleNamespace(classnames=["landbird", "waterbird"], num_classes=2, attribute_names=("land", "water"))
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from oodprompt import cli
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.weights import digest
+from oodprompt.data.dataset import Datum
+from oodprompt.data.loading import DataManager
 from oodprompt.engine import checkpoint
-from oodprompt.engine.data import DataManager, Datum
-from oodprompt.engine.feature_cache import FeatureCache
-from oodprompt.engine.features import FeatureLoader, extract, rows_of, train_views, views_to_cache, whole
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features.cache import FeatureCache
+from oodprompt.features.views import FeatureLoader, extract, rows_of, train_views, views_to_cache, whole
 from tests.test_distributed import torchrun
 
 from .conftest import MakeCfg, MakeData
@@ -403,7 +404,7 @@ def test_a_run_that_is_killed_gives_its_work_to_the_one_that_waits(disk: Disk) -
 
 
 def test_waiting_goes_on_for_longer_than_one_round(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oodprompt.engine.feature_cache._PATIENCE", 0.05)
+    monkeypatch.setattr("oodprompt.features.cache._PATIENCE", 0.05)
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(1), context.Queue()
     process = context.Process(target=_run, args=(disk, barrier, queue, 1.0))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from yacs.config import CfgNode
 
-from oodprompt.engine.config import get_cfg_default
+from oodprompt.config.keys import get_cfg_default
 from oodprompt.engine.optim import LRScheduler, build_optimizer, learning_rate
 from oodprompt.errors import UserError
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from oodprompt.engine.registry import Registry
-from oodprompt.engine.seeding import derive_seed, set_random_seed
+from oodprompt.config.registry import Registry
+from oodprompt.data.seeding import derive_seed, set_random_seed
 from oodprompt.errors import UserError, nearest
 
 

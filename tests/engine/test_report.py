@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from oodprompt.engine import report
+from oodprompt.reports import comparison, curves, style
+from oodprompt.reports.results import groups_figure, write_results
 
 
 def results(groups: bool = True, **changes: Any) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def cells(markdown: str) -> list[list[str]]:
 
 
 def test_results_are_written_as_json_tables_and_picture(tmp_path: Path) -> None:
-    files = report.write_results(results(), tmp_path / "out")
+    files = write_results(results(), tmp_path / "out")
     assert [file.name for file in files] == ["results.json", "results.md", "groups.png"]
     assert json.loads(files[0].read_text()) == results()
     text = files[1].read_text()
@@ -73,7 +74,7 @@ def test_results_are_written_as_json_tables_and_picture(tmp_path: Path) -> None:
 
 
 def test_without_attributes_there_are_classes(tmp_path: Path) -> None:
-    files = report.write_results(results(groups=False, base="CoOp", trainer="CoOp", stack=[], checkpoint=""), tmp_path)
+    files = write_results(results(groups=False, base="CoOp", trainer="CoOp", stack=[], checkpoint=""), tmp_path)
     text = files[1].read_text()
     assert json.loads(files[0].read_text())["worst_group_accuracy"] is None
     assert text.startswith("# CoOp\n")
@@ -85,25 +86,25 @@ def test_without_attributes_there_are_classes(tmp_path: Path) -> None:
 
 def test_other_predictions_are_a_table(tmp_path: Path) -> None:
     other = {"prompt alone": {"accuracy": 0.7, "worst_group_accuracy": None, "gap": None}}
-    report.write_results(results(other_predictions=other), tmp_path)
+    write_results(results(other_predictions=other), tmp_path)
     assert ["prompt alone", "70.0 %", "-"] in cells((tmp_path / "results.md").read_text())
 
 
 def test_of_many_classes_the_worst_are_drawn() -> None:
     classes = [{"class": f"c{i}", "num_samples": 1, "accuracy": i / 200} for i in range(200)]
-    axes = report.groups_figure(results(groups=False, classes=classes)).axes[0]
+    axes = groups_figure(results(groups=False, classes=classes)).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == [f"c{i}" for i in range(60)]
     assert "60 worst of 200" in axes.get_title()
 
 
 def test_any_class_name_can_be_drawn(tmp_path: Path) -> None:
     classes = [{"class": name, "num_samples": 1, "accuracy": 0.0} for name in (r"$\bad{$", "$100 for $5", "a_b")]
-    report.write_results(results(groups=False, classes=classes), tmp_path)
+    write_results(results(groups=False, classes=classes), tmp_path)
     picture(tmp_path / "groups.png")
 
 
 def test_the_worst_group_is_red() -> None:
-    figure = report.groups_figure(results())
+    figure = groups_figure(results())
     colours = [bar.get_facecolor()[:3] for bar in figure.axes[0].patches]
     assert colours[0] == pytest.approx((0.8, 0.2, 0.2))
     assert len(set(colours[1:])) == 1
@@ -116,13 +117,13 @@ def test_training_curves(tmp_path: Path, epochs: int, validation: bool) -> None:
     history = [{"epoch": e + 1, "loss": 1 / (e + 1), "lr": 0.1, "acc": 50.0} for e in range(epochs)]
     if validation:
         history[-1] |= {"val_accuracy": 0.5, "val_worst_group_accuracy": None}
-    path = report.write_training_curves(history, tmp_path)
+    path = curves.write_training_curves(history, tmp_path)
     assert path == tmp_path / "training.png"
     picture(path)
 
 
 def test_comparison(tmp_path: Path) -> None:
-    figure = report.comparison_figure([("CoOp", 0.8, 0.4), ("CoOpOOD", 0.9, 0.7)], "ShapesOnScenes")
-    report.write_figure(figure, tmp_path / "c.png")
+    figure = comparison.comparison_figure([("CoOp", 0.8, 0.4), ("CoOpOOD", 0.9, 0.7)], "ShapesOnScenes")
+    style.write_figure(figure, tmp_path / "c.png")
     assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([80, 90, 40, 70])
     picture(tmp_path / "c.png")

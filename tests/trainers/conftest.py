@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, CLIPShape, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.contracts import PromptLearner
-from oodprompt.engine.config import get_cfg_default, set_key
+from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.methods.contracts import PromptLearner
 
 Build = Callable[..., PromptTrainer]
 Towers = tuple[CLIP, nn.Module]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from oodprompt.trainers.afr import afr_weights, hold_out
 from torch import Tensor
 
-from oodprompt.engine.alone import outputs
+from oodprompt.engine.first_stage import outputs
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, order_of

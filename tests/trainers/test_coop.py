@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, CLIPShape, encode, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.engine.config import get_cfg_default, set_key
+from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.errors import UserError
-from oodprompt.prompts import ContextPrompts, initial_context
+from oodprompt.methods.prompts import ContextPrompts, initial_context
 
 CLASSES = ["circle", "traffic_light", "golden retriever"]
 SHAPE = CLIPShape(64, 32, 2, 64, 8, 77, 49408, 64, 1, 2)

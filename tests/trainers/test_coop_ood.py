@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from oodprompt.trainers.coop_ood import uniformity_loss
 from torch import Tensor
 
-from oodprompt.contracts import Alignment, Step
-from oodprompt.dependence import (
+from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment, Step
+from oodprompt.methods.dependence import (
     Club,
     RunningShare,
     cross_covariance,
@@ -24,8 +26,6 @@ from oodprompt.dependence import (
     within_class_moments,
     within_classes,
 )
-from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 
 Build = Callable[..., PromptTrainer]
 JOINT = ["TRAINER.COOPOOD.PHASES", "joint"]

@@ -15,9 +15,9 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from oodprompt.contracts import Alignment
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment
 from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, without_labels
 
 KEYS = ["TRAINER.GROUPS", "true", "DATASET.SHAPES.NUM_VAL", 64, "TRAINER.DFR.NUM_RETRAINS", 2]

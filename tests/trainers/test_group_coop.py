@@ -16,13 +16,13 @@ from oodprompt.trainers.group_coop import GroupPrompts
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment, Step
+from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.engine import checkpoint
-from oodprompt.engine.config import get_cfg_default, set_key
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import Groups
-from oodprompt.prompts import ContextPrompts
+from oodprompt.methods.contracts import Alignment, Step
+from oodprompt.methods.groups import Groups
+from oodprompt.methods.prompts import ContextPrompts
 from tests.test_resume import Arguments, weights
 from tests.trainers.conftest import NAMES, Build, Towers, assert_close, hand_written, make_learner, plain_text
 from tests.trainers.test_resampling import assert_resumes

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oodprompt.engine.alone import outputs
+from oodprompt.engine.first_stage import outputs
 from oodprompt.errors import UserError
 from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over
 

@@ -12,9 +12,9 @@ from oodprompt.trainers.kgcoop import KnowledgeGuidedLearner
 from oodprompt.trainers.prograd import PromptAlignedLearner
 from torch import Tensor
 
-from oodprompt.contracts import PromptLearner
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import PromptLearner
 from tests.trainers.conftest import (
     CLASSES,
     Build,

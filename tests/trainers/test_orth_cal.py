@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from oodprompt.trainers.orth_cal import ProjectedText, calibrated
 from torch import Tensor
 
-from oodprompt import groups
 from oodprompt.backbones import tokenize
-from oodprompt.contracts import Alignment
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import span
+from oodprompt.methods import attributes
+from oodprompt.methods.attributes import span
+from oodprompt.methods.contracts import Alignment
 from tests.trainers.conftest import Build
 
 Run = Callable[..., dict[str, Any]]
@@ -195,7 +195,7 @@ def test_needs_names(build: Build) -> None:
 
 
 def test_prompts_that_leave_nothing_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "span", lambda vectors: torch.eye(128, dtype=torch.float64))
+    monkeypatch.setattr(attributes, "span", lambda vectors: torch.eye(128, dtype=torch.float64))
     with pytest.raises(UserError, match="ATTRIBUTE_PROMPTS: the prompts span all 128 dimensions"):
         build("OrthCal")
 

@@ -14,10 +14,10 @@ from oodprompt.trainers.promptsrc import SelfRegulatedLearner
 from torch import Tensor
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import Alignment
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
-from oodprompt.templates import PROMPTSRC_TEMPLATES
+from oodprompt.methods.contracts import Alignment
+from oodprompt.methods.templates import PROMPTSRC_TEMPLATES
 from tests.trainers.conftest import (
     Build,
     Towers,

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from oodprompt import cli
 from oodprompt.backbones import tokenize
-from oodprompt.contracts import Step
-from oodprompt.discovery.report import read_discovery
 from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Step
+from oodprompt.reports.discovery import read_discovery
 from tests.conftest import REPOSITORY
 from tests.trainers.test_resampling import assert_resumes
 

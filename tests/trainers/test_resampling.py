@@ -15,7 +15,7 @@ from oodprompt.trainers.resampling import balanced_draws, balanced_subset
 from oodprompt import cli
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.groups import Split
+from oodprompt.methods.splits import Split
 from tests.conftest import interrupted_at
 from tests.test_resume import assert_same_outcome
 

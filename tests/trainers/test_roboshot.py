@@ -14,9 +14,9 @@ from oodprompt.trainers import roboshot
 from oodprompt.trainers.roboshot import RobustFeatures
 from torch import Tensor
 
-from oodprompt.contracts import Alignment
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment
 from tests.trainers.conftest import Build
 from tests.trainers.test_orth_cal import text_of
 

@@ -11,8 +11,8 @@ from oodprompt.trainers.vpt import VisualPromptLearner
 from torch import Tensor
 
 from oodprompt.backbones import CLIP
-from oodprompt.contracts import PromptLearner
 from oodprompt.errors import UserError
+from oodprompt.methods.contracts import PromptLearner
 from tests.trainers.conftest import (
     Build,
     Towers,

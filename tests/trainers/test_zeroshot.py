@@ -13,10 +13,10 @@ from oodprompt.trainers.zeroshot import EnsembledPrompts, FixedPrompts
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, tokenize
-from oodprompt.engine.config import get_cfg_default
+from oodprompt.config.keys import get_cfg_default
 from oodprompt.errors import UserError
-from oodprompt.prompts import class_text_features
-from oodprompt.templates import PROMPTSRC_TEMPLATES, expand_templates
+from oodprompt.methods.prompts import class_text_features
+from oodprompt.methods.templates import PROMPTSRC_TEMPLATES, expand_templates
 from tests.trainers.conftest import CLASSES, NAMES, Build, Towers, make_learner
 
 KEY = "TRAINER.ZEROSHOT.TEMPLATES"

@@ -1,1 +1,0 @@
-"""The controlled evaluation of RaVL: images with a planted spurious correlation, and what is measured there."""

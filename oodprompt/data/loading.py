@@ -1,0 +1,166 @@
+"""From file lists to batches: ``DataManager`` builds the data set and its loaders.
+
+Every random transform depends on (seed, epoch, index) alone, whatever the number of workers and processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
+
+from oodprompt.data import seeding
+from oodprompt.data.dataset import Datum, attribute_name, build_dataset
+from oodprompt.data.images import read_image
+from oodprompt.data.sampling import EpochBatches
+from oodprompt.data.transforms import build_transform
+from oodprompt.errors import UserError
+
+Batch = dict[str, Any]
+
+
+class DatasetWrapper(Dataset):
+    """Reads and transforms one image: (index, seed) -> dict with img, label, domain, attribute, impath, index.
+
+    ``room`` is how many bytes of transformed images may stay in memory (``kept``); where nothing is random.
+    """
+
+    def __init__(self, data_source: Sequence[Datum], transform: Callable) -> None:
+        self.data_source, self.transform = data_source, transform
+        self.room, self.kept = 0, {}
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
+        index, seed = item
+        datum = self.data_source[index]
+        image = self.kept.get(index)
+        if image is None:
+            try:
+                image = read_image(datum.impath)
+            except UserError as error:
+                return error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
+            with _random_numbers_from(seed):
+                image = self.transform(image)
+            if self.room >= image.nbytes:
+                self.kept[index], self.room = image, self.room - image.nbytes
+        return {
+            "img": image,
+            "label": datum.label,
+            "domain": datum.domain,
+            "attribute": datum.attribute,
+            "impath": datum.impath,
+            "index": index,
+        }
+
+
+@contextlib.contextmanager
+def _random_numbers_from(seed: int) -> Iterator[None]:
+    """Python's and torch's random numbers on the CPU come from ``seed``; then go on as if nothing had been drawn."""
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU too
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+
+
+class _Collate:
+    """Stacks items into a batch. A process may get no item of a small last batch: then tensors of length 0."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, items: list[Batch | UserError]) -> Batch | UserError:
+        for item in items:
+            if isinstance(item, UserError):
+                return item
+        images = torch.stack([item["img"] for item in items]) if items else torch.empty(0, 3, *self.size)
+        batch: Batch = {"img": images, "impath": [item["impath"] for item in items]}
+        for key in ("label", "domain", "attribute", "index"):
+            batch[key] = torch.tensor([item[key] for item in items], dtype=torch.long)
+        return batch
+
+
+class Loader:
+    """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch."""
+
+    def __init__(self, cfg: CfgNode, data: Sequence[Datum], transform: Callable, batches: EpochBatches) -> None:
+        workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
+        self.batches, self.dataset = batches, DatasetWrapper(data, transform)
+        # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
+        self._generator = torch.Generator()
+        self._loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_Collate(tuple(cfg.INPUT.SIZE)),
+            pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
+            generator=self._generator,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.epoch = epoch
+
+    def keep_images(self) -> None:
+        """Keep transformed images, for those who come back in every epoch; not in workers, which end with the epoch."""
+        if not self._loader.num_workers:
+            self.dataset.room = int(self.batches.cfg.DATALOADER.IMAGE_CACHE_MIB * 2**20)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._generator.manual_seed(seeding.derive_seed(self.batches.cfg.SEED, seeding.AUGMENT, self.batches.epoch))
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class DataManager:
+    """Builds the data set and its loaders: ``train_loader_x``, ``val_loader`` (or None), ``test_loader``."""
+
+    def __init__(self, cfg: CfgNode, rank: int = 0, num_processes: int = 1) -> None:
+        self.cfg, self.dataset = cfg, build_dataset(cfg)
+        self.rank, self.num_processes = rank, num_processes
+        self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
+        if "normalize" not in cfg.INPUT.TRANSFORMS:
+            print("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
+        if cfg.DATALOADER.K_TRANSFORMS != 1 or cfg.DATALOADER.RETURN_IMG0:
+            raise UserError("DATALOADER.K_TRANSFORMS and RETURN_IMG0 are not offered here; leave them at 1 and False")
+        self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
+        self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)
+        self.val_loader = self.loader(self.dataset.val) if self.dataset.val else None
+        self.test_loader = self.loader(self.dataset.test)
+
+    def loader(self, data: Sequence[Datum], is_train: bool = False, transform: Callable | None = None) -> Loader:
+        """A loader over ``data``; test order and test transform unless ``is_train``."""
+        batches = EpochBatches(self.cfg, data, is_train, self.rank, self.num_processes)
+        transform = transform or (self.transform_train if is_train else self.transform_test)
+        return Loader(self.cfg, data, transform, batches)
+
+    def summary(self) -> list[tuple[str, Any]]:
+        """What a person wants to know of the data before training starts."""
+        data = self.dataset
+        rows: list[tuple[str, Any]] = [
+            ("Dataset", self.cfg.DATASET.NAME),
+            ("# classes", f"{self.num_classes:,}"),
+            ("# train_x", f"{len(data.train_x):,}"),
+            ("# val", f"{len(data.val):,}"),
+            ("# test", f"{len(data.test):,}"),
+        ]
+        if data.has_attributes:
+            groups = Counter((d.label, d.attribute) for d in data.train_x)
+            for (label, attribute), n in sorted(groups.items()):
+                rows.append((f"# train_x: {self.lab2cname[label]} / {attribute_name(data, attribute)}", f"{n:,}"))
+        return rows

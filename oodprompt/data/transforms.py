@@ -1,0 +1,112 @@
+"""The transforms of training and test images, as Dassl composes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+from yacs.config import CfgNode
+
+from oodprompt.errors import UserError, nearest
+
+INTERPOLATION_MODES = {
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "nearest": InterpolationMode.NEAREST,
+}
+
+
+class _InstanceNorm:
+    """Zero mean and unit variance per channel of one image."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - x.mean((1, 2), keepdim=True)) / (x.std((1, 2), keepdim=True) + 1e-8)
+
+
+class _GaussianNoise:
+    def __init__(self, mean: float, std: float) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) * self.std + self.mean
+
+
+class _Cutout:
+    """Black out ``holes`` squares of side ``length`` around random centres."""
+
+    def __init__(self, holes: int, length: int) -> None:
+        self.holes, self.length = holes, length
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        _, height, width = x.shape
+        for _ in range(self.holes):
+            top = int(torch.randint(height, ())) - self.length // 2
+            left = int(torch.randint(width, ())) - self.length // 2
+            x[:, max(top, 0) : top + self.length, max(left, 0) : left + self.length] = 0
+        return x
+
+
+def _mode(cfg: CfgNode) -> InterpolationMode:
+    if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
+        raise UserError(f"INPUT.INTERPOLATION: unknown mode: {nearest(cfg.INPUT.INTERPOLATION, INTERPOLATION_MODES)}")
+    return INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]
+
+
+# Training transforms by name, in the order in which they are applied: on the image, then on the tensor.
+_ON_IMAGE: dict[str, Callable[[CfgNode], Any]] = {
+    "random_crop": lambda c: T.RandomCrop(tuple(c.INPUT.SIZE), padding=c.INPUT.CROP_PADDING),
+    "random_resized_crop": lambda c: T.RandomResizedCrop(
+        tuple(c.INPUT.SIZE), scale=tuple(c.INPUT.RRCROP_SCALE), interpolation=_mode(c)
+    ),
+    "center_crop": lambda c: T.CenterCrop(tuple(c.INPUT.SIZE)),
+    "random_flip": lambda c: T.RandomHorizontalFlip(),
+    "imagenet_policy": lambda c: T.AutoAugment(T.AutoAugmentPolicy.IMAGENET),
+    "cifar10_policy": lambda c: T.AutoAugment(T.AutoAugmentPolicy.CIFAR10),
+    "svhn_policy": lambda c: T.AutoAugment(T.AutoAugmentPolicy.SVHN),
+    "randaugment": lambda c: T.RandAugment(c.INPUT.RANDAUGMENT_N, c.INPUT.RANDAUGMENT_M),
+    "colorjitter": lambda c: T.ColorJitter(
+        c.INPUT.COLORJITTER_B, c.INPUT.COLORJITTER_C, c.INPUT.COLORJITTER_S, c.INPUT.COLORJITTER_H
+    ),
+    "randomgrayscale": lambda c: T.RandomGrayscale(c.INPUT.RGS_P),
+    "gaussian_blur": lambda c: T.RandomApply([T.GaussianBlur(c.INPUT.GB_K)], p=c.INPUT.GB_P),
+}
+_ON_TENSOR: dict[str, Callable[[CfgNode], Any]] = {
+    "cutout": lambda c: _Cutout(c.INPUT.CUTOUT_N, c.INPUT.CUTOUT_LEN),
+    "normalize": lambda c: T.Normalize(c.INPUT.PIXEL_MEAN, c.INPUT.PIXEL_STD),
+    "gaussian_noise": lambda c: _GaussianNoise(c.INPUT.GN_MEAN, c.INPUT.GN_STD),
+    "instance_norm": lambda c: _InstanceNorm(),
+}
+_NOT_RANDOM = {"center_crop", "normalize", "instance_norm"}
+
+
+def build_transform(cfg: CfgNode, is_train: bool = True) -> T.Compose:
+    """The transform of training or test images, as Dassl composes it.
+
+    Training: resize to SIZE (unless a random crop does), the named transforms, tensor, normalisation.
+    Test: resize the short edge to max(SIZE), centre crop, tensor, normalisation; with bicubic this is CLIP's own.
+    """
+    names = () if cfg.INPUT.NO_TRANSFORM else tuple(cfg.INPUT.TRANSFORMS)
+    for name in names:
+        if name not in _ON_IMAGE and name not in _ON_TENSOR:
+            raise UserError(f"INPUT.TRANSFORMS: unknown transform {name!r}: {nearest(name, [*_ON_IMAGE, *_ON_TENSOR])}")
+    size = tuple(cfg.INPUT.SIZE)
+    if is_train:
+        cropped = {"random_crop", "random_resized_crop"} & set(names)
+        steps = [] if cropped else [T.Resize(size, interpolation=_mode(cfg))]
+        steps += [make(cfg) for name, make in _ON_IMAGE.items() if name in names]
+        steps.append(T.ToTensor())
+        steps += [make(cfg) for name, make in _ON_TENSOR.items() if name in names]
+    else:
+        steps = [T.Resize(max(size), interpolation=_mode(cfg)), T.CenterCrop(size), T.ToTensor()]
+        steps += [_ON_TENSOR[name](cfg) for name in ("normalize", "instance_norm") if name in names]
+    return T.Compose(steps)
+
+
+def is_random(cfg: CfgNode) -> bool:
+    """Whether the training transform draws random numbers."""
+    return not cfg.INPUT.NO_TRANSFORM and any(name not in _NOT_RANDOM for name in cfg.INPUT.TRANSFORMS)

@@ -1,0 +1,1 @@
+"""Image features of whole splits: computed once, kept, and encoded."""

@@ -1,0 +1,147 @@
+"""Image features of whole splits: computed once, kept, and sliced into batches instead of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from oodprompt.data.dataset import Datum
+from oodprompt.data.distributed import sum_over_processes
+from oodprompt.data.loading import Batch, DataManager, Loader
+from oodprompt.data.sampling import EpochBatches
+from oodprompt.data.transforms import is_random
+from oodprompt.errors import UserError, nearest
+from oodprompt.features.cache import FeatureCache, Views
+
+_CHOICES = ("auto", "memory", "disk", "off")
+
+
+class FeatureLoader:
+    """Batches of the same images in the same order as ``Loader``, with ``image_features`` in place of ``img``.
+
+    Epoch e takes view e mod V of ``features``; rows of memory-mapped views are moved to ``device`` batch by batch.
+    """
+
+    def __init__(
+        self, features: Views, data: list[Datum], batches: EpochBatches, device: torch.device | str = "cpu"
+    ) -> None:
+        self.features, self.data, self.batches, self.device = features, data, batches, device
+        self._columns = {
+            key: torch.tensor([getattr(datum, key) for datum in data]) for key in ("label", "domain", "attribute")
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        view = self.features[self.batches.epoch % len(self.features)]
+        for part in self.batches.parts():
+            index = torch.from_numpy(part.astype(np.int64))
+            yield {
+                "image_features": rows_of(view, index, self.device),
+                "index": index,
+                "impath": [self.data[i].impath for i in index.tolist()],
+                **{key: column[index] for key, column in self._columns.items()},
+            }
+
+
+def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str) -> Tensor:
+    """Rows ``index`` of a view [N, d]; of a memory-mapped one only they are read, and moved to ``device``."""
+    if isinstance(view, Tensor):
+        return view[index.to(view.device)]
+    return torch.from_numpy(view[index.numpy()]).to(device)  # indexing with an array copies: the file stays untouched
+
+
+def whole(view: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """All of a view [N, d], on ``device``."""
+    return view if isinstance(view, Tensor) else torch.from_numpy(np.array(view)).to(device)
+
+
+def views_to_cache(cfg: CfgNode, trains_image_tower: bool, own_encoder: bool = False) -> int:
+    """How many views of each training image the cache holds; 0: images are encoded at every step.
+
+    ``own_encoder``: the prompt learner encodes images otherwise than by CLIP alone, from which files are named.
+    Raises ``UserError`` when DATALOADER.FEATURE_CACHE insists on what cannot be.
+    """
+    choice = cfg.DATALOADER.FEATURE_CACHE
+    if choice not in _CHOICES:
+        raise UserError(f"DATALOADER.FEATURE_CACHE: unknown choice {choice!r}: {nearest(choice, _CHOICES)}")
+    if choice == "off":
+        return 0
+    insists = choice in ("memory", "disk")
+    if trains_image_tower:
+        if insists:
+            raise UserError(
+                f"DATALOADER.FEATURE_CACHE {choice}: this prompt learner trains the image tower; use auto or off"
+            )
+        return 0
+    if own_encoder and choice == "disk":
+        raise UserError(
+            "DATALOADER.FEATURE_CACHE disk: this prompt learner encodes images in its own way, which files are not "
+            "named by; use auto, memory or off"
+        )
+    if cfg.INPUT.VIEWS > 0:
+        return cfg.INPUT.VIEWS
+    if not is_random(cfg):
+        return 1
+    if insists:
+        raise UserError(
+            f"DATALOADER.FEATURE_CACHE {choice}: INPUT.TRANSFORMS are random; say with INPUT.VIEWS how many views to keep"
+        )
+    return 0
+
+
+@torch.no_grad()
+def extract(encode: Callable[[Tensor], Tensor], loader: Loader, title: str, show: bool = True) -> Tensor:
+    """Features of every image of ``loader`` by its index, [N, d] on the encoder's device; processes share the work."""
+    features: Tensor | None = None
+    with tqdm(total=len(loader.dataset), desc=title, unit="image", disable=None if show else True, leave=False) as bar:
+        for batch in loader:
+            z = encode(batch["img"])
+            if features is None:
+                features = z.new_zeros(len(loader.dataset), z.shape[1])
+            features[batch["index"].to(z.device)] = z
+            bar.update(len(z))
+    return sum_over_processes(features)
+
+
+def train_views(
+    data: DataManager,
+    encode: Callable[[Tensor], Tensor],
+    views: int,
+    show: bool = True,
+    cache: FeatureCache | None = None,
+) -> Views:
+    """``views`` views of the training images, [views, N, d]; one view is the test transform where the training
+    transform is random, and the training transform itself where it is not.
+    """
+    is_train = views > 1 or not is_random(data.cfg)
+    transform = data.transform_train if is_train else data.transform_test
+
+    def compute(view: int) -> Tensor:
+        loader = data.loader(data.dataset.train_x, transform=transform)
+        loader.set_epoch(view)
+        return extract(encode, loader, f"Features of training images, view {view + 1}/{views}", show)
+
+    if cache is None:
+        return torch.stack([compute(view) for view in range(views)])
+    return cache.views("train", data.dataset.train_x, views, is_train, compute)
+
+
+def evaluation_view(
+    split: str, images: Loader, encode: Callable[[Tensor], Tensor], show: bool = True, cache: FeatureCache | None = None
+) -> Views:
+    """The one view of the images of an evaluation split, [1, N, d]."""
+
+    def compute(view: int) -> Tensor:
+        return extract(encode, images, f"Features of {split} images", show)
+
+    return compute(0)[None] if cache is None else cache.views(split, images.dataset.data_source, 1, False, compute)

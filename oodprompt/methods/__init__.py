@@ -1,0 +1,1 @@
+"""What the author of a method uses: the contracts, prompts, groups, measures of dependence."""

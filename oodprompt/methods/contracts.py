@@ -1,0 +1,264 @@
+"""The two contracts that carry everything: a *prompt learner* makes an alignment, a *debiaser* adds to its objective.
+
+Prompt learners know nothing of debiasers, debiasers nothing of which prompt learner they wrap; the engine combines
+them, so any of one goes with any of the other, and debiasers stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP
+from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
+from oodprompt.methods.groups import Groups
+from oodprompt.methods.splits import Split
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a prompt learner makes of a batch.
+
+    ``image_features`` [B, d] and ``text_features`` [C, d] (or [B, C, d] when prompts depend on the image), both
+    L2-normalised (but for LinearProbe, whose class vectors have a length); ``logit_scale`` is the exp of CLIP's
+    parameter. ``frozen_image_features`` [B, d] are those of CLIP as released, of the same views of the images, and
+    ``caption_features`` [B, d] CLIP's normalised text features of the images' captions; the engine adds them in
+    training for learners that ask (``needs_frozen_features``, ``needs_captions``).
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    frozen_image_features: Tensor | None = None
+    caption_features: Tensor | None = None
+
+    def compare(self, image_features: Tensor) -> Tensor:
+        """``logit_scale * <image, text>`` for other normalised image features [B, d] -> [B, C]."""
+        if self.text_features.ndim == 2:
+            return self.logit_scale * image_features @ self.text_features.T
+        return self.logit_scale * (self.text_features @ image_features.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, C]."""
+        return self.compare(self.image_features)
+
+
+# What upstream's checkpoints hold of the frozen towers beside the prompts (named VPT), for ``PromptLearner.foreign``.
+TOWERS = r"(image|text)_encoder\.(?!.*VPT)|logit_scale$"
+
+
+class PromptLearner(nn.Module):
+    """Base of prompt learners. Parameters and buffers are what its checkpoint holds; the frozen CLIP is neither.
+
+    Attributes: ``model_name``, the folder of its checkpoints (upstream's registered name); ``not_loaded``, state-dict
+    keys that are left as they are when a model is loaded for evaluation (what depends on the class names);
+    ``foreign``, a pattern of the keys that upstream's checkpoints have beyond ours and that are passed over;
+    ``trains_image_tower``, whether image features change during training (so that they must not be cached);
+    ``needs_frozen_features`` and ``needs_captions``, whether alignments carry ``frozen_image_features`` and
+    ``caption_features`` in training; ``ce_weight``, the weight of the cross-entropy in its objective.
+    """
+
+    model_name = "prompt_learner"
+    not_loaded: tuple[str, ...] = ()
+    foreign = ""
+    trains_image_tower = False
+    needs_frozen_features = False
+    needs_captions = False
+    ce_weight = 1.0
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
+        super().__init__()
+        self.classnames = [name.replace("_", " ") for name in classnames]
+        self.__dict__["clip"] = clip  # not registered: neither trained nor saved with the learner
+
+    @property
+    def encodes_as_clip(self) -> bool:
+        """Whether ``encode_image`` is that of CLIP as it was released."""
+        own = type(self)
+        same = own.encode_image is PromptLearner.encode_image and own.visual_prompts is PromptLearner.visual_prompts
+        return same and self.image_clip is self.clip
+
+    @property
+    def image_clip(self) -> CLIP:
+        """The CLIP whose image tower is used."""
+        return self.clip
+
+    def visual_prompts(self) -> tuple[Any, ...]:
+        """What goes into the image tower beside images: prompts and deep prompts, as ``CLIP.encode_image`` takes them."""
+        return ()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Preprocessed images [B, 3, R, R] -> L2-normalised features [B, d]."""
+        return F.normalize(self.image_clip.encode_image(images, *self.visual_prompts()).float(), dim=-1)
+
+    def encode_regions(self, images: Tensor, boxes: Sequence[Tensor], how: str = "auto") -> Tensor:
+        """Images and their boxes, B tensors [n_i, 4] -> L2-normalised features of the regions [sum n_i, d].
+
+        ``how`` as in ``CLIP.region_features``.
+        """
+        z = self.image_clip.region_features(images, boxes, how, self.visual_prompts())
+        return F.normalize(z.float(), dim=-1)
+
+    def forward(self, image_features: Tensor) -> Alignment:
+        """L2-normalised image features [B, d] -> alignment."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def penalty(self, alignment: Alignment) -> Tensor | None:
+        """A scalar that the learner itself adds to the loss, or None."""
+        return None
+
+    def backward(self, loss: Tensor, alignment: Alignment, scale: Callable[[Tensor], Tensor]) -> None:
+        """Gradients of ``scale(loss)``; a method that combines gradients of several losses does it here."""
+        scale(loss).backward()
+
+    def after_epoch(self, epoch: int) -> None:
+        """Called after each epoch (0-based), before it is evaluated and saved."""
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        """The PREC key of this learner."""
+        return "fp32"
+
+
+@dataclass(frozen=True)
+class StepRegions:
+    """The regions of a batch: normalised ``features`` [m, d], by the learner; ``image`` [m], the row of the batch that
+    each belongs to; ``index`` [m] into the regions of the training split.
+    """
+
+    features: Tensor
+    image: Tensor
+    index: Tensor
+
+
+@dataclass
+class Step:
+    """One training step as a debiaser sees it, over the whole batch of all processes.
+
+    ``alignment`` of the batch; ``logits`` [B, C] of the prediction in force (a debiaser's, else the alignment's);
+    ``label`` [B]; ``attribute`` [B] true attributes (-1: unknown) for methods that may see them; ``index`` [B] into
+    the training split; ``regions`` of the images where a debiaser asks for them (``takes_regions``).
+    """
+
+    alignment: Alignment
+    logits: Tensor
+    label: Tensor
+    attribute: Tensor
+    index: Tensor
+    regions: StepRegions | None = None
+
+
+@dataclass
+class Contribution:
+    """What a debiaser adds to the objective  mean(weight * (ce_weight CE + per_sample_loss)) + penalty.
+
+    ``per_sample_loss`` [B] is added to the cross-entropy of the prediction, ``sample_weights`` [B] multiply it,
+    ``penalty`` is a scalar; ``log`` holds scalars to print.
+    """
+
+    per_sample_loss: Tensor | None = None
+    sample_weights: Tensor | None = None
+    penalty: Tensor | None = None
+    log: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a debiaser is built from, besides the configuration.
+
+    ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS,
+    ``num_groups()`` how many there are and ``check_groups(split)`` whether they can be known (else ``UserError``), both
+    without asking for image features; ``pseudo`` the pseudo-attributes; ``discovered`` what discovery finds in the
+    model without any debiaser, as an attribute and as regions; ``autocast()`` the precision of the towers;
+    ``features_are_frozen`` says whether image features stay those of CLIP as it was released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
+    stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
+    training images ``choose`` (None: all), and returns it with its logits on the training split [N, C].
+    ``outputs(split)`` gives image features [N, d] and logits [N, C] of the model as it stands. Both read the images
+    without augmentation where they evaluate, in the split's order.
+    """
+
+    clip: CLIP
+    classnames: Sequence[str]
+    attribute_names: Sequence[str]
+    train: Split
+    val: Split | None
+    pseudo: PseudoAttributes
+    discovered: DiscoveredAttributes
+    groups: Callable[[Split], Groups]
+    num_groups: Callable[[], int]
+    check_groups: Callable[[Split], None]
+    autocast: Callable[[], AbstractContextManager]
+    features_are_frozen: bool
+    learner: PromptLearner
+    fit_alone: Callable[[int, Tensor | None], tuple[PromptLearner, Tensor]]
+    outputs: Callable[[Split], tuple[Tensor, Tensor]]
+
+
+class Debiaser(nn.Module):
+    """Base of debiasers. Its parameters (trained with their own rate) and buffers are in its checkpoint."""
+
+    model_name = "debiaser"
+    predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
+    chooses_images = False  # whether ``epoch_order`` takes the place of the sampler; one debiaser of a stack may
+    balances_groups = False  # whether it then draws all groups equally often
+    balances_by = ""  # whose sizes its weights make up for: of the groups in training ("size") or in the "batch"
+    takes_regions = False  # whether steps carry the regions of the images
+
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__()
+
+    @classmethod
+    def default_base(cls, cfg: CfgNode) -> str:
+        """What goes under it when TRAINER.BASE is empty."""
+        return "CoOp"
+
+    @classmethod
+    def learning_rate(cls, cfg: CfgNode) -> float:
+        """Base learning rate of the debiaser's own parameters."""
+        return cfg.OPTIM.LR
+
+    def check(self) -> None:
+        """Called when training starts, ahead of any long work: refuse what cannot be."""
+
+    def before_train(self) -> None:
+        """Called once, before the first epoch (also after a resume)."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Called before each epoch (0-based)."""
+
+    def after_epoch(self, epoch: int) -> None:
+        """Called after each epoch (0-based), before it is evaluated and saved."""
+
+    def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """Indices into the training split of an epoch, in order; used when ``chooses_images``.
+
+        Every epoch must have the same number of images.
+        """
+        raise NotImplementedError
+
+    def by_group(self) -> dict[str, dict[str, float]]:
+        """What is to be drawn by epoch: name of a quantity -> name of a group -> its value after the epoch."""
+        return {}
+
+    def before_step(self) -> None:
+        """Called before each step's prediction; may say which parameters the step leaves alone (requires_grad)."""
+
+    def predict(self, alignment: Alignment) -> Tensor:
+        """Logits [B, C]; used when ``predicts``."""
+        return alignment.logits
+
+    def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
+        """Further logits [B, C] by name, reported beside the prediction."""
+        return {}
+
+    def contribute(self, step: Step) -> Contribution:
+        """Losses, weights and penalties of one step."""
+        return Contribution()

@@ -1,0 +1,217 @@
+"""What prompt learners share: context vectors among a prompt's tokens, prompt vectors of a tower, fixed prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP, encode, tokenize
+from oodprompt.errors import UserError, nearest
+
+INIT_STD = 0.02  # of random context vectors, in every method
+
+
+def class_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """l2norm of the mean over ``templates`` ("a photo of a {}.") of each class's text features; [C, d], no gradient."""
+    if isinstance(templates, str):
+        raise TypeError(f"templates: a list of them is wanted, [{templates!r}]")
+    device = clip.logit_scale.device
+    with torch.no_grad():
+        features = [
+            clip.encode_text(tokenize([template.replace("{}", name) for name in classnames]).to(device))
+            for template in templates
+        ]
+    return F.normalize(torch.stack(features).float().mean(dim=0), dim=-1)
+
+
+def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[str, Tensor]:
+    """The text ahead of the class name, and context vectors [M, e] for its first M = ``n_ctx`` tokens.
+
+    With ``words`` these are the embeddings of the words' first tokens; the words that remain stay frozen in the
+    prompt. Without, N(0, 0.02^2). ``UserError`` names ``key`` when M is not possible.
+    """
+    if n_ctx < 1:
+        raise UserError(f"{key}: {n_ctx} context vectors are not possible; give 1 or more")
+    if not words:
+        return " ".join(["X"] * n_ctx), INIT_STD * torch.randn(n_ctx, clip.shape.text_width)
+    if len(encode(words)) < n_ctx:
+        raise UserError(f"{key}: the {len(encode(words))} tokens of {words!r} are fewer than {n_ctx} context vectors")
+    device = clip.logit_scale.device
+    with torch.no_grad():
+        return words, clip.token_embedding(tokenize(words).to(device))[0, 1 : 1 + n_ctx].clone()
+
+
+def given_words(keys: CfgNode, section: str) -> str:
+    """The words of CTX_INIT; ``UserError`` for True, which says that there are words but not which."""
+    if keys.CTX_INIT == "True":
+        raise UserError(
+            f"{section}.CTX_INIT: True means something for CoOp, CoCoOp, KgCoOp and ProGrad only; give words"
+        )
+    return keys.CTX_INIT.replace("_", " ").strip()
+
+
+def padded_context(clip: CLIP, key: str, n_ctx: int, words: str) -> tuple[str, Tensor]:
+    """As ``initial_context``, with the words in the last of ``n_ctx`` vectors and zeros ahead of them."""
+    count = len(words.split())
+    if n_ctx < count:
+        raise UserError(f"{key}: {n_ctx} context vectors do not hold the {count} words {words!r}")
+    _, context = initial_context(clip, key, count, words)
+    return " ".join(["X"] * (n_ctx - count) + [words]), F.pad(context, (0, 0, n_ctx - count, 0))
+
+
+def words_of_template(template: str) -> str:
+    """What a template says ahead of the class name: "a photo of a {}." -> "a photo of a"; ``UserError`` if nothing."""
+    words = template.split("{}")[0].strip()
+    if not words:
+        raise UserError(
+            f"CTX_INIT True takes the words ahead of the class name, and the template {template!r} has none: give words, "
+            "or another DATASET.TEMPLATE"
+        )
+    return words
+
+
+def context_of(clip: CLIP, keys: CfgNode, section: str, template: str) -> tuple[str, Tensor]:
+    """The text ahead of the class name and the initial context [M, e] that N_CTX and CTX_INIT of ``section`` ask for.
+
+    CTX_INIT: words, all of them learned (M is their number); True: the template's words in the last of N_CTX vectors,
+    zeros ahead of them; empty: N_CTX random vectors.
+    """
+    if keys.CTX_INIT == "True":
+        return padded_context(clip, f"{section}.N_CTX", keys.N_CTX, words_of_template(template))
+    words = given_words(keys, section)
+    return initial_context(clip, f"{section}.N_CTX", len(words.split()) if words else keys.N_CTX, words)
+
+
+class ContextPrompts:
+    """Prompts "[SOS] [V]_1 ... [V]_M rest of the prefix, class name . [EOT]" around learned context vectors.
+
+    Registers in ``holder`` the parameter ``ctx`` [M, e] (or [C, M, e]: class-specific) and, as upstream's checkpoints
+    have them, the frozen embeddings around it: ``token_prefix`` [C, 1, e] and ``token_suffix`` [C, 76 - M, e].
+
+    ``words`` is the text ahead of the class name, ``context`` the initial values of its first M tokens, ``position``
+    where the class name stands among them: end, middle (behind the first M // 2) or front.
+    """
+
+    def __init__(
+        self,
+        holder: nn.Module,
+        clip: CLIP,
+        classnames: Sequence[str],
+        words: str,
+        context: Tensor,
+        position: str = "end",
+    ) -> None:
+        self.holder, self.clip, device = holder, clip, clip.logit_scale.device
+        n_ctx = context.shape[-2]
+        tokens = tokenize([f"{words} {name}." for name in classnames])
+        with torch.no_grad():
+            embedding = clip.token_embedding(tokens.to(device))
+        holder.ctx = nn.Parameter(context.to(device))
+        holder.register_buffer("token_prefix", embedding[:, :1])
+        holder.register_buffer("token_suffix", embedding[:, 1 + n_ctx :].clone())
+        order = _token_order(position, classnames, n_ctx, len(encode(words)), tokens.shape[1])
+        # What stands at each place: a context vector (negative) or a frozen token; equal columns are shared.
+        content = tokens.gather(1, order)
+        own = torch.arange(len(classnames)).unsqueeze(1) * (n_ctx + 1) if context.ndim == 3 else 0
+        content = torch.where((order >= 1) & (order <= n_ctx), -(order + own), content)
+        differs = (content != content[0]).any(dim=0)
+        ends = tokens.argmax(dim=-1)
+        self.shared = min(int(ends.min()), int(differs.int().argmax()) if differs.any() else tokens.shape[1])
+        self.lengths = tuple((ends + 1 - self.shared).tolist())
+        self.prefix_order = order[0, : self.shared].to(device)
+        self.suffix_order = order[:, self.shared : int(ends.max()) + 1].to(device)
+        self.suffix_is_frozen = position == "end" and self.shared > n_ctx
+
+    def text_features(self, ctx: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
+        """L2-normalised text features [C, d]; [B, C, d] for contexts ``ctx`` [B, M, e] that depend on the image.
+
+        ``deep`` prompts [M, e] replace the context ahead of blocks 1, 2, ....
+        """
+        holder = self.holder
+        n_ctx = holder.ctx.shape[-2]
+        by_image = ctx is not None
+        ctx = holder.ctx if ctx is None else ctx
+        lead = ctx.shape[:1] if by_image else ()
+        first = ctx[0] if ctx.ndim == 3 and not by_image else ctx
+        sos, rest = (t[0].expand(*lead, -1, -1) for t in (holder.token_prefix, holder.token_suffix))
+        prefix = torch.cat([sos, first, rest], dim=-2).index_select(-2, self.prefix_order)
+        if self.suffix_is_frozen:
+            suffix = holder.token_suffix[:, self.shared - 1 - n_ctx :]
+        else:
+            everyone = ctx if ctx.ndim == 3 else ctx.expand(len(self.lengths), -1, -1)
+            embeddings = torch.cat([holder.token_prefix, everyone, holder.token_suffix], dim=1)
+            suffix = embeddings.gather(1, self.suffix_order.unsqueeze(-1).expand(-1, -1, embeddings.shape[-1]))
+        return F.normalize(self.clip.encode_prompts(prefix, suffix, self.lengths, deep).float(), dim=-1)
+
+
+def _token_order(position: str, classnames: Sequence[str], n_ctx: int, ahead: int, length: int) -> Tensor:
+    """For every class, which token of (SOS, the ``ahead`` tokens ahead of the name, name and rest) stands at each place.
+
+    The first ``n_ctx`` of those ahead are context vectors. Returns [C, length].
+    """
+    before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}  # context vectors ahead of the name
+    if position not in before:
+        raise UserError(f"TRAINER.COOP.CLASS_TOKEN_POSITION: unknown place {position!r}: {nearest(position, before)}")
+    if position == "end":
+        return torch.arange(length).expand(len(classnames), -1)
+    rows = []
+    for name in classnames:
+        context = list(range(1, 1 + ahead))
+        name_tokens = list(range(1 + ahead, 1 + ahead + len(encode(name))))
+        head = [0, *context[: before[position]], *name_tokens, *context[before[position] :]]
+        rows.append(head + list(range(len(head), length)))
+    return torch.tensor(rows)
+
+
+class TowerPrompts(nn.Module):
+    """Prompt vectors of one tower, under the names of upstream's checkpoints.
+
+    ``VPT`` [M, width] enter beside the tokens (image tower; the text tower's are the context), and
+    ``transformer.resblocks.<i>.VPT_shallow`` [M, width] replace them ahead of block i = 1 ... depth - 1.
+    """
+
+    def __init__(self, n_ctx: int, width: int, depth: int, enters: bool) -> None:
+        super().__init__()
+        self.depth = depth  # the number of blocks that have prompts of their own
+        if enters and depth > 0:
+            self.VPT = nn.Parameter(INIT_STD * torch.randn(n_ctx, width))
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleDict({str(i): nn.Module() for i in range(1, depth)})
+        for block in self.transformer.resblocks.values():
+            block.VPT_shallow = nn.Parameter(INIT_STD * torch.randn(n_ctx, width))
+
+    def deep(self) -> list[Tensor]:
+        """The prompts of blocks 1, 2, ..., each [M, width]."""
+        return [block.VPT_shallow for block in self.transformer.resblocks.values()]
+
+
+def visual_prompts(clip: CLIP, trainer: str, n_ctx: int, depth: int) -> TowerPrompts:
+    """Prompts of the image tower in its first ``depth`` blocks; ``UserError`` when ``clip`` cannot take them."""
+    if depth > 0:
+        need_vit(clip, trainer)
+        if n_ctx < 1:
+            raise UserError(f"{trainer}: {n_ctx} visual prompts are not possible; give N_CTX_VISION 1 or more")
+    width = clip.shape.vision_width
+    layers = clip.shape.vision_layers if clip.takes_visual_prompts else 0
+    return TowerPrompts(n_ctx, width, depth_within(depth, layers, f"{trainer}, image tower"), enters=True)
+
+
+def need_vit(clip: CLIP, trainer: str) -> None:
+    """``UserError`` when the image tower is a ResNet."""
+    if not clip.takes_visual_prompts:
+        raise UserError(
+            f"{trainer} puts prompts among the tokens of the image tower, and a ResNet has none: choose a ViT "
+            "(MODEL.BACKBONE.NAME ViT-B/16, ...), a text prompt learner (CoOp, CoCoOp, KgCoOp, ProGrad), or for IVLP and "
+            "PromptSRC PROMPT_DEPTH_VISION 0"
+        )
+
+
+def depth_within(depth: int, layers: int, where: str) -> int:
+    """``depth`` where the tower has that many blocks, else all of them (upstream leaves such prompts unused)."""
+    if depth > layers:
+        print(f"{where}: prompts in {depth} blocks are asked for, this CLIP has {layers}")
+    return min(depth, layers)

@@ -1,0 +1,26 @@
+"""A split of the data as debiasers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split as debiasers see it, in the order of its ``index``.
+
+    ``label`` [N]; ``attribute`` [N] of the data set (-1: unknown); ``features()`` gives normalised features [N, d] of
+    its images from CLIP as it was released, computed once.
+    """
+
+    name: str
+    label: Tensor
+    attribute: Tensor
+    features: Callable[[], Tensor]

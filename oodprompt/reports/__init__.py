@@ -1,0 +1,1 @@
+"""What a person reads after a run: tables, pictures, pages. What is written here is also read here."""

@@ -1,0 +1,139 @@
+"""The results of a run: ``results.json``, ``results.md`` and ``groups.png``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from oodprompt.files import write_atomically
+from oodprompt.reports.style import BLUE, GREY, RED, markdown_table, percent, png
+
+
+def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
+    """Write ``results.json``, ``results.md`` and ``groups.png``; returns their paths."""
+    directory = Path(directory)
+    files = [directory / "results.json", directory / "results.md"]
+    write_atomically(files[0], json.dumps(results, indent=2) + "\n")
+    write_atomically(files[1], results_markdown(results))
+    files.append(directory / "groups.png")
+    write_atomically(files[-1], png(groups_figure(results)))
+    return files
+
+
+def method_title(results: dict[str, Any]) -> str:
+    """The method of a run in words: "CoOpOOD + DebiasedPT over MaPLe"."""
+    over = f" over {results['base']}" if results["base"] not in ("", results["trainer"]) else ""
+    return " + ".join([results["trainer"], *results["stack"]]) + over
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """The results as tables that a person reads."""
+    title = method_title(results)
+    head = [
+        ("data set", f"{results['dataset']} ({results['split']}, {results['num_samples']:,} images)"),
+        ("backbone", results["backbone"]),
+        ("seed", results["seed"]),
+        ("accuracy", percent(results["accuracy"])),
+        ("worst-group accuracy", percent(results["worst_group_accuracy"])),
+        ("gap", percent(results["gap"])),
+        ("adjusted average accuracy", percent(results["adjusted_average_accuracy"])),
+        ("macro F1", percent(results["macro_f1"])),
+        ("checkpoint", results["checkpoint"] or "none"),
+    ]
+    parts = [f"# {title}\n", markdown_table(("", ""), head)]
+    if results["groups"]:
+        rows = [
+            (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", percent(g["accuracy"]))
+            for g in results["groups"]
+        ]
+        parts += [
+            "\n## Groups\n",
+            markdown_table(("class", "attribute", "training images", "images", "accuracy"), rows),
+        ]
+    rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
+    parts += ["\n## Classes\n", markdown_table(("class", "images", "accuracy"), rows)]
+    if results.get("other_predictions"):
+        rows = [
+            (name, percent(m["accuracy"]), percent(m["worst_group_accuracy"]))
+            for name, m in results["other_predictions"].items()
+        ]
+        header = ("prediction", "accuracy", "worst-group accuracy")
+        parts += ["\n## Other predictions of the same model\n", markdown_table(header, rows)]
+    if results.get("selections"):
+        parts += ["\n## Which epoch\n", selections_table(results["selections"])]
+    return "\n".join(parts) + "\n"
+
+
+def selections_table(selections: Sequence[dict[str, Any]]) -> str:
+    """What each criterion on validation data would have chosen, and the accuracies of that epoch on the tested split."""
+    rows = [
+        (
+            s["criterion"].replace("_", " "),
+            s["epoch"],
+            percent(s["validation"]),
+            percent(s["accuracy"]),
+            percent(s["worst_group_accuracy"]),
+        )
+        for s in selections
+    ]
+    return markdown_table(("epoch chosen by", "epoch", "its value", "accuracy", "worst-group accuracy"), rows)
+
+
+def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
+    """Accuracy per group (or per class without attributes) as bars; the worst one in red, the average as a line.
+
+    Of more than ``most`` groups the worst are drawn.
+    """
+    rows = results["groups"] or results["classes"]
+    count = len(rows)
+    if count > most:
+        rows = sorted(rows, key=lambda row: row["accuracy"])[:most]
+    names = [f"{r['class']} / {r['attribute']}" if "attribute" in r else r["class"] for r in rows]
+    if results["groups"]:
+        names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
+    names = [name.replace("$", r"\$") for name in names]  # else two of them enclose a formula
+    values = [100 * r["accuracy"] for r in rows]
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    worst = min(values)
+    bars = axes.barh(names, values, color=[RED if v == worst else BLUE for v in values])
+    # In the bar where there is room, so that the line of the average crosses no number.
+    for inside, padding, colour in ((True, -34, "white"), (False, 3, "black")):
+        labels = [f"{value:.1f}" if (value > 15) == inside else "" for value in values]
+        axes.bar_label(bars, labels, padding=padding, color=colour)
+    axes.axvline(
+        100 * results["accuracy"], color=GREY, linestyle="--", label=f"average {100 * results['accuracy']:.1f}"
+    )
+    axes.set_xlim(0, 114)  # room for the label of a bar of 100
+    axes.set_xlabel("accuracy, %")
+    axes.invert_yaxis()
+    axes.set_title(
+        f"{method_title(results)}\n{results['dataset']} ({results['split']}, seed {results['seed']})"
+        + (f"\nthe {most} worst of {count:,}" if count > most else "")
+    )
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.5 * len(rows) + 0.4)), frameon=False)
+    return figure
+
+
+RESULTS = "results.json"
+
+
+FRACTIONS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
+
+
+def finished_results(folder: Path) -> dict[str, Any] | None:
+    """The content of a run's ``results.json``; None where it is missing, cut short or not one of ours."""
+    try:
+        content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("accuracy") is None:
+        return None
+    values = [content[key] for key in FRACTIONS if content.get(key) is not None]
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return content if numbers and all(map(math.isfinite, values)) else None

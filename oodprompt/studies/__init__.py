@@ -1,0 +1,1 @@
+"""The controlled evaluation of RaVL's discovery, and its baselines."""

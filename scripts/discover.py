@@ -15,8 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from oodprompt.cli import Parser, exit_status
 from oodprompt.config import extensions
+from oodprompt.terminal import Parser, exit_status
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -18,11 +18,11 @@ from oodprompt.runs.aggregate import Row, baselines, collect
 from oodprompt.runs.grid import TrainingRun
 from oodprompt.runs.grid_file import GridFile, read_grid
 from oodprompt.runs.grid_tables import headline, page_text, results_of, write_tables
-from oodprompt.runs.launch import RunsFailed, run_here, sigterm_as_ctrl_c
+from oodprompt.runs.launch import RunsFailed, run_here, runs_status, sigterm_as_ctrl_c, unfinished
 from oodprompt.runs.progress import Progress
 from oodprompt.runs.slurm import run_on_slurm
 from oodprompt.runs.tables import tables
-from oodprompt.terminal import Parser, exit_status
+from oodprompt.terminal import Parser
 
 DESCRIPTION = """Train many runs and tabulate them: ``python scripts/benchmark.py GRID.yaml``, or a grid by flags.
 
@@ -136,7 +136,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Train what is missing of a grid and tabulate it; ``RunsFailed`` where runs failed."""
     args = read_arguments(argv)
     grid, runs, out = read_runs(args)
-    todo = grids.unfinished(runs)
+    todo = unfinished(runs)
     if args.dry_run:
         for one in runs:
             print(("" if one in todo else "# finished: ") + shlex.join(["python", "train.py", *one.arguments]))
@@ -202,14 +202,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is first imported: see oodprompt.cli.main. Processes, not threads, share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    status = 0
-
-    def work() -> None:
-        nonlocal status
-        try:
-            run(argv)
-        except RunsFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 1
-
-    return exit_status(work) or status
+    return runs_status(lambda: run(argv))

@@ -22,7 +22,6 @@ from oodprompt.errors import UserError
 from oodprompt.methods.resolve import resolve_methods
 from oodprompt.reports.results import finished_results
 from oodprompt.runs.grid_file import GridFile
-from oodprompt.runs.reading import changed_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN_LOG = "train.log"
@@ -135,19 +134,6 @@ def file_runs(
                 run = found[folder] = TrainingRun(folder, arguments, setting, method.folder, seed, name)
                 (rest if any(run.setting == one.setting for one in first) else first).append(run)
     return first + rest
-
-
-def unfinished(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """The runs without whole results; ``UserError`` where a finished one was run with other keys."""
-    missing = []
-    for run in runs:
-        if not run.is_finished():
-            missing.append(run)
-        elif changed := changed_keys(run.folder, run.arguments):
-            raise UserError(
-                f"{run.folder} is a run of another grid ({'; '.join(changed[:3])}): delete it, or choose another --out"
-            )
-    return missing
 
 
 def dataset_of(line: Sequence[str]) -> str:

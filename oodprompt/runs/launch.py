@@ -15,15 +15,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from oodprompt.errors import UserError
 from oodprompt.runs.progress import Progress
-from oodprompt.runs.reading import last_line
+from oodprompt.runs.reading import changed_keys, last_line
+from oodprompt.terminal import exit_status
 
 LOCK, PROMPT = ".benchmark.lock", "$ "
 LOCKED = 75  # exit status of a process that found its folder locked
@@ -33,7 +34,8 @@ PATIENCE = 10.0  # seconds that a child has to end after SIGTERM
 class Job(Protocol):
     """What is done in a folder of its own by a process of its own; hashable.
 
-    ``name`` is what it is called, ``log`` the file that it prints to, ``command`` the command line that does the same.
+    ``name`` is what it is called, ``log`` the file that it prints to, ``command`` the command line that does the same,
+    ``arguments`` the command line of ``train.py`` of the run that is in the folder.
     """
 
     @property
@@ -48,6 +50,9 @@ class Job(Protocol):
     @property
     def command(self) -> list[str]: ...
 
+    @property
+    def arguments(self) -> Sequence[str]: ...
+
     def work(self) -> int:
         """Do it, in the process that it is given; the exit status."""
 
@@ -56,6 +61,9 @@ class Job(Protocol):
 
     def outcome(self) -> str:
         """Its results in a few words."""
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class Child(Protocol):
@@ -162,6 +170,19 @@ def locked(folder: Path) -> Iterator[int | None]:
         os.close(file)
 
 
+def unfinished(jobs: Sequence[AnyJob]) -> list[AnyJob]:
+    """The jobs that are to be done; ``UserError`` where what is in the folder of another was run with other keys."""
+    missing = []
+    for job in jobs:
+        if not job.is_finished():
+            missing.append(job)
+        elif changed := changed_keys(job.folder, job.arguments):
+            raise UserError(
+                f"{job.folder} is a run of another grid ({'; '.join(changed[:3])}): delete it, or choose another --out"
+            )
+    return missing
+
+
 def failure(job: Job, status: int) -> str | None:
     """Why a job that ended has no results, in a line; None when it has."""
     if status == 0 and job.is_finished():
@@ -249,3 +270,18 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 
 class RunsFailed(Exception):
     """Some of many runs failed."""
+
+
+def runs_status(work: Callable[[], None]) -> int:
+    """As ``exit_status``, and 1 with a line where runs failed."""
+    status = 0
+
+    def tried() -> None:
+        nonlocal status
+        try:
+            work()
+        except RunsFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+
+    return exit_status(tried) or status

@@ -12,10 +12,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from oodprompt.runs.collecting import Difference, Row, collect, differences, paired_difference, tables
 
 from oodprompt.errors import UserError
 from oodprompt.runs import collecting
-from oodprompt.runs.collecting import Difference, Row, collect, differences, paired_difference, tables
 from tests.conftest import load_script
 
 

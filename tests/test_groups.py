@@ -17,7 +17,7 @@ from oodprompt.backbones import load_backbone, tokenize
 from oodprompt.engine.evaluation import attribute_metrics
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.methods.attributes import DiscoveredAttributes, Found, PseudoAttributes
+from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
 from oodprompt.methods.groups import groups_of, per_group
 from oodprompt.methods.splits import Split
 from oodprompt.reports.curves import group_curves
@@ -27,7 +27,7 @@ PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of 
 NAMES = ("water", "land", "snow")
 
 
-NOTHING = DiscoveredAttributes(lambda: Found((), {}, {}))  # raises when it is asked
+NOTHING = DiscoveredAttributes(lambda: DiscoveredClusters((), {}, {}))  # raises when it is asked
 
 
 def a_split(n: int = 50, name: str = "train") -> Split:
@@ -77,7 +77,7 @@ def test_groups_of_both_kinds() -> None:
     assert not seen.splits  # labels are enough, nothing is encoded
     guessed = groups_of(split, "pseudo", ["a", "b"], 3, seen, NOTHING)
     assert torch.equal(guessed.index, split.label * 3 + seen.of(split)) and guessed.count.sum() == 50
-    found = Found((2,), {"train": torch.arange(60) % 7}, {"train": torch.arange(60) % 50})
+    found = DiscoveredClusters((2,), {"train": torch.arange(60) % 7}, {"train": torch.arange(60) % 50})
     regions = groups_of(split, "regions", ["a", "b"], 3, seen, DiscoveredAttributes(lambda: found))
     present = {i % 50 for i in range(60) if i % 7 == 2}
     assert regions.names == ("a / absent", "a / present", "b / absent", "b / present")

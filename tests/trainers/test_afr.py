@@ -53,14 +53,14 @@ def test_the_start_and_the_weights_are_of_the_first_training(
     trainer = build("AFR", *FIRST, "TRAINER.AFR.GAMMA", 3, "TRAINER.AFR.CLASSES", classes)
     debiaser, begin = trainer.debiasers[0], parameters(trainer)
     first = (~debiaser.held_out).nonzero().flatten()
-    fitted, logits = debiaser.context.fit_alone(2, first)
+    fitted, logits = debiaser.context.first_stage.fit(2, first)
     assert torch.equal(parameters(trainer), begin)
     debiaser.before_train()
     theta = torch.cat([p.detach().flatten() for p in fitted.parameters()])
     assert torch.equal(parameters(trainer), theta) and not torch.equal(theta, begin)
     assert torch.equal(debiaser.theta_fit, theta)
     assert debiaser.theta_fit.data_ptr() != trainer.learner.ctx.data_ptr()  # it must not move with the learner
-    y = debiaser.context.train.label
+    y = debiaser.context.data.train.label
     H = debiaser.held_out
     p = F.softmax(logits, dim=1)[torch.arange(80), y]
     raw = (-3 * p[H]).exp()
@@ -75,7 +75,7 @@ def test_a_resumed_run_keeps_what_it_has(build: Build) -> None:
     trainer = build("AFR", *FIRST)
     debiaser = trainer.debiasers[0]
     debiaser.done.fill_(True)
-    debiaser.context.fit_alone = None  # must not be called
+    debiaser.context.first_stage.fit = None  # must not be called
     before = parameters(trainer)
     debiaser.before_train()
     assert torch.equal(parameters(trainer), before)
@@ -180,5 +180,5 @@ def test_resumed_equals_never_stopped(arguments: Arguments, tmp_path: Path, monk
 def test_logits_of_the_first_training_are_those_of_its_weights(build: Build) -> None:
     """The contract that AFR leans on: the learner that comes back is the one whose logits come back."""
     trainer = build("AFR", *FIRST)
-    fitted, logits = trainer.debiasers[0].context.fit_alone(2, None)
+    fitted, logits = trainer.debiasers[0].context.first_stage.fit(2, None)
     torch.testing.assert_close(outputs(trainer, "train", fitted, lambda alignment: alignment.logits)[1], logits)

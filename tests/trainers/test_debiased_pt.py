@@ -209,7 +209,7 @@ def test_goes_over_every_base(base: str, run: Callable[..., dict[str, Any]], tmp
 
 def test_held_out_needs_validation_images(build: Build) -> None:
     context = build("DebiasedPT").debiasers[0].context
-    context.val = None
+    context.data.val = None
     cfg = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", "held_out").cfg
     with pytest.raises(UserError, match="MEASURE held_out.*no validation"):
         GroupWeights(cfg, context).check()

@@ -68,7 +68,7 @@ def test_the_head_is_the_mean_over_balanced_subsets(build: Build, monkeypatch: p
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
     debiaser.g = np.array([0] * 30 + [1] * 20 + [2] * 9 + [3] * 5)
-    debiaser.context.val.label.copy_(torch.tensor([0] * 50 + [1] * 14))
+    debiaser.context.data.val.label.copy_(torch.tensor([0] * 50 + [1] * 14))
     subsets, draw = [], dfr.balanced_subset
 
     def recorded(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_the_head_is_the_mean_over_balanced_subsets(build: Build, monkeypatch: p
         assert np.bincount(debiaser.g[subset]).tolist() == [5] * 4
     assert len({tuple(sorted(subset)) for subset in subsets[1:]}) == 3
     train, z = features_of(trainer, "train")[0], features_of(trainer, "val")[0]
-    scaler, y = StandardScaler().fit(train), debiaser.context.val.label.numpy()
+    scaler, y = StandardScaler().fit(train), debiaser.context.data.val.label.numpy()
     z = scaler.transform(z)
     models = [plain(0.3).fit(z[subset], y[subset]) for subset in subsets[1:]]
     a = np.mean([model.coef_[0] for model in models], axis=0) / scaler.scale_
@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_head_another_one_not(build: Build) -> None
         debiaser = trainer.debiasers[0]
         debiaser.before_train()
         debiaser.g = np.array([0] * 40 + [1] * 24)
-        debiaser.context.val.label.copy_(torch.arange(64) % 2)
+        debiaser.context.data.val.label.copy_(torch.arange(64) % 2)
         debiaser.after_epoch(LAST)
         return debiaser.weight.detach()
 
@@ -191,10 +191,10 @@ def test_the_same_seed_gives_the_same_head_another_one_not(build: Build) -> None
 
 def test_needs_validation_images_of_every_class(build: Build) -> None:
     debiaser = build("DFR", *KEYS).debiasers[0]
-    debiaser.context.val.label[:] = 0
+    debiaser.context.data.val.label[:] = 0
     with pytest.raises(UserError, match="no image of 'diamond'"):
         debiaser.check()
-    debiaser.context.val = None
+    debiaser.context.data.val = None
     with pytest.raises(UserError, match="validation data, and the data set has none"):
         debiaser.check()
     with pytest.raises(UserError, match="TEST.FINAL_MODEL best_val"):

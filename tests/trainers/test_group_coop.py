@@ -219,7 +219,7 @@ def test_true_groups_are_those_of_the_labels(build: Build) -> None:
     ours.before_train()
     assert ours.g.tolist() == [3 * datum.label + datum.attribute for datum in trainer.dataset.train_x]
     context = trainer.build_context()
-    context.train.attribute[3] = -1
+    context.data.train.attribute[3] = -1
     with pytest.raises(UserError, match="TRAINER.GROUPS true: 1 of 80 images"):
         GroupPrompts(trainer.cfg, context)
 

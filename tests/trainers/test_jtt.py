@@ -24,7 +24,7 @@ def test_the_error_set_is_that_of_a_plain_run(build: Build, run: Run, tmp_path: 
     plain.load_model(tmp_path / "plain", epochs)
     _, logits = outputs(plain, "train", plain.learner, lambda alignment: alignment.logits)
     debiaser = build("JTT", "--base", base, *FAST, "TRAINER.JTT.FIRST_EPOCHS", epochs).debiasers[0]
-    _, alone = debiaser.context.fit_alone(epochs, None)
+    _, alone = debiaser.context.first_stage.fit(epochs, None)
     torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
     debiaser.before_train()
     label = torch.tensor([datum.label for datum in plain.dataset.train_x])
@@ -53,15 +53,15 @@ def test_the_error_set_weighs_more(build: Build, capsys: pytest.CaptureFixture[s
 
 def test_nothing_wrong_leaves_all_weights_at_one(build: Build) -> None:
     debiaser = build("JTT").debiasers[0]
-    label = debiaser.context.train.label
-    debiaser.context.fit_alone = lambda epochs, choose: (None, F.one_hot(label).float())
+    label = debiaser.context.data.train.label
+    debiaser.context.first_stage.fit = lambda epochs, choose: (None, F.one_hot(label).float())
     debiaser.before_train()
     assert debiaser.done and torch.equal(debiaser.w, torch.ones(80))
 
 
 def test_no_attribute_is_read(build: Build) -> None:
     trainer = build("JTT", *FAST, "TRAINER.JTT.FIRST_EPOCHS", 1)
-    object.__setattr__(trainer.debiasers[0].context.train, "attribute", None)
+    object.__setattr__(trainer.debiasers[0].context.data.train, "attribute", None)
     trainer.debiasers[0].before_train()
     batch = next(iter(trainer.loader("train")))
     loss, _ = trainer.objective(trainer.align(batch), batch)

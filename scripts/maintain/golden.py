@@ -51,10 +51,10 @@ QUICKSTART = {
     "CoOpOOD+DebiasedPT": "--trainer CoOpOOD --config-file configs/trainers/CoOpOOD/debiased_tiny_shapes.yaml",
 }
 OTHERS = {
-    "RaVL": "--trainer RaVL --config-file configs/trainers/RaVL/tiny_shapes.yaml",
+    "RaVL": "--trainer RaVL --config-file configs/trainers/RaVL/tiny_shapes.yaml OPTIM.MAX_EPOCH 20",
     "JTT": "--trainer JTT TRAINER.JTT.FIRST_EPOCHS 10 OPTIM.MAX_EPOCH 10",
     "MaPLe": f"--trainer MaPLe {SMALL} OPTIM.MAX_EPOCH 3 TRAINER.MAPLE.PREC fp32 DATALOADER.TRAIN_X.BATCH_SIZE 32",
-    "best_val": "--trainer DebiasedPT TEST.FINAL_MODEL best_val TEST.SELECTION auto TRAIN.VAL_FREQ 1 OPTIM.MAX_EPOCH 15",
+    "best_val": "--trainer DebiasedPT TEST.FINAL_MODEL best_val TEST.SELECTION auto TRAIN.VAL_FREQ 1 OPTIM.MAX_EPOCH 10",
     "batch_lines": "--trainer CoOpOOD --base VPT TRAIN.PRINT_FREQ 4 OPTIM.MAX_EPOCH 2 DATALOADER.TRAIN_X.BATCH_SIZE 32 "
     f"{SMALL} TRAIN.VAL_FREQ 1",
 }
@@ -64,7 +64,7 @@ STACK = (
 )
 GRID = {
     "config": "configs/trainers/CoOpOOD/tiny_shapes.yaml",
-    "common": "TRAIN.VAL_FREQ 0 OPTIM.MAX_EPOCH 10",
+    "common": f"TRAIN.VAL_FREQ 0 OPTIM.MAX_EPOCH 10 {SMALL}",
     "settings": {"0.95": "DATASET.SHAPES.CORRELATION 0.95", "0.5": "DATASET.SHAPES.CORRELATION 0.5"},
     "methods": {"CoOp": "--trainer CoOp", "CoOpOOD": "--trainer CoOpOOD"},
 }
@@ -105,13 +105,13 @@ def golden_runs(folder: Path, checkout: Path) -> dict[str, Run]:
     return runs
 
 
-# Ten images from everywhere in the order of their names, which the same keys render the same.
+# Ten images of the small data set, of which other runs leave larger ones beside it.
 _COPY_IMAGES = """
 import pathlib, shutil, sys
-source = next(pathlib.Path(sys.argv[1]).glob("shapes_on_scenes/correlation0.95-*/images"))
+folders = pathlib.Path(sys.argv[1]).glob("shapes_on_scenes/correlation0.95-*/images")
+files = next(files for folder in folders if len(files := sorted(p for p in folder.rglob("*") if p.is_file())) == 600)
 pathlib.Path(sys.argv[2]).mkdir()
-files = sorted(p for p in source.rglob("*") if p.is_file())[:120]
-for file in files[::12]:
+for file in files[::60]:
     shutil.copy(file, pathlib.Path(sys.argv[2]) / file.name)
 """
 

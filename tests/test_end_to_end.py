@@ -21,7 +21,7 @@ from oodprompt.config import extensions
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
-from tests.conftest import CONFIG, REPOSITORY
+from tests.helpers.runs import CONFIG, REPOSITORY
 
 Run = Callable[..., dict[str, Any]]
 Arguments = Callable[..., list[str]]

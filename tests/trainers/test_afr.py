@@ -16,7 +16,8 @@ from torch import Tensor
 from oodprompt.engine.first_stage import outputs
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, order_of
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, order_of
+from tests.helpers.runs import Arguments, Build, Run
 
 FIRST = ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1, "TRAINER.AFR.FIRST_EPOCHS", 2, "TRAINER.AFR.SHARE", 0.4]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import assert_resumes
+from tests.helpers.resampling import assert_resumes
 
 Build = Callable[..., PromptTrainer]
 COUNT = torch.tensor([6, 0, 3, 1])

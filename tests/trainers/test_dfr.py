@@ -18,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, without_labels
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, without_labels
+from tests.helpers.runs import Arguments, Build, Run
 
 KEYS = ["TRAINER.GROUPS", "true", "DATASET.SHAPES.NUM_VAL", 64, "TRAINER.DFR.NUM_RETRAINS", 2]
 LAST = 2  # the last of the epochs 0, 1, 2

@@ -23,9 +23,9 @@ from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment, Step
 from oodprompt.methods.groups import Groups
 from oodprompt.methods.prompts import ContextPrompts
-from tests.test_resume import Arguments, weights
-from tests.trainers.conftest import NAMES, Build, Towers, assert_close, hand_written, make_learner, plain_text
-from tests.trainers.test_resampling import assert_resumes
+from tests.helpers.resampling import assert_resumes
+from tests.helpers.runs import Arguments, Build, weights
+from tests.helpers.towers import NAMES, Towers, assert_close, hand_written, make_learner, plain_text
 
 Run = Callable[..., dict[str, Any]]
 METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "gap", "groups", "classes")

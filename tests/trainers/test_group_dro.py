@@ -14,17 +14,8 @@ from torch import Tensor
 
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import (
-    OVER,
-    Arguments,
-    Build,
-    Run,
-    assert_resumes,
-    assert_runs_over,
-    groups_of,
-    order_of,
-    without_labels,
-)
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, groups_of, order_of, without_labels
+from tests.helpers.runs import Arguments, Build, Run
 
 TRUE = ["TRAINER.GROUPS", "true"]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from oodprompt.engine.first_stage import outputs
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over
+from tests.helpers.runs import Arguments, Build, Run
 
 FAST = ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1, "DATASET.SHAPES.CORRELATION", 0.9]
 

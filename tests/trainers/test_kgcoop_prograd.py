@@ -15,9 +15,9 @@ from torch import Tensor
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import PromptLearner
-from tests.trainers.conftest import (
+from tests.helpers.runs import Build
+from tests.helpers.towers import (
     CLASSES,
-    Build,
     Towers,
     assert_close,
     assert_is_plain,

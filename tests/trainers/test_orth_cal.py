@@ -14,25 +14,18 @@ import torch.nn.functional as F
 from oodprompt.trainers.orth_cal import ProjectedText, calibrated
 from torch import Tensor
 
-from oodprompt.backbones import tokenize
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods import attributes
 from oodprompt.methods.attributes import span
 from oodprompt.methods.contracts import Alignment
-from tests.trainers.conftest import Build
+from tests.helpers.runs import Build
+from tests.helpers.towers import text_of
 
 Run = Callable[..., dict[str, Any]]
 PLAIN = ["TRAINER.ORTHCAL.CALIBRATE", "False"]
 THREE = ["DATASET.SHAPES.SCENES", "('water', 'land', 'snow')"]
 METRICS = ("accuracy", "worst_group_accuracy", "gap", "groups", "classes")
-
-
-def text_of(trainer: PromptTrainer, prompts: Sequence[str]) -> np.ndarray:
-    """Normalised text features, one prompt at a time, in float64."""
-    with torch.no_grad():
-        rows = [trainer.clip.encode_text(tokenize(prompt))[0].double().numpy() for prompt in prompts]
-    return np.stack([row / np.linalg.norm(row) for row in rows])
 
 
 def attribute_text(trainer: PromptTrainer) -> np.ndarray:

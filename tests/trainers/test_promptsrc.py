@@ -18,12 +18,13 @@ from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
 from oodprompt.methods.templates import PROMPTSRC_TEMPLATES
-from tests.trainers.conftest import (
-    Build,
+from tests.helpers.runs import Build
+from tests.helpers.towers import (
     Towers,
     assert_is_plain,
     bf16_deviation,
     deep_prompts,
+    gaussian,
     hand_written,
     make_learner,
     plain_image,
@@ -130,11 +131,6 @@ def test_the_templates_are_sixty() -> None:
 
 
 # --- the average over epochs -----------------------------------------------------------------------------------
-
-
-def gaussian(epochs: int, mean: float, std: float) -> list[float]:
-    density = [math.exp(-(((e - mean) / std) ** 2) / 2) for e in range(1, epochs + 1)]
-    return [value / sum(density) for value in density]
 
 
 @pytest.mark.parametrize(("epochs", "mean", "std"), [(20, 15, 1), (50, 30, 30), (50, 45, 5), (1, 15, 1), (5, 2, 0.3)])

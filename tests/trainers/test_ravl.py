@@ -24,8 +24,8 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Step
 from oodprompt.reports.discovery import read_discovery
-from tests.conftest import REPOSITORY
-from tests.trainers.test_resampling import assert_resumes
+from tests.helpers.resampling import assert_resumes
+from tests.helpers.runs import REPOSITORY
 
 Arguments = Callable[..., list[str]]
 Build = Callable[..., PromptTrainer]

@@ -17,8 +17,8 @@ from torch import Tensor
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
-from tests.trainers.conftest import Build
-from tests.trainers.test_orth_cal import text_of
+from tests.helpers.runs import Build
+from tests.helpers.towers import text_of
 
 Run = Callable[..., dict[str, Any]]
 HARMFUL = [("a photo of water.", "a photo of land."), ("the sea", "grass"), ("snow", "a desert")]

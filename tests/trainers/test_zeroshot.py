@@ -17,7 +17,8 @@ from oodprompt.config.keys import get_cfg_default
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import class_text_features
 from oodprompt.methods.templates import PROMPTSRC_TEMPLATES, expand_templates
-from tests.trainers.conftest import CLASSES, NAMES, Build, Towers, make_learner
+from tests.helpers.runs import Build
+from tests.helpers.towers import CLASSES, NAMES, Towers, make_learner
 
 KEY = "TRAINER.ZEROSHOT.TEMPLATES"
 OWN = "a drawing of a {}."

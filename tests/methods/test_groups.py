@@ -21,7 +21,7 @@ from oodprompt.methods.attributes import DiscoveredAttributes, Found, PseudoAttr
 from oodprompt.methods.groups import groups_of, per_group
 from oodprompt.methods.splits import Split
 from oodprompt.reports.curves import group_curves
-from tests.conftest import interrupted_at
+from tests.helpers.runs import interrupted_at
 
 PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of snow."]]
 NAMES = ("water", "land", "snow")

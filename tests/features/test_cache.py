@@ -26,9 +26,8 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.features.cache import FeatureCache
 from oodprompt.features.views import FeatureLoader, extract, rows_of, train_views, views_to_cache, whole
-from tests.test_distributed import torchrun
-
-from .conftest import MakeCfg, MakeData
+from tests.helpers.runs import torchrun
+from tests.helpers.small_data import MakeCfg, MakeData
 
 RANDOM = ("random_resized_crop", "normalize")
 WIDTH = 128  # of tiny's features

@@ -23,8 +23,7 @@ from oodprompt.backbones.tokenizer import load_clip_file
 from oodprompt.config.keys import get_cfg_default, leaves, merge_file, merge_opts
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.conftest import assert_close, deep_prompts, plain_image, plain_text
-from tests.trainers.test_promptsrc import gaussian
+from tests.helpers.towers import assert_close, deep_prompts, gaussian, plain_image, plain_text
 
 Build = Callable[..., PromptTrainer]
 State = dict[str, Tensor]

@@ -20,7 +20,7 @@ from oodprompt.config import extensions, keys
 from oodprompt.config.extensions import register_all
 from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from tests.conftest import REPOSITORY, load_script
+from tests.helpers.runs import REPOSITORY, load_script
 
 
 def test_config_reference_is_current() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from oodprompt.engine.first_stage import outputs
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, order_of
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, order_of
+from tests.helpers.runs import Arguments, Build, Run
 
 FIRST = ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1, "TRAINER.AFR.FIRST_EPOCHS", 2, "TRAINER.AFR.SHARE", 0.4]
 
@@ -103,13 +104,13 @@ def test_the_first_training_sees_the_other_images_alone(build: Build) -> None:
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
     other = build("AFR", *FIRST)
-    z = other.loader("train").features[0]
+    z = other.encoder.batches("train").features[0]
     z[debiaser.held_out] = torch.randn_like(z[debiaser.held_out])
     other.debiasers[0].before_train()
     assert torch.equal(debiaser.theta_fit, other.debiasers[0].theta_fit)
     z[~debiaser.held_out] = torch.randn_like(z[~debiaser.held_out])
     again = build("AFR", *FIRST)
-    again.loader("train").features[0].copy_(z)
+    again.encoder.batches("train").features[0].copy_(z)
     again.debiasers[0].before_train()
     assert not torch.equal(debiaser.theta_fit, again.debiasers[0].theta_fit)
 
@@ -119,12 +120,12 @@ def test_loss_and_penalty_by_hand(build: Build, base: str) -> None:
     trainer = build("AFR", "--base", base, *FIRST, "TRAINER.AFR.LAMBDA", 0.3)
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     moved = [torch.randn_like(p) * 0.01 for p in trainer.learner.parameters()]
     with torch.no_grad():
         for p, by in zip(trainer.learner.parameters(), moved, strict=True):
             p += by
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     ce = F.cross_entropy(alignment.logits, batch["label"], reduction="none")
     weighted = (debiaser.mu[batch["index"]].float() * ce).mean()
     loss, log = trainer.objective(alignment, batch)

@@ -19,15 +19,15 @@ from oodprompt.backbones.tokenizer import load_clip_file
 from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.methods.attributes import DiscoveredClusters
-from tests.conftest import REPOSITORY
-from tests.datasets import test_celeba, test_metashift, test_waterbirds
+from tests.helpers.runs import REPOSITORY
+from tests.helpers.trees import celeba, metashift, waterbirds
 
 # 224 pixels as OpenAI's, but one narrow block per tower.
 SHAPE = CLIPShape(32, 224, 1, 64, 32, 77, 49408, 64, 1, 1)
 TREES: dict[str, Callable[[Path], Any]] = {
-    "waterbirds": lambda root: test_waterbirds.tree(root / test_waterbirds.ARCHIVE),
-    "celeba": lambda root: test_celeba.tree(root / "celeba"),
-    "metashift": lambda root: test_metashift.tree(root / "metashift"),
+    "waterbirds": lambda root: waterbirds.tree(root / waterbirds.ARCHIVE),
+    "celeba": lambda root: celeba.tree(root / "celeba"),
+    "metashift": lambda root: metashift.tree(root / "metashift"),
 }
 METHODS = {
     "DebiasedPT": "configs/trainers/DebiasedPT/vit_l14_ep50.yaml",

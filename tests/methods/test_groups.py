@@ -21,7 +21,7 @@ from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredCluster
 from oodprompt.methods.groups import groups_of, per_group
 from oodprompt.methods.splits import Split
 from oodprompt.reports.curves import group_curves
-from tests.conftest import interrupted_at
+from tests.helpers.runs import interrupted_at
 
 PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of snow."]]
 NAMES = ("water", "land", "snow")
@@ -188,8 +188,8 @@ def test_of_equal_epochs_the_first_counts(run: Callable[..., dict[str, Any]], mo
 def test_pseudo_groups_of_validation_are_not_the_labels(build: Callable[..., PromptTrainer]) -> None:
     trainer = build("CoOp", *BEST, "TRAINER.PSEUDO_NOISE", 0.5, "DATASET.SHAPES.NUM_VAL", 64)
     metrics = trainer.evaluate("val")
-    val = trainer.split("val")
-    group = 2 * val.label + trainer.pseudo.of(val)
+    val = trainer.encoder.split("val")
+    group = 2 * val.label + trainer.attributes.pseudo.of(val)
     right = trainer.learner(val.features()).logits.argmax(1) == val.label
     worst = min(right[group == g].double().mean().item() for g in range(4))
     assert metrics["worst_pseudo_group_accuracy"] == pytest.approx(worst) != metrics["worst_group_accuracy"]

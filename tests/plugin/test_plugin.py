@@ -1,4 +1,4 @@
-"""The plugin inside Dassl: against a stand-in of Dassl (tests/stand_in) and trainers of the shapes of upstream's."""
+"""The plugin inside Dassl: against a stand-in of Dassl (tests/plugin/stand_in) and trainers of the shapes of upstream's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from oodprompt.engine import TRAINER_REGISTRY, PromptTrainer, discover
 from oodprompt.engine.optim import learning_rate
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 Make = Callable[..., Any]
 CLASSES = ("circle", "diamond")
@@ -217,11 +217,11 @@ def checkout() -> Iterator[None]:
         return clip
 
     before = set(sys.modules)
-    sys.path.insert(0, str(REPOSITORY / "tests" / "stand_in"))
+    sys.path.insert(0, str(REPOSITORY / "tests" / "plugin" / "stand_in"))
     sys.modules["clip.clip"] = module = ModuleType("clip.clip")
     module.build_model = build_model
     yield
-    sys.path.remove(str(REPOSITORY / "tests" / "stand_in"))
+    sys.path.remove(str(REPOSITORY / "tests" / "plugin" / "stand_in"))
     for name in set(sys.modules) - before:
         if name.startswith(("dassl", "oodprompt.plugin", "gdown", "clip")):
             del sys.modules[name]
@@ -339,7 +339,7 @@ def test_an_imported_file_is_registered_with_dassl(tmp_path: Path) -> None:
         "print('GroupDRO' in e.TRAINER_REGISTRY.registered_names())"
     )
     environment = {**os.environ, "OODPROMPT_IMPORT": "my_debiaser.py"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests" / "stand_in"), str(REPOSITORY)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests" / "plugin" / "stand_in"), str(REPOSITORY)])
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert shown.stdout == "True 1.0\nFalse\n", shown.stderr
 
@@ -832,7 +832,7 @@ def test_ravl_with_found_regions(make: Make, tmp_path: Path) -> None:
     clip: CLIP = trainer.companion.clip
     boxes = regions.boxes.view(36, 4, 4)[batch["index"]]
     expected = F.normalize(clip.region_features(batch["img"], list(boxes), "auto").float(), dim=-1)
-    found = trainer.companion.step_regions(batch).features
+    found = trainer.companion.region_features.of_step(batch).features
     torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=1e-3)
 
 

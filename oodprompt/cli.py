@@ -12,6 +12,7 @@ from oodprompt.config import extensions
 from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.errors import UserError
+from oodprompt.log import show_messages
 from oodprompt.terminal import exit_status, logged
 
 
@@ -39,6 +40,7 @@ def print_list() -> None:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train or evaluate; raises ``UserError`` for what the user can mend."""
+    show_messages()
     args = build_parser().parse_intermixed_args(argv)
     if args.list:
         extensions.add(args.imports)

@@ -17,7 +17,7 @@ from oodprompt.config import extensions, keys
 from oodprompt.config.extensions import register_all
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 FILE = """
 from helper_of_mine import NAME

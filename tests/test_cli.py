@@ -20,7 +20,7 @@ import yaml
 
 from oodprompt.config.keys import get_cfg_default, leaves, merge_file
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 _FORKS = """
 import gc, json, os, runpy, sys

@@ -15,8 +15,7 @@ from oodprompt.datasets.shapes_on_scenes import ShapesOnScenes, groups_of
 from PIL import Image
 
 from oodprompt.errors import UserError
-
-from .conftest import MakeCfg
+from tests.helpers.small_data import MakeCfg
 
 SETS = {  # keys below DATASET.SHAPES
     "two": {"NUM_TRAIN": 21, "NUM_VAL": 9, "NUM_TEST": 8, "CORRELATION": 0.9},

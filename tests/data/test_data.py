@@ -26,8 +26,7 @@ from oodprompt.data.sampling import EpochBatches, epoch_order
 from oodprompt.data.transforms import build_transform, is_random
 from oodprompt.engine.trainer import build_trainer
 from oodprompt.errors import UserError
-
-from .conftest import MakeCfg, MakeData
+from tests.helpers.small_data import MakeCfg, MakeData
 
 RANDOM = ("random_resized_crop", "random_flip", "colorjitter", "cutout", "normalize", "gaussian_noise")
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from oodprompt.data.dataset import DatasetBase, Datum
+from oodprompt.data.images import IMAGE_SUFFIXES
 from oodprompt.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 Splits = tuple[list[Datum], list[Datum], list[Datum]]
 

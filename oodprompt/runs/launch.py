@@ -28,6 +28,7 @@ from oodprompt.terminal import exit_status
 
 LOCK, PROMPT = ".benchmark.lock", "$ "
 LOCKED = 75  # exit status of a process that found its folder locked
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 10.0  # seconds that a child has to end after SIGTERM
 
 
@@ -89,17 +90,20 @@ def start(job: Job, environment: dict[str, str]) -> Child:
 def _do(job: Job, environment: dict[str, str]) -> None:
     """The work of a job's process."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # its own: a lock that is shared stays locked where one of its holders is killed
     with locked(job.folder) as lock:
         if lock is None:
             sys.exit(LOCKED)
+        if job.is_finished():  # by now
+            sys.exit(0)
+        os.set_inheritable(lock, True)  # by a command that takes this process's place
         _print_to(job.log)
         print(f"{PROMPT}{shlex.join(job.command)}", flush=True)
         if not may_fork():
-            os.set_inheritable(lock, True)
             os.execv(job.command[0], job.command)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -138,13 +142,18 @@ def stop(children: Sequence[Child]) -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C and SIGTERM to the end of the block, so that no child is started and not known."""
+    """Put off Ctrl-C and SIGTERM to the end of the block, so that no child is started and not known.
+
+    A child that is forked in it has them blocked, so that it loses none before it is ready for them.
+    """
     seen: list[int] = []
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {n: signal.signal(n, lambda number, _: seen.append(number)) for n in numbers}
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         for number, handler in previous.items():
             signal.signal(number, handler)
     if seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import math
 import os
 import re
@@ -135,8 +136,12 @@ class Progress:
             return None
         typical = statistics.fmean(known)
         rest = [max(whole.get(run, typical) - (now - began), 0.0) for run, began in self.running.items()]
-        waiting = self.total - self.done - len(self.running)
-        return max([(sum(rest) + waiting * typical) / max(1, min(self.at_once, len(rest) + waiting)), *rest])
+        waiting = self.total - self.done - len(rest)
+        free = [*rest, *[0.0] * min(waiting, self.at_once - len(rest))]  # when each place takes the next run
+        heapq.heapify(free)
+        for _ in range(waiting):
+            heapq.heapreplace(free, free[0] + typical)
+        return max(free, default=0.0)
 
 
 def trained_share(log: Path, since: float = 0.0) -> float:

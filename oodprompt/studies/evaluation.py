@@ -16,11 +16,11 @@ import torch
 from oodprompt import cli
 from oodprompt.backbones import load_backbone
 from oodprompt.discovery.result import precision_at
-from oodprompt.engine import discover
+from oodprompt.discovery.run import region_scores
 from oodprompt.engine.arguments import build_parser, setup_cfg
-from oodprompt.engine.first_stage import outputs
-from oodprompt.engine.trainer import build_trainer
+from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
+from oodprompt.features.encoder import evaluating
 from oodprompt.files import write_atomically
 from oodprompt.reports.discovery import read_discovery
 from oodprompt.reports.results import finished_results
@@ -80,7 +80,7 @@ def setting_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "setting.json").read_text(encoding="utf-8"))
 
 
-def trained(line: Sequence[str], out: Path) -> Any:
+def trained(line: Sequence[str], out: Path) -> PromptTrainer:
     """The trainer of a run, which is trained unless its folder is finished, with its model."""
     if finished_results(out) is None:
         cli.run(line)
@@ -93,18 +93,17 @@ def trained(line: Sequence[str], out: Path) -> Any:
 
 
 @torch.no_grad()
-def measure(trainer: Any, target: int) -> dict[str, Any]:
+def measure(trainer: PromptTrainer, target: int) -> dict[str, Any]:
     """Validity and accuracies of a trained model on the test images of a setting."""
-    data = trainer.data_of("test")
+    learner, predict = trainer.learner, trainer.objective.predict
+    data = trainer.encoder.data_of("test")
     label, present = (np.array([getattr(d, key) for d in data]) for key in ("label", "attribute"))
-    predicted = outputs(trainer, "test", trainer.learner, trainer.predict)[1].argmax(dim=1).cpu().numpy()
+    with evaluating(*trainer.models(), learner):
+        predicted = trainer.encoder.outputs("test", learner, predict)[1].argmax(dim=1).cpu().numpy()
+        scores = _region_scores(trainer, "test")
     images = image_metrics(predicted, label, present)
-    regions = discover.regions_of(trainer, "test")
     number = {name: i for i, name in enumerate(trainer.lab2cname.values())}
-    shown = np.array([number.get(name, -1) for name in regions.names])
-    scores = discover.region_scores(
-        trainer, trainer.learner, trainer.predict, discover.region_features(trainer, "test", trainer.learner)
-    )
+    shown = np.array([number.get(name, -1) for name in trainer.region_features.regions("test").names])
     items = region_metrics(scores.argmax(dim=1).cpu().numpy(), shown)
     return {
         "eps": list(validity(predicted, label, present, target)),
@@ -115,20 +114,29 @@ def measure(trainer: Any, target: int) -> dict[str, Any]:
     }
 
 
+def _region_scores(trainer: PromptTrainer, split: str) -> torch.Tensor:
+    """Probabilities of the classes for every region of a split, [r, C]."""
+    features = trainer.region_features.of(split, trainer.learner)
+    temperature = trainer.cfg.DISCOVERY.TEMPERATURE
+    return region_scores(trainer.encoder, trainer.learner, trainer.objective.predict, features, temperature)
+
+
 @torch.no_grad()
-def compare_discovery(trainer: Any, feature: str, out: Path) -> dict[str, Any]:
+def compare_discovery(trainer: PromptTrainer, feature: str, out: Path) -> dict[str, Any]:
     """Precision@10 of RaVL's discovery (whose files go to ``out``) and of every variant of every baseline.
 
     A region is right where it is labelled ``feature``.
     """
-    found = discover.run(trainer, trainer.learner, trainer.predict, "FineTune", out, pictures=False)
-    regions = discover.regions_of(trainer, "val")
+    learner, predict = trainer.learner, trainer.objective.predict
+    found = trainer.discovery.discover(learner, predict, "FineTune", out, pictures=False)
+    regions = trainer.region_features.regions("val")
     truth = np.array([name == feature for name in regions.names])
-    features = discover.region_features(trainer, "val", trainer.learner)
-    region_scores = discover.region_scores(trainer, trainer.learner, trainer.predict, features)
-    image_scores = outputs(trainer, "val", trainer.learner, trainer.predict)[1].softmax(dim=1)
-    label = np.array([d.label for d in trainer.data_of("val")])
-    inputs = [x.cpu().numpy() for x in (features, regions.owner, region_scores, image_scores)]
+    with evaluating(*trainer.models(), learner):
+        features = trainer.region_features.of("val", learner)
+        scores = _region_scores(trainer, "val")
+        image_scores = trainer.encoder.outputs("val", learner, predict)[1].softmax(dim=1)
+    label = np.array([d.label for d in trainer.encoder.data_of("val")])
+    inputs = [x.cpu().numpy() for x in (features, regions.owner, scores, image_scores)]
     content = read_discovery(out)
     top = content["clusters"][0]
     precision = {"RaVL": top["precision_at_10"] if found.clusters else 0.0}

@@ -13,6 +13,7 @@ from typing import Any
 from sklearn.exceptions import ConvergenceWarning
 
 from oodprompt.files import write_atomically
+from oodprompt.log import show_messages
 from oodprompt.studies.evaluation import Plan, command, compare_discovery, measure, setting_of, trained
 from oodprompt.terminal import exit_status
 
@@ -52,6 +53,7 @@ class Part:
 
     def work(self) -> int:
         """Train what is not trained, and measure it; the exit status."""
+        show_messages()
         return exit_status(self._measure)
 
     def _measure(self) -> None:

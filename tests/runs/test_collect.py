@@ -8,20 +8,24 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-from oodprompt.runs.collecting import Difference, Row, collect, differences, paired_difference, tables
 
 from oodprompt.errors import UserError
-from oodprompt.runs import collecting
-from tests.conftest import load_script
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("scripts/collect.py")
+from oodprompt.runs.aggregate import (
+    Difference,
+    Row,
+    baselines,
+    collect,
+    differences,
+    harmonic_mean,
+    paired_difference,
+    upstream_summary,
+)
+from oodprompt.runs.collect import run
+from oodprompt.runs.reading import log_metrics, upstream_values
+from oodprompt.runs.tables import figure, tables
 
 
 def write(path: Path, text: str) -> None:
@@ -72,10 +76,8 @@ def ours(folder: Path, accuracy: float, worst: float | None = None, dataset: str
     write(folder / "log.txt", "printed\n")
 
 
-def printed(capsys: pytest.CaptureFixture[str], script: ModuleType, *arguments: object) -> tuple[str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["collect.py", *map(str, arguments)])
-        script.main()
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    run([str(word) for word in arguments])
     done = capsys.readouterr()
     return done.out, done.err
 
@@ -100,12 +102,11 @@ def printed(capsys: pytest.CaptureFixture[str], script: ModuleType, *arguments: 
 def test_upstream_flag_prints_upstreams_numbers(
     flags: Sequence[str],
     summaries: Sequence[str],
-    script: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = upstream_tree(tmp_path)
-    out, err = printed(capsys, script, root / flags[0], *flags[1:], "--upstream")
+    out, err = printed(capsys, root / flags[0], *flags[1:], "--upstream")
     assert [text for text in summaries if text not in out] == [] and out.count("+-") == max(1, len(summaries) - 1)
     assert "CoOp/seed5: no" in err if flags[0] != "MaPLe" else ("MaPLe/seed4: no" in err) != ("--test-log" in flags)
 
@@ -114,14 +115,14 @@ def test_rounding_of_a_tie_is_numpys(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         values = [float(v) for v in rng.integers(500, 1000, 4) / 10]
-        mean, deviation = collecting.upstream_summary(values, False)
+        mean, deviation = upstream_summary(values, False)
         assert (f"{mean:.2f}", f"{deviation:.2f}") == (f"{np.mean(values):.2f}", f"{np.std(values):.2f}")
-        assert f"{collecting.upstream_summary(values, True)[1]:.2f}" == f"{1.96 * np.std(values) / np.sqrt(4):.2f}"
+        assert f"{upstream_summary(values, True)[1]:.2f}" == f"{1.96 * np.std(values) / np.sqrt(4):.2f}"
 
 
 def test_last_line_of_several_metrics_counts(tmp_path: Path) -> None:
     write(tmp_path / "seed1" / "log.txt", "Finish training\n* b: 1.0%\n* a: 2.0%\n* b: 3.0%\n")
-    assert list(collecting.upstream_values(tmp_path, "(a|b)", False)[0].values()) == [3.0]
+    assert list(upstream_values(tmp_path, "(a|b)", False)[0].values()) == [3.0]
 
 
 def test_upstreams_logs_with_our_spread(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_old_dassl_and_later_logs_of_the_same_folder(tmp_path: Path) -> None:
     tree = collect(tmp_path)
     assert tree.rows[0].values == {"accuracy": {1: 80.0, 2: 72.0}} and tree.rows[0].name == tmp_path.name
     assert len(tree.problems) == 1 and "log.txt-2023-01-02-00-00-00, a later run" in tree.problems[0]
-    assert list(collecting.upstream_values(tmp_path, "accuracy", False)[0].values()) == [80.0]
+    assert list(upstream_values(tmp_path, "accuracy", False)[0].values()) == [80.0]
 
 
 def test_logs_of_evaluations_and_unreadable_numbers(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_logs_of_evaluations_and_unreadable_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished runs; 1 unfinished"):
         collect(tmp_path)
     assert collect(tmp_path, evaluation=True).rows[0].values["accuracy"] == {1: 60.0}
-    assert collecting.log_metrics(tmp_path / "seed1" / "log.txt") == {}
+    assert log_metrics(tmp_path / "seed1" / "log.txt") == {}
 
 
 # --- ours --------------------------------------------------------------------------------------------------------
@@ -220,6 +221,20 @@ def test_average_over_all_rows(tmp_path: Path) -> None:
     assert last.average and last.cells["accuracy"] == (pytest.approx((239 / 3 + 85 + 209 / 3 + 90) / 4), None)
     assert last.cells["gap"] == (pytest.approx(27.0), None)  # of the two rows that have one
     assert "| average" in tables(tree)
+
+
+def test_names_give_the_rows_and_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = base2new_tree(our_tree(tmp_path), log=False)
+
+    def names(*words: str) -> list[str]:
+        lines = printed(capsys, root, *words)[0].splitlines()
+        return [line.split("|")[1].strip() for line in lines if line[:3] not in ("", "|--") and "method" not in line]
+
+    assert names("CoOpOOD", "celeba/CoOp") == ["celeba/CoOpOOD", "waterbirds/CoOpOOD", "celeba/CoOp"]
+    assert names("waterbirds", "dtd") == ["waterbirds/CoOp", "waterbirds/CoOpOOD", "dtd/shots_16/MaPLe/cfg"]
+    assert names("CoOpOOD", "waterbirds/CoOpOOD") == ["celeba/CoOpOOD", "waterbirds/CoOpOOD"], "each once"
+    with pytest.raises(UserError, match="NAME: no row is of 'CoOpood': did you mean 'CoOpOOD'"):
+        run([str(root), "CoOpood"])
 
 
 def test_what_does_not_count_is_named(tmp_path: Path) -> None:
@@ -314,7 +329,7 @@ def test_evaluation_of_base_classes_goes_first_and_one_side_alone_stays(tmp_path
     rows = {row.name: row.cells for row in collect(tmp_path).base2new}
     assert rows["dtd/MaPLe"]["base"] == (pytest.approx(80.0), None)
     assert set(rows["dtd/CoOp"]) == {"base"}
-    assert "| dtd/CoOp" in tables(collect(tmp_path)) and collecting.harmonic_mean(0, 0) == 0
+    assert "| dtd/CoOp" in tables(collect(tmp_path)) and harmonic_mean(0, 0) == 0
 
 
 def test_base_to_new_of_several_metrics(tmp_path: Path) -> None:
@@ -366,14 +381,14 @@ def row_of(path: str, dataset: str = "") -> Row:
 
 def test_which_row_is_the_baseline() -> None:
     names = ["d1/CoOp/a/16", "d1/CoOp/a/8", "d1/MaPLe/b/8", "d2/MaPLe/b/8", "d3/CoOp/a/8"]
-    chosen = collecting.baselines([row_of(name) for name in names], "CoOp")
+    chosen = baselines([row_of(name) for name in names], "CoOp")
     assert {name: base.name for name, base in chosen.items()} == {"d1/MaPLe/b/8": "d1/CoOp/a/8"}
     with pytest.raises(UserError, match="d1/MaPLe/b/4 both d1/CoOp/a/16 and d1/CoOp/a/8 are CoOp; say more"):
-        collecting.baselines([*map(row_of, names[:2]), row_of("d1/MaPLe/b/4")], "CoOp")
+        baselines([*map(row_of, names[:2]), row_of("d1/MaPLe/b/4")], "CoOp")
     rows = [row_of("CoOp/x", "dtd"), row_of("MaPLe/x", "dtd"), row_of("MaPLe/y", "pets")]
-    assert set(collecting.baselines(rows, "CoOp")) == {"MaPLe/x"}
+    assert set(baselines(rows, "CoOp")) == {"MaPLe/x"}
     rows = [row_of("a/CoOp/16"), row_of("a/CoOp/8"), row_of("a/X/4")]
-    assert {n: b.name for n, b in collecting.baselines(rows, "CoOp/8").items()} == dict.fromkeys(
+    assert {n: b.name for n, b in baselines(rows, "CoOp/8").items()} == dict.fromkeys(
         ["a/CoOp/16", "a/X/4"], "a/CoOp/8"
     )
 
@@ -403,17 +418,17 @@ def test_latex(tmp_path: Path) -> None:
     assert r"\toprule" in text and r"a\_b" in text and r"55.0 $\pm$ 7.1" in text and r"accuracy, \%" in text
 
 
-def test_script_prints_writes_and_draws(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = base2new_tree(our_tree(tmp_path / "runs"), True)
     (root / "celeba" / "CoOp" / "seed4").mkdir()
     plot, out = tmp_path / "plots" / "p.png", tmp_path / "table.csv"
     flags = ["--plot", plot, "--out", out, "--format", "csv", "--baseline", "CoOp", "--multi-exp", "--digits", 2]
-    stdout, stderr = printed(capsys, script, root, *flags)
+    stdout, stderr = printed(capsys, root, *flags)
     assert stdout == out.read_text() and "average" in stdout
     assert f"{root}/celeba/CoOp/seed4: unfinished" in stderr and plot.stat().st_size > 5000
-    figure = collecting.figure(collect(root), "title")
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [r.name for r in collect(root).rows]
-    widths = [bar.get_width() for bar in figure.axes[0].containers[1].patches]
+    drawn = figure(collect(root), "title")
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [r.name for r in collect(root).rows]
+    widths = [bar.get_width() for bar in drawn.axes[0].containers[1].patches]
     assert (
-        widths[:2] == pytest.approx([r.cells["accuracy"][0] for r in collect(root).rows[:2]]) and len(figure.axes) == 2
+        widths[:2] == pytest.approx([r.cells["accuracy"][0] for r in collect(root).rows[:2]]) and len(drawn.axes) == 2
     )

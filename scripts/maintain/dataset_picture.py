@@ -1,6 +1,6 @@
 """Draw example images of every group of a data set, with how many images train, val and test hold.
 
-    python scripts/dataset_picture.py --config-file configs/trainers/CoOpOOD/tiny_shapes.yaml --out shapes.png
+    python scripts/maintain/dataset_picture.py --config-file configs/trainers/CoOpOOD/tiny_shapes.yaml --out shapes.png
 
 Takes the flags and KEY VALUE pairs of train.py.
 """
@@ -13,10 +13,11 @@ from collections import Counter
 
 from matplotlib.figure import Figure
 
-from oodprompt import cli
 from oodprompt.data.dataset import DatasetBase, attribute_name, build_dataset
 from oodprompt.data.images import read_image
+from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.reports.style import write_figure
+from oodprompt.terminal import exit_status
 
 
 def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:
@@ -38,15 +39,15 @@ def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:
 
 
 def main() -> None:
-    parser = cli.build_parser()
+    parser = build_parser()
     parser.prog, parser.description = "dataset_picture.py", __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", default="dataset.png", help="file to write")
     args = parser.parse_intermixed_args()
     args.trainer = args.trainer or "ZeroshotCLIP"
-    write_figure(groups_picture(build_dataset(cli.setup_cfg(args))), args.out)
+    write_figure(groups_picture(build_dataset(setup_cfg(args))), args.out)
     print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.exit_status(main))
+    sys.exit(exit_status(main))

@@ -1,6 +1,6 @@
-"""Times the clustering of regions: ``python benchmarks/discovery_time.py --regions 4000 --dim 1024 --k-min 20 --k-max 49``.
+"""Times the clustering of regions: ``python speed/discovery_time.py --regions 4000 --dim 1024 --k-min 20 --k-max 49``.
 
-One JSON line per number of regions; benchmarks/README.md explains its columns. Regions are made from a seed: clusters
+One JSON line per number of regions; speed/README.md explains its columns. Regions are made from a seed: clusters
 around random centres that have a direction in common. Every sweep has a process of its own, so that one's memory does not
 count for another.
 
@@ -212,6 +212,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] in children:
         print(json.dumps(children[sys.argv[1]](json.loads(sys.argv[2]))))
     else:
-        from oodprompt.cli import exit_status
+        from oodprompt.terminal import exit_status
 
         sys.exit(exit_status(lambda: run(sys.argv[1:])))

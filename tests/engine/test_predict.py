@@ -5,27 +5,20 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from oodprompt.engine import load_run
+from oodprompt.engine import load_run, predict
 from oodprompt.errors import UserError
-from tests.helpers.runs import load_script
 
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def predict() -> ModuleType:
-    return load_script("scripts/predict.py")
-
-
 @pytest.mark.parametrize("trainer", ["CoOpOOD", "OrthCal"])
-def test_predictions_are_those_of_the_evaluation(predict: ModuleType, run: Run, tmp_path: Path, trainer: str) -> None:
+def test_predictions_are_those_of_the_evaluation(run: Run, tmp_path: Path, trainer: str) -> None:
     results = run(trainer, "run", "DATASET.ATTRIBUTE_NAMES", "('water', 'land')")
     test = load_run(tmp_path / "run").dataset.test
     (tmp_path / "deep" / "er").mkdir(parents=True)
@@ -43,7 +36,7 @@ def test_predictions_are_those_of_the_evaluation(predict: ModuleType, run: Run, 
         assert row["probability"] == row[row["prediction"]] == max(row["circle"], row["diamond"])
 
 
-def test_what_is_wrong_is_said(predict: ModuleType, run: Run, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said(run: Run, tmp_path: Path) -> None:
     def problem(*words: Any) -> str:
         with pytest.raises(UserError) as error:
             predict.run(["--model-dir", str(tmp_path / "run"), "--output", str(tmp_path / "out.csv"), *map(str, words)])

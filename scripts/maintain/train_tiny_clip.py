@@ -1,6 +1,6 @@
 """Train the embedded CLIP named ``tiny`` from scratch, on images and captions rendered on the fly.
 
-    python scripts/train_tiny_clip.py --work-dir output/tiny_clip --out oodprompt/backbones/tiny.pt.gz
+    python scripts/maintain/train_tiny_clip.py --work-dir output/tiny_clip --out oodprompt/backbones/tiny.pt.gz
 
 One seed, one command. Checkpoints go to ``--work-dir`` and the run resumes from there after an interruption.
 The result is a state dict in OpenAI's layout (fp16, gzip). Its open-prompt zero-shot accuracy on held-out renders,

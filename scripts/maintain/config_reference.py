@@ -1,4 +1,4 @@
-"""Write docs/config.md, the list of all config keys: ``python scripts/config_reference.py``."""
+"""Write docs/config.md, the list of all config keys: ``python scripts/maintain/config_reference.py``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from oodprompt.config.keys import declared_keys
 from oodprompt.files import write_atomically
 from oodprompt.reports.style import markdown_table
 
-PATH = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+PATH = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 
 
 def reference() -> str:
     """The content of docs/config.md: one table per section, from the declarations in the code."""
     parts = [
         "# Config keys\n",
-        "Written by `python scripts/config_reference.py` from the declarations beside the code. Set a key in a yaml file or "
+        "Written by `python scripts/maintain/config_reference.py` from the declarations beside the code. Set a key in a yaml file or "
         "at the end of the command line: `python train.py ... OPTIM.LR 0.01`. Keys marked [open] are points that the "
         "method's sources leave open.\n",
     ]

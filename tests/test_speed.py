@@ -19,13 +19,13 @@ from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
 from tests.helpers.runs import REPOSITORY, load_script
 
-SCRIPT = REPOSITORY / "benchmarks" / "step_time.py"
+SCRIPT = REPOSITORY / "speed" / "step_time.py"
 SMALL = ["--backbone", "tiny", "--batch", "4", "--steps", "5", "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def step_time() -> ModuleType:
-    return load_script("benchmarks/step_time.py")
+    return load_script("speed/step_time.py")
 
 
 @pytest.fixture(scope="module")

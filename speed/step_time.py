@@ -1,6 +1,6 @@
-"""Times training steps: ``python benchmarks/step_time.py --trainer CoOp MaPLe --classes 2 10 100 --batch 4``.
+"""Times training steps: ``python speed/step_time.py --trainer CoOp MaPLe --classes 2 10 100 --batch 4``.
 
-One JSON line per case; benchmarks/README.md explains its columns. A step is the engine's own ``forward_backward`` on a
+One JSON line per case; speed/README.md explains its columns. A step is the engine's own ``forward_backward`` on a
 batch that is already in memory. Weights are random, of the architecture that ``--backbone`` names; nothing is
 downloaded and no image is read. Every case has a process of its own, so that one's memory does not count for another.
 
@@ -37,14 +37,15 @@ from torch import nn
 import oodprompt.engine.trainer
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.weights import SHAPES, check_name
-from oodprompt.cli import build_parser, exit_status, setup_cfg
 from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.loading import Batch
+from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
 from oodprompt.methods.resolve import resolve_methods
 from oodprompt.reports.style import markdown_table
+from oodprompt.terminal import exit_status
 
 WARM_UP = 2  # steps ahead of the timed ones
 MEASURES = ("step_s", "image_fwd_s", "text_fwd_s", "backward_s", "peak_mib")

@@ -18,7 +18,7 @@ from oodprompt.backbones import CLIPShape
 from oodprompt.backbones.tokenizer import load_clip_file
 from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.methods.attributes import Found
+from oodprompt.methods.attributes import DiscoveredClusters
 from tests.helpers.runs import REPOSITORY
 from tests.helpers.trees import celeba, metashift, waterbirds
 
@@ -71,11 +71,11 @@ def test_runs_unchanged(data: str, trainer: str, weights: Path, tmp_path: Path) 
         assert (tmp_path / "out" / picture).is_file()
 
 
-def first_of_four(trainer: PromptTrainer) -> Found:
+def first_of_four(trainer: PromptTrainer) -> DiscoveredClusters:
     """As if discovery had found the first quadrant of every image."""
     owner = discover.regions_of(trainer, "train").owner
     assert discover.region_features(trainer, "train", trainer.learner).shape == (len(owner), SHAPE.embed_dim)
-    return Found((0,), {"train": torch.arange(len(owner)) % 4}, {"train": owner})
+    return DiscoveredClusters((0,), {"train": torch.arange(len(owner)) % 4}, {"train": owner})
 
 
 def test_ravl_fine_tunes_a_resnet_on_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

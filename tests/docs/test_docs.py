@@ -105,13 +105,13 @@ def test_debiaser_of_the_documentation_weighs_groups(
     extensions.add([documented("your_method.md", "A debiaser", tmp_path / "my_debiaser.py")])
     trainer = build("RareFirst", "TRAINER.GROUPS", "true")
     trainer.before_train()
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     weight = trainer.debiasers[0].weight
     groups = torch.tensor([2 * d.label + d.attribute for d in trainer.dataset.train_x])
     assert weight.mean().item() == pytest.approx(1) and len(weight[groups == 1].unique()) == 1
     assert weight[groups == 0].sum().item() == pytest.approx(weight[groups == 1].sum().item())
-    loss, _ = trainer.objective(trainer.align(batch), batch)
-    assert loss != build("CoOp").objective(trainer.align(batch), batch)[0]
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
+    assert loss != build("CoOp").objective(trainer.encoder.align(batch), batch)[0]
 
 
 def test_data_of_the_documentation_are_read(own: None, tmp_path: Path) -> None:

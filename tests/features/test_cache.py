@@ -363,7 +363,7 @@ def test_a_learner_that_encodes_in_its_own_way_is_kept_out_of_the_files(
 ) -> None:
     cache = ("DATALOADER.CACHE_DIR", tmp_path / "cache", "DATALOADER.CACHE_MEMORY_MIB", 0)
     usual = build("CoOp", *cache)
-    usual.loader("test")
+    usual.encoder.batches("test")
 
     class OwnEncoder(usual.learner_type):
         def encode_image(self, images: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ def test_a_learner_that_encodes_in_its_own_way_is_kept_out_of_the_files(
     monkeypatch.setattr(type(usual), "learner_class", OwnEncoder)
     trainer = build("CoOp", *cache)
     expected = extract(trainer.encode_image, trainer.test_loader, "", show=False)
-    assert torch.equal(trainer.loader("test").features[0], expected)
+    assert torch.equal(trainer.encoder.batches("test").features[0], expected)
     with pytest.raises(UserError, match="disk: this prompt learner encodes images in its own way"):
         build("CoOp", "DATALOADER.FEATURE_CACHE", "disk")
 
@@ -419,7 +419,9 @@ def test_frozen_features_are_of_the_view_that_training_sees(
         with Image.open(datum.impath) as image:
             image.resize((96, 48)).save(datum.impath)
     if cache == "auto":
-        trainer.loader("train")
+        trainer.encoder.batches("train")
     batch = next(iter(trainer.train_loader_x))
-    expected = trainer.encode_frozen(batch["img"])
-    torch.testing.assert_close(trainer.frozen_features_of("train")[batch["index"]], expected, rtol=1e-4, atol=1e-5)
+    expected = trainer.encoder.encode_frozen(batch["img"])
+    torch.testing.assert_close(
+        trainer.encoder.frozen_features_of("train")[batch["index"]], expected, rtol=1e-4, atol=1e-5
+    )

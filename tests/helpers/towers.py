@@ -147,11 +147,11 @@ def assert_is_plain(
 
 def training_step(trainer: PromptTrainer) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and gradients of the first training batch, through the engine."""
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     trainer.learner.train()
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
-    trainer.learner.backward(loss, alignment, trainer.scaler.scale)
+    trainer.learner.backward(loss, alignment, trainer.trained.scaler.scale)
     assert all(p.grad is None for p in trainer.clip.parameters()), "the frozen CLIP must not get gradients"
     return alignment.logits.detach(), {name: p.grad for name, p in trainer.learner.named_parameters()}
 

@@ -86,7 +86,7 @@ def test_contributions_of_a_stack_add_up(build: Callable[..., PromptTrainer]) ->
     w = 1.0 + batch["label"].float()
     per_sample = F.cross_entropy(step.logits, batch["label"], reduction="none") + theirs.per_sample_loss
     expected = (w * (per_sample + 0.1 * w)).mean() + theirs.penalty + 3.0
-    loss, _ = stacked.objective(stacked.align(batch), batch)
+    loss, _ = stacked.objective(stacked.encoder.align(batch), batch)
     torch.testing.assert_close(loss, expected)
 
 

@@ -17,7 +17,7 @@ from oodprompt.backbones import load_backbone, tokenize
 from oodprompt.engine.evaluation import attribute_metrics
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.methods.attributes import DiscoveredAttributes, Found, PseudoAttributes
+from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
 from oodprompt.methods.groups import groups_of, per_group
 from oodprompt.methods.splits import Split
 from oodprompt.reports.curves import group_curves
@@ -27,7 +27,7 @@ PROMPTS = [["a photo of water.", "the sea"], ["a photo of land."], ["a photo of 
 NAMES = ("water", "land", "snow")
 
 
-NOTHING = DiscoveredAttributes(lambda: Found((), {}, {}))  # raises when it is asked
+NOTHING = DiscoveredAttributes(lambda: DiscoveredClusters((), {}, {}))  # raises when it is asked
 
 
 def a_split(n: int = 50, name: str = "train") -> Split:
@@ -77,7 +77,7 @@ def test_groups_of_both_kinds() -> None:
     assert not seen.splits  # labels are enough, nothing is encoded
     guessed = groups_of(split, "pseudo", ["a", "b"], 3, seen, NOTHING)
     assert torch.equal(guessed.index, split.label * 3 + seen.of(split)) and guessed.count.sum() == 50
-    found = Found((2,), {"train": torch.arange(60) % 7}, {"train": torch.arange(60) % 50})
+    found = DiscoveredClusters((2,), {"train": torch.arange(60) % 7}, {"train": torch.arange(60) % 50})
     regions = groups_of(split, "regions", ["a", "b"], 3, seen, DiscoveredAttributes(lambda: found))
     present = {i % 50 for i in range(60) if i % 7 == 2}
     assert regions.names == ("a / absent", "a / present", "b / absent", "b / present")
@@ -188,8 +188,8 @@ def test_of_equal_epochs_the_first_counts(run: Callable[..., dict[str, Any]], mo
 def test_pseudo_groups_of_validation_are_not_the_labels(build: Callable[..., PromptTrainer]) -> None:
     trainer = build("CoOp", *BEST, "TRAINER.PSEUDO_NOISE", 0.5, "DATASET.SHAPES.NUM_VAL", 64)
     metrics = trainer.evaluate("val")
-    val = trainer.split("val")
-    group = 2 * val.label + trainer.pseudo.of(val)
+    val = trainer.encoder.split("val")
+    group = 2 * val.label + trainer.attributes.pseudo.of(val)
     right = trainer.learner(val.features()).logits.argmax(1) == val.label
     worst = min(right[group == g].double().mean().item() for g in range(4))
     assert metrics["worst_pseudo_group_accuracy"] == pytest.approx(worst) != metrics["worst_group_accuracy"]

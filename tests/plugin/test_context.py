@@ -23,20 +23,20 @@ def test_the_context_is_that_of_clip_and_the_data(make: Make) -> None:
     trainer = make("WithWeighing", "CoOp")
     context, clip = trainer.companion.debiasers[0].context, load_backbone("tiny")
     clip.load_state_dict({key: value.half().float() for key, value in clip.state_dict().items()})
-    assert context.features_are_frozen and context.classnames == list(CLASSES)
+    assert context.features_are_frozen and context.data.classnames == list(CLASSES)
     assert all(
         torch.equal(a, b) for a, b in zip(clip.state_dict().values(), context.clip.state_dict().values(), strict=True)
     )
     loader = torch.utils.data.DataLoader(trainer.train_loader_x.dataset, 100)
     batch = next(iter(loader))
     expected = F.normalize(clip.encode_image(batch["img"]), dim=-1)
-    torch.testing.assert_close(context.train.features(), expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(context.train.label, batch["label"])
-    assert context.train.attribute.tolist() == [d.attribute for d in trainer.dm.dataset.train_x]
-    assert len(context.val.label) == 8 and context.num_groups() == 4
+    torch.testing.assert_close(context.data.train.features(), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(context.data.train.label, batch["label"])
+    assert context.data.train.attribute.tolist() == [d.attribute for d in trainer.dm.dataset.train_x]
+    assert len(context.data.val.label) == 8 and context.attributes.num_groups() == 4
     assert trainer.companion.attributes["val"].tolist() == [d.attribute for d in trainer.dm.dataset.val]
     trainer.set_model_mode("train")
-    z, logits = context.outputs(context.val)
+    z, logits = context.first_stage.outputs(context.data.val)
     with torch.no_grad():
         images = next(iter(trainer.val_loader))["img"]
         torch.testing.assert_close(logits, trainer.model(images), atol=1e-3, rtol=1e-4)
@@ -77,7 +77,7 @@ def test_a_trained_image_tower_is_noticed(make: Make) -> None:
 def test_what_cannot_be_here_says_so(make: Make, theirs: dict[str, type]) -> None:
     context = make("WithWeighing", "CoOp").companion.debiasers[0].context
     with pytest.raises(UserError, match="CoOp trained alone, which cannot be done.*DISCOVERY.FROM"):
-        context.fit_alone(1, None)
+        context.first_stage.fit(1, None)
     with pytest.raises(UserError, match="'ctx' of the prompt learner, which CoOp"):
         _ = context.learner.ctx
     with pytest.raises(UserError, match="the parameters of CoOp"):
@@ -119,5 +119,5 @@ def test_ravl_with_found_regions(make: Make, tmp_path: Path) -> None:
     clip: CLIP = trainer.companion.clip
     boxes = regions.boxes.view(36, 4, 4)[batch["index"]]
     expected = F.normalize(clip.region_features(batch["img"], list(boxes), "auto").float(), dim=-1)
-    found = trainer.companion.step_regions(batch).features
+    found = trainer.companion.region_features.of_step(batch).features
     torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=1e-3)

@@ -56,7 +56,7 @@ def test_subg_in_the_engine(build: Build, redraw: bool) -> None:
     assert not np.array_equal(orders[0], orders[1])
     same = [set(orders[0].tolist()) == set(order.tolist()) for order in orders[1:]]
     assert same == [not redraw] * 2
-    assert len(trainer.loader("train")) == len(orders[0]) // 4
+    assert len(trainer.encoder.batches("train")) == len(orders[0]) // 4
 
 
 def test_rwg_in_the_engine(build: Build) -> None:
@@ -71,8 +71,8 @@ def test_rwg_in_the_engine(build: Build) -> None:
 @pytest.mark.parametrize("name", ["SUBG", "RWG"])
 def test_the_loss_is_plain_cross_entropy(build: Build, name: str) -> None:
     trainer = build(name, *SMALL_BATCHES)
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     assert torch.equal(loss, torch.nn.functional.cross_entropy(alignment.logits, batch["label"]))
 

@@ -108,7 +108,7 @@ def test_prediction_compares_the_robust_feature(build: Build, by_image: bool) ->
     alignment = Alignment(features(), w, torch.tensor(7.0))
     z = trainer.debiasers[0].robust(features())
     expected = torch.stack([7 * (w[i] if by_image else w) @ z[i] for i in range(6)])
-    torch.testing.assert_close(trainer.predict(alignment), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trainer.objective.predict(alignment), expected, rtol=1e-4, atol=1e-5)
     assert (expected - alignment.logits).abs().max() > 1e-2
     others = trainer.debiasers[0].other_predictions(alignment)
     assert others.keys() == {"through raw z"} and torch.equal(others["through raw z"], alignment.logits)
@@ -116,8 +116,8 @@ def test_prediction_compares_the_robust_feature(build: Build, by_image: bool) ->
 
 def test_a_trained_base_learns_on_the_robust_feature(build: Build) -> None:
     trainer = build("RoboShot", "--base", "CoOp")
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
     z = trainer.debiasers[0].robust(batch["image_features"])
     expected = F.cross_entropy(alignment.logit_scale * z @ alignment.text_features.T, batch["label"])
     loss, _ = trainer.objective(alignment, batch)

@@ -60,9 +60,9 @@ def test_upstreams_checkpoints_give_the_logits_of_their_tensors(
     batch = next(iter(trainer.test_loader))
     expected = method.logits(theirs, normal(state), batch["img"])
     with torch.no_grad():
-        before = trainer.align(batch).logits
+        before = trainer.encoder.align(batch).logits
         trainer.load_model(write(tmp_path / "theirs", method.folder, state), 50)
-        assert_close(trainer.align(batch).logits, expected, "logits")
+        assert_close(trainer.encoder.align(batch).logits, expected, "logits")
     assert (before - expected).abs().max() > 0.1  # what was loaded counts
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in trainer.clip.state_dict().items())
 
@@ -188,7 +188,7 @@ def test_words_with_punctuation_stand_where_upstream_puts_them(
     trainer.load_model(write(tmp_path / "theirs", "prompt_learner", state), 50)
     batch = next(iter(trainer.test_loader))
     logits = text_prompt_logits(" ".join(["X"] * (n_ctx - 8) + [words]))
-    assert_close(trainer.align(batch).logits, logits(theirs, state, batch["img"]), "logits")
+    assert_close(trainer.encoder.align(batch).logits, logits(theirs, state, batch["img"]), "logits")
 
 
 # --- our files in upstream's hands -----------------------------------------------------------------------------

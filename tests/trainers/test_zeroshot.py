@@ -105,4 +105,4 @@ def test_an_ensemble_goes_under_a_debiaser(build: Build) -> None:
     own = build("OrthCal")
     z = F.normalize(torch.randn(3, 128), dim=1)
     assert (trainer.learner(z).text_features - own.learner(z).text_features).abs().max() > 1e-4
-    assert trainer.predict(trainer.learner(z)).shape == (3, 2)
+    assert trainer.objective.predict(trainer.learner(z)).shape == (3, 2)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from oodprompt.backbones import CLIP, load_backbone
-from oodprompt.engine import discover
 from oodprompt.errors import UserError
 from tests.helpers.foreign import CLASSES, Make
 
@@ -101,7 +100,7 @@ def test_ravl_with_found_regions(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="DISCOVERY.FROM"):
         make("RaVL", "CoOp").before_train()
     trainer = make("RaVL", "CoOp", "DISCOVERY.FROM", str(tmp_path))
-    regions = discover.regions_of(trainer.companion, "train")
+    regions = trainer.companion.region_features.regions("train")
     assignment = np.arange(len(regions.owner)) % 4
     content = {"clusters": np.array([2]), "assignment_train": assignment, "digest_train": np.array(digest(regions))}
     buffer = io.BytesIO()

@@ -124,7 +124,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     for dataset, trainer in itertools.product(args.datasets, args.trainers):
         flags = [*_dataset_flags(dataset), "--config-file", _config_file(args.config_file, trainer)]
         for base in dict.fromkeys(args.bases if _is_debiaser(trainer) else [""]):
-            main, *stack = trainer.encoder.split("+")
+            main, *stack = trainer.split("+")
             method = ["--trainer", main, *(["--base", base] if base else [])]
             keys = ["TRAINER.STACK", repr(tuple(stack))] if stack else []
             keys += ["DATASET.NAME", _dataset_name(flags)] if dataset else []  # a method's file may name another
@@ -155,7 +155,7 @@ def _config_file(files: Sequence[str], trainer: str) -> str:
     named = dict(file.split("=", 1) if "=" in file else ("", file) for file in files)
     if len(named) < len(files):
         raise UserError("--config-file: give one file for all trainers, and one as TRAINER=FILE for each that differs")
-    for name in (trainer, trainer.encoder.split("+")[0], ""):
+    for name in (trainer, trainer.split("+")[0], ""):
         if name in named:
             return named[name]
     raise UserError(f"--config-file: none for {trainer}; give FILE for all trainers or {trainer}=FILE")

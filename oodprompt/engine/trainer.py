@@ -127,8 +127,8 @@ class PromptTrainer(DasslNames):
             base_name=self.base_name,
             writes=self.state.is_main_process,
         )
-        self.objective, self.attributes, self.discovery = parts.objective, parts.attributes, parts.discovery
-        self.debiasers = self.objective.debiasers
+        self.objective, self.context, self.discovery = parts.objective, parts.context, parts.discovery
+        self.debiasers, self.attributes = self.objective.debiasers, self.context.attributes
         for debiaser in self.debiasers:
             self.trained.add(debiaser.model_name, debiaser, self.cfg.OPTIM, debiaser.learning_rate(self.cfg))
         pseudo = self.attributes.pseudo

@@ -70,10 +70,11 @@ def test_runs_unchanged(data: str, trainer: str, weights: Path, tmp_path: Path) 
         assert (tmp_path / "out" / picture).is_file()
 
 
-def first_of_four(run: RunDiscovery) -> DiscoveredClusters:
+def first_of_four(discovery: RunDiscovery) -> DiscoveredClusters:
     """As if discovery had found the first quadrant of every image."""
-    owner = run.region_features.regions("train").owner
-    assert run.region_features.of("train", run.encoder.learner).shape == (len(owner), SHAPE.embed_dim)
+    learner, regions = discovery.encoder.learner, discovery.region_features
+    owner = regions.regions("train").owner
+    assert regions.of("train", learner).shape == (len(owner), SHAPE.embed_dim)
     return DiscoveredClusters((0,), {"train": torch.arange(len(owner)) % 4}, {"train": owner})
 
 

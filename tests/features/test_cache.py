@@ -340,10 +340,10 @@ def test_auto_goes_to_disk_above_its_limit(mib: float, expected: bool, disk: Dis
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_auto_of_a_trainer(split: str, build: Callable[..., PromptTrainer], tmp_path: Path) -> None:
     memory = build("CoOp", "DATALOADER.CACHE_DIR", tmp_path / "cache")
-    assert isinstance(memory.loader(split).features, Tensor) and not (tmp_path / "cache").exists()
+    assert isinstance(memory.encoder.batches(split).features, Tensor) and not (tmp_path / "cache").exists()
     disk = build("CoOp", "DATALOADER.CACHE_DIR", tmp_path / "cache", "DATALOADER.CACHE_MEMORY_MIB", 0)
-    assert len(list(disk.loader(split).features)) == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1
-    for a, b in zip(memory.loader(split), disk.loader(split), strict=True):
+    assert len(list(disk.encoder.batches(split).features)) == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    for a, b in zip(memory.encoder.batches(split), disk.encoder.batches(split), strict=True):
         assert torch.equal(a["image_features"], b["image_features"]) and a["impath"] == b["impath"]
 
 
@@ -352,9 +352,9 @@ def test_frozen_train_features_from_files(first: str, build: Callable[..., Promp
     memory = build("CoOp").frozen_features_of("train")
     disk = build("CoOp", "DATALOADER.FEATURE_CACHE", "disk", "DATALOADER.CACHE_DIR", tmp_path / "cache")
     if first == "loader":
-        disk.loader("train")
-    frozen = disk.frozen_features_of("train")
-    assert type(frozen) is Tensor and torch.equal(frozen, memory) and disk.frozen_features_of("train") is frozen
+        disk.encoder.batches("train")
+    frozen = disk.encoder.frozen_features_of("train")
+    assert type(frozen) is Tensor and torch.equal(frozen, memory) and disk.encoder.frozen_features_of("train") is frozen
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 

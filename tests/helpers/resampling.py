@@ -13,6 +13,7 @@ import torch
 from oodprompt import cli
 from oodprompt.engine.first_stage import FirstStage
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.features.encoder import Encoder
 from oodprompt.methods.splits import Split
 from tests.helpers.runs import Arguments, Run, assert_same_outcome, interrupted_at
 
@@ -60,13 +61,13 @@ def assert_resumes(
 
 def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, no image has an attribute label."""
-    split = PromptTrainer.split
+    split = Encoder.split
 
-    def unlabelled(self: PromptTrainer, name: str) -> Split:
+    def unlabelled(self: Encoder, name: str) -> Split:
         known = split(self, name)
         return replace(known, attribute=torch.full_like(known.attribute, -1))
 
-    monkeypatch.setattr(PromptTrainer, "split", unlabelled)
+    monkeypatch.setattr(Encoder, "split", unlabelled)
 
 
 def order_of(trainer: PromptTrainer, epoch: int) -> np.ndarray:

@@ -183,5 +183,5 @@ def test_logits_of_the_first_training_are_those_of_its_weights(build: Build) -> 
     trainer = build("AFR", *FIRST)
     fitted, logits = trainer.debiasers[0].context.first_stage.fit(2, None)
     with evaluating(fitted):
-        again = trainer.encoder.outputs("train", fitted, lambda alignment: alignment.logits)[1]
-    torch.testing.assert_close(again, logits)
+        outputs = trainer.encoder.outputs("train", fitted, lambda alignment: alignment.logits)
+    torch.testing.assert_close(outputs[1], logits)

@@ -40,7 +40,7 @@ def fitted(build: Build, *keys: Any) -> PromptTrainer:
 
 
 def features_of(trainer: PromptTrainer, split: str) -> tuple[np.ndarray, np.ndarray]:
-    own = trainer.split(split)
+    own = trainer.encoder.split(split)
     return own.features().double().numpy(), own.label.numpy()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from oodprompt import cli
 from oodprompt.backbones import load_backbone
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.engine.objective import Objective
 from oodprompt.errors import UserError
 from tests.helpers.runs import Build
 from tests.helpers.towers import assert_close, gaussian
@@ -79,13 +79,13 @@ def test_upstreams_checkpoints_are_evaluated_by_the_command_line(
     method, seen = METHODS[name], []
     state = upstream_state(name, theirs)
     directory = write(tmp_path / "theirs", method.folder, state)
-    predict = PromptTrainer.predict
+    predict = Objective.predict
 
-    def recorded(self: PromptTrainer, alignment: Any) -> Tensor:
+    def recorded(self: Objective, alignment: Any) -> Tensor:
         seen.append(predict(self, alignment))
         return seen[-1]
 
-    monkeypatch.setattr(PromptTrainer, "predict", recorded)
+    monkeypatch.setattr(Objective, "predict", recorded)
     epoch = ["--load-epoch", 50] if name in ("CoOp", "MaPLe") else []  # else the one that the file `checkpoint` names
     cli.run(arguments(name, "ours", *method.keys, "--eval-only", "--model-dir", directory, *epoch))
     batches = list(build(name, *method.keys).test_loader)

@@ -54,7 +54,7 @@ def proposal_regions(
         right, bottom = (math.ceil(edge - _ROUNDING) for edge in window[2:])
         seen = image.crop((left, top, right, bottom))
         boxes = _propose(network, to_tensor(seen).to(device))[:per_image].cpu() + torch.tensor([left, top, left, top])
-        matches[i] = [Box(*corners, name="") for corners in boxes.tolist()]
+        matches[i] = [Box(x1, y1, x2, y2, "") for x1, y1, x2, y2 in boxes.tolist()]
     return in_view(f"proposals of {weights.name}", matches, paths, input_size)
 
 

@@ -14,7 +14,7 @@ SIZES = [(1, 1), (7, 300), (101, 237), (224, 224), (225, 224), (333, 100)]  # wi
 
 
 @pytest.mark.parametrize("mode", [InterpolationMode.BICUBIC, InterpolationMode.BILINEAR, InterpolationMode.NEAREST])
-@pytest.mark.parametrize("view", [(48, 48), (48, 33), (32, 49), (1, 1)], ids=str)
+@pytest.mark.parametrize("view", [(48, 48), (48, 33), (33, 48), (32, 49), (1, 1)], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_pixels_are_those_of_resize_and_center_crop(
     size: tuple[int, int], view: tuple[int, int], mode: InterpolationMode

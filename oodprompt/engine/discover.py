@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oodprompt.config.keys import declare
 from oodprompt.data.images import read_image
 from oodprompt.data.transforms import build_transform
+from oodprompt.discovery import keys as _keys  # noqa: F401  declares DISCOVERY.*
 from oodprompt.discovery.ravl import assign, discover
 from oodprompt.discovery.region_features import region_view
 from oodprompt.discovery.result import Discovery
 from oodprompt.engine.first_stage import evaluating, fit_alone, outputs
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.features.views import whole
 from oodprompt.files import write_atomically
 from oodprompt.methods.attributes import Found
@@ -31,46 +31,6 @@ from oodprompt.reports.discovery import FILE, discovery_table, read_discovery, w
 if TYPE_CHECKING:
     from oodprompt.engine.trainer import PromptTrainer
 
-declare(
-    "REGIONS",
-    {
-        "SOURCE": (
-            "grid",
-            "Regions of an image: grid (GRID cells), boxes (of FILE), or proposals (of a detector, weights in FILE).",
-        ),
-        "GRID": ((2, 2), "grid: rows and columns."),
-        "OVERLAP": (0.0, "grid: the share of a cell that it has in common with the next."),
-        "FILE": ("", "boxes: a COCO json or a csv (image, left, top, right, bottom, label); proposals: weights."),
-        "PER_IMAGE": (32, "proposals: how many of an image."),
-        "FEATURES": (
-            "auto",
-            "How features are made of a region: tokens, crops, masked or patches (ViT), roi, crops or patches (ResNet); auto: "
-            "tokens or roi.",
-        ),
-    },
-)
-declare(
-    "DISCOVERY",
-    {
-        "FROM": (
-            "",
-            "Folder that scripts/discover.py wrote, whose clusters are taken; empty: the base is trained alone first, and "
-            "discovery runs on that.",
-        ),
-        "EPOCHS": (0, "Epochs of that first training; 0: OPTIM.MAX_EPOCH."),
-        "SPLIT": (
-            "val",
-            "Labelled images that discovery looks at: val or test. They should be free of the correlation.",
-        ),
-        "K_RANGE": ((), "First and last number of clusters to try; empty: 2 C to 5 C - 1 for C classes."),
-        "THRESHOLD": (0.25, "Clusters with less influence H_c are dropped."),
-        "BOTH_SIGNS": (True, "Clusters must help a class and hurt another (in the authors' code, not in the paper)."),
-        "TEMPERATURE": (0.07, "Of the scores of regions."),
-        "CLUSTERS": (1, "How many of the surviving clusters, best first, count as spurious."),
-        "PLANTED": ("", "Name of the regions that are known to be spurious, to report Precision@10; for studies."),
-    },
-)
-
 _CLUSTERS_FILE = "discovery.npz"
 
 
@@ -78,8 +38,6 @@ def regions_of(trainer: PromptTrainer, split: str) -> Regions:
     """The regions of a split by REGIONS.*, made once."""
     if split not in trainer.regions:
         keys = trainer.cfg.REGIONS
-        if len(keys.GRID) != 2 or not all(isinstance(n, int) for n in keys.GRID):
-            raise UserError(f"REGIONS.GRID: rows and columns are two whole numbers, as (2, 2), not {keys.GRID}")
         paths = [datum.impath for datum in trainer.data_of(split)]
         trainer.regions[split] = build_regions(
             keys.SOURCE,
@@ -190,8 +148,6 @@ def run(
 def discovery_data(trainer: PromptTrainer) -> Any:
     """The images that discovery looks at; ``UserError`` where there are none."""
     split = trainer.cfg.DISCOVERY.SPLIT
-    if split not in ("val", "test"):
-        raise UserError(f"DISCOVERY.SPLIT: unknown split {split!r}: {nearest(split, ['val', 'test'])}")
     data = trainer.data_of(split)
     if not data:
         raise UserError(f"DISCOVERY.SPLIT {split}: the data set has no such images; give labelled validation images")
@@ -200,19 +156,13 @@ def discovery_data(trainer: PromptTrainer) -> Any:
 
 def counted(trainer: PromptTrainer) -> int:
     """How many clusters count as spurious."""
-    if trainer.cfg.DISCOVERY.CLUSTERS < 1:
-        raise UserError(f"DISCOVERY.CLUSTERS: {trainer.cfg.DISCOVERY.CLUSTERS} is not possible; give 1 or more")
     return trainer.cfg.DISCOVERY.CLUSTERS
 
 
 def k_range(trainer: PromptTrainer) -> range | None:
     """The numbers of clusters that DISCOVERY.K_RANGE asks for; None: the default."""
     ends = trainer.cfg.DISCOVERY.K_RANGE
-    if not ends:
-        return None
-    if len(ends) != 2 or not all(isinstance(k, int) for k in ends) or not 2 <= ends[0] <= ends[1]:
-        raise UserError(f"DISCOVERY.K_RANGE: give the first and the last number of clusters, as (20, 49), not {ends}")
-    return range(ends[0], ends[1] + 1)
+    return range(ends[0], ends[1] + 1) if ends else None
 
 
 def region_scores(
@@ -220,8 +170,6 @@ def region_scores(
 ) -> Tensor:
     """softmax(<region, text> / temperature) [r, C], in parts: text may depend on the region."""
     parts, temperature = [], trainer.cfg.DISCOVERY.TEMPERATURE
-    if not temperature > 0:
-        raise UserError(f"DISCOVERY.TEMPERATURE: {temperature} is not possible; give a number above 0")
     with torch.no_grad(), evaluating(trainer, learner):
         for some in features.split(1000 if trainer.num_classes < 100 else 50):
             alignment = trainer.align({"image_features": some}, learner)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
 from oodprompt.methods.splits import Split
 
@@ -41,7 +41,7 @@ def groups_of(
 
     ``values`` is the number of attribute values in all splits of the data set.
 
-    Raises ``UserError`` for another choice, where an attribute label is unknown, or where nothing is discovered.
+    Raises ``UserError`` where an attribute label is unknown, or where nothing is discovered.
     """
     values = num_values(split, choice, values, pseudo)
     source = discovered if choice == "regions" else pseudo
@@ -53,8 +53,6 @@ def groups_of(
 
 def num_values(split: Split, choice: str, values: int, pseudo: PseudoAttributes) -> int:
     """A, the number of attribute values by ``choice``; raises as ``groups_of`` does, without asking for features."""
-    if choice not in CHOICES:
-        raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, CHOICES)}")
     if choice == "pseudo":
         return len(pseudo.text)
     if choice == "regions":

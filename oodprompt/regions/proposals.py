@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,6 @@ from tqdm import tqdm
 from oodprompt.backbones.weights import read_state_dict
 from oodprompt.data.images import read_image
 from oodprompt.errors import UserError
-
-if TYPE_CHECKING:  # what the engine is built of may import this module
-    pass
-
 from oodprompt.regions.boxes import Box, Regions, in_view, visible_window
 
 _ROUNDING = 1e-6  # pixels by which an edge may miss a whole number through rounding

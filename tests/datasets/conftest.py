@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.data.dataset import DatasetBase, Datum, build_dataset
 
 Build = Callable[..., DatasetBase]
@@ -57,6 +57,7 @@ def build(tmp_path: Path) -> Build:
         changes = {"ROOT": str(tmp_path), "NAME": name} | keys
         for key, value in changes.items():
             set_key(cfg, key if key == "SEED" else "DATASET." + key.replace("__", "."), value, "test")
+        check_values(cfg)
         return build_dataset(cfg)
 
     return make

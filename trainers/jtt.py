@@ -42,13 +42,13 @@ class ErrorSet(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys, self.context = cfg.TRAINER.JTT, context
-        self.register_buffer("error", torch.zeros(len(context.train.label), dtype=torch.bool))  # [N], i in E
+        self.register_buffer("error", torch.zeros(len(context.data.train.label), dtype=torch.bool))  # [N], i in E
         self.register_buffer("done", torch.zeros((), dtype=torch.bool))  # whether E is known
 
     def before_train(self) -> None:
         if not self.done:
-            _, logits = self.context.fit_alone(self.keys.FIRST_EPOCHS, None)
-            self.error = logits.argmax(dim=1) != self.context.train.label
+            _, logits = self.context.first_stage.fit(self.keys.FIRST_EPOCHS, None)
+            self.error = logits.argmax(dim=1) != self.context.data.train.label
             self.done.fill_(True)
         print(
             f"JTT: the error set has {int(self.error.sum()):,} of {len(self.error):,} training images "

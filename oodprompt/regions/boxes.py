@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,10 +18,6 @@ from torch import Tensor
 
 from oodprompt.data.tables import read_rows
 from oodprompt.errors import UserError
-
-if TYPE_CHECKING:  # what the engine is built of may import this module
-    pass
-
 
 _VISIBLE = 0.25  # the share of a box's area that must lie in what the model sees
 _SMALLEST = 1e-4  # of the image's side: narrower boxes are empty

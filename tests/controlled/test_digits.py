@@ -31,7 +31,7 @@ from oodprompt.studies.digits import (
     read_items,
 )
 from oodprompt.studies.planting import cramers_v
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 REAL = REPOSITORY.parent / "shared" / "data" / "mnist"
 SIZES = {"n_train": 200, "n_val": 40, "n_test": 60}

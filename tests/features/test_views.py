@@ -87,7 +87,6 @@ def test_empty_slices(make_cfg: MakeCfg, encode: Callable[[Tensor], Tensor]) -> 
         ("disk", 2, RANDOM, False, 2),
         ("disk", 0, RANDOM, False, "disk: INPUT.TRANSFORMS are random; say with INPUT.VIEWS"),
         ("disk", 1, ("normalize",), True, "disk: this prompt learner trains the image tower"),
-        ("memry", 1, ("normalize",), False, "FEATURE_CACHE: unknown choice 'memry': did you mean 'memory'"),
     ],
 )
 def test_views_to_cache(

@@ -16,7 +16,7 @@ from oodprompt.trainers.group_coop import GroupPrompts
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
@@ -39,6 +39,7 @@ def debiaser(clip: CLIP, groups: Sequence[int] = GROUPS, values: int = 2, **keys
     cfg = get_cfg_default()
     for key, value in keys.items():
         set_key(cfg, key if "." in key else f"{SECTION}.{key}", value, "test")
+    check_values(cfg)
     names = tuple(f"{c} / {a}" for c in NAMES for a in range(values))
     context = SimpleNamespace(
         clip=clip,

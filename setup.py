@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["oodprompt", "oodprompt.*"]), "oodprompt.trainers", "oodprompt.datasets"],
     package_dir={"oodprompt.trainers": "trainers", "oodprompt.datasets": "datasets"},
-    package_data={"oodprompt.backbones": ["tiny.pt.gz"]},
+    package_data={"oodprompt.backbones": ["tiny.pt.gz"], "oodprompt.reports": ["discovery.html.j2", "discovery.css"]},
     install_requires=[
         "accelerate>=1.0",
         "clip-anytorch>=2.6",  # OpenAI's tokenizer and vocabulary

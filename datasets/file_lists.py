@@ -153,8 +153,6 @@ def split_off_validation(cfg: CfgNode, name: str, train: Sequence[Datum]) -> tup
     does not look at the attribute. A class keeps at least one training image.
     """
     share = cfg.DATASET.VAL_PERCENT
-    if not 0 <= share < 1:
-        raise UserError(f"DATASET.VAL_PERCENT is a share from 0 to below 1, not {share}")
     by_label: dict[int, list[int]] = defaultdict(list)
     for i, datum in enumerate(train):
         by_label[datum.label].append(i)

@@ -24,25 +24,65 @@ from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
+
+_UNKNOWN = "{key}: there is no {value!r}: {known}"
+_NO_RANGE = "{{key}} is a range (low, high) above 0 and up to {}, not {{value}}"
+
+
+def _is_range(bounds: tuple[float, ...]) -> bool:
+    return len(bounds) == 2 and bounds[0] <= bounds[1]
+
 
 declare(
     "DATASET.SHAPES",
     {
-        "CORRELATION": (0.95, "Share of training images of a class that lie on the scene of that class."),
-        "CLASSES": (("circle", "diamond"), "Shapes to tell apart: " + ", ".join(SHAPES) + "."),
-        "SCENES": (("water", "land"), "Scenes, as many as classes or more: " + ", ".join(SCENES) + "."),
-        "NUM_TRAIN": (2000, "Training images."),
-        "NUM_VAL": (800, "Validation images, the same number of each group."),
-        "NUM_TEST": (2000, "Test images, the same number of each group."),
-        "RADIUS": ((0.11, 0.22), "Range of the shape's radius as a share of the image side."),
-        "OPACITY": ((0.35, 0.85), "Range of how much the shape covers the scene."),
-        "NOISE": (13.0, "Standard deviation of pixel noise, in grey levels."),
-        "OCCLUSION": (0.2, "Chance that a strip of scene covers part of the shape."),
-        "RENDER_SEED": (0, "Seed of the images; SEED of the run does not change them."),
+        "CORRELATION": Key(
+            0.95,
+            "Share of training images of a class that lie on the scene of that class.",
+            at_least=0,
+            at_most=1,
+            error="{key} is a share between 0 and 1, not {value}",
+        ),
+        "CLASSES": Key(
+            ("circle", "diamond"), "Shapes to tell apart, two or more.", choices=tuple(SHAPES), error=_UNKNOWN
+        ),
+        "SCENES": Key(("water", "land"), "Scenes, as many as classes or more.", choices=tuple(SCENES), error=_UNKNOWN),
+        "NUM_TRAIN": Key(2000, "Training images, at least as many as groups.", at_least=1),
+        "NUM_VAL": Key(800, "Validation images, the same number of each group.", at_least=1),
+        "NUM_TEST": Key(2000, "Test images, the same number of each group.", at_least=1),
+        "RADIUS": Key(
+            (0.11, 0.22),
+            "Range of the shape's radius as a share of the image side.",
+            above=0,
+            at_most=0.48,
+            test=_is_range,
+            error=_NO_RANGE.format(0.48),
+        ),
+        "OPACITY": Key(
+            (0.35, 0.85),
+            "Range of how much the shape covers the scene.",
+            above=0,
+            at_most=1,
+            test=_is_range,
+            error=_NO_RANGE.format(1),
+        ),
+        "NOISE": Key(
+            13.0,
+            "Standard deviation of pixel noise, in grey levels.",
+            at_least=0,
+            error="{key} cannot be negative: {value}",
+        ),
+        "OCCLUSION": Key(0.2, "Chance that a strip of scene covers part of the shape.", at_least=0, at_most=1),
+        "RENDER_SEED": Key(
+            0,
+            "Seed of the images; SEED of the run does not change them.",
+            at_least=0,
+            error="{key} cannot be negative: {value}",
+        ),
     },
 )
 
@@ -76,24 +116,11 @@ class ShapesOnScenes(DatasetBase):
 
 
 def _check(keys: CfgNode) -> None:
-    for key, known in (("CLASSES", SHAPES), ("SCENES", SCENES)):
-        for name in keys[key]:
-            if name not in known:
-                raise UserError(f"DATASET.SHAPES.{key}: there is no {name!r}: {nearest(name, known)}")
+    for key in ("CLASSES", "SCENES"):
         if len(set(keys[key])) < max(2, len(keys[key])):
             raise UserError(f"DATASET.SHAPES.{key}: {keys[key]} must hold two or more different names")
     if len(keys.SCENES) < len(keys.CLASSES):
         raise UserError("DATASET.SHAPES.SCENES must hold at least as many names as DATASET.SHAPES.CLASSES")
-    if not 0 <= keys.CORRELATION <= 1:
-        raise UserError(f"DATASET.SHAPES.CORRELATION is a share between 0 and 1, not {keys.CORRELATION}")
-    for key, largest in (("RADIUS", 0.48), ("OPACITY", 1)):
-        bounds = keys[key]
-        numbers = len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds)
-        if not (numbers and 0 < bounds[0] <= bounds[1] <= largest):
-            raise UserError(f"DATASET.SHAPES.{key} is a range (low, high) above 0 and up to {largest}, not {bounds}")
-    for key in ("NOISE", "RENDER_SEED"):
-        if keys[key] < 0:
-            raise UserError(f"DATASET.SHAPES.{key} cannot be negative: {keys[key]}")
     groups = len(keys.SCENES) * len(keys.CLASSES)
     for key in ("NUM_TRAIN", "NUM_VAL", "NUM_TEST"):
         if keys[key] < groups:

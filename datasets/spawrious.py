@@ -7,10 +7,9 @@ from pathlib import Path
 from oodprompt.datasets.file_lists import FilesDataset, image_names, split_off_validation
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
-from oodprompt.errors import UserError, nearest
 
 _BREEDS = ("bulldog", "corgi", "dachshund", "labrador")
 _PLACES = ("desert", "jungle", "dirt", "mountain", "snow", "beach")
@@ -27,7 +26,17 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
 _IN_FOLDER = 3168  # images of a breed at a place in each of the folders 0 and 1
 _OWN_SHARE = (0.97, 0.87)  # one-to-one: share of the breed's own place in folder 0 and in folder 1
 
-declare("DATASET.SPAWRIOUS", {"SETTING": ("o2o_hard", "One of " + ", ".join(_SETTINGS) + ".")})
+declare(
+    "DATASET.SPAWRIOUS",
+    {
+        "SETTING": Key(
+            "o2o_hard",
+            "One of the authors' settings: one-to-one or many-to-many.",
+            choices=tuple(_SETTINGS),
+            error="{key}: unknown setting {value!r}: {known}",
+        )
+    },
+)
 
 
 @DATASET_REGISTRY.register()
@@ -61,8 +70,6 @@ class Spawrious(FilesDataset):
 
     def __init__(self, cfg: CfgNode) -> None:
         setting = cfg.DATASET.SPAWRIOUS.SETTING
-        if setting not in _SETTINGS:
-            raise UserError(f"DATASET.SPAWRIOUS.SETTING: unknown setting {setting!r}: {nearest(setting, _SETTINGS)}")
         folder = self.folder(cfg, "0")
         train, test = ([d for part in parts for d in self._read(folder, *part)] for parts in parts_of(setting))
         train, val = split_off_validation(cfg, "Spawrious", train)

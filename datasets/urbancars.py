@@ -7,10 +7,9 @@ from itertools import product
 from oodprompt.datasets.file_lists import FilesDataset, image_names
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
-from oodprompt.errors import UserError, nearest
 
 _KINDS = ("urban", "country")
 _FOLDERS = {
@@ -24,11 +23,17 @@ _SCENES = {
     "country": ("a field road", "a forest road", "a desert road"),
 }
 _THINGS = {"urban": ("a stop sign", "a traffic light", "a fire hydrant"), "country": ("a cow", "a horse", "a sheep")}
-_ATTRIBUTES = ("both", "background", "object")
 
 declare(
     "DATASET.URBANCARS",
-    {"ATTRIBUTE": ("both", "The spurious attribute: background, object (the co-occurring one), or both combined.")},
+    {
+        "ATTRIBUTE": Key(
+            "both",
+            "The spurious attribute: background, object (the co-occurring one), or both combined.",
+            choices=("both", "background", "object"),
+            error="{key}: unknown {value!r}: {known}",
+        )
+    },
 )
 
 
@@ -55,8 +60,6 @@ class UrbanCars(FilesDataset):
 
     def __init__(self, cfg: CfgNode) -> None:
         which = cfg.DATASET.URBANCARS.ATTRIBUTE
-        if which not in _ATTRIBUTES:
-            raise UserError(f"DATASET.URBANCARS.ATTRIBUTE: unknown {which!r}: {nearest(which, _ATTRIBUTES)}")
         self.attribute_names, self.attribute_prompts = _words(which)
         root = self.folder(cfg, *_FOLDERS.values())
         splits: dict[str, list[Datum]] = {split: [] for split in _FOLDERS}

@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import oodprompt.engine.trainer
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.weights import SHAPES, check_name
 from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.loading import Batch
+from oodprompt.engine import assembly
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
@@ -160,7 +160,7 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
 
     if cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME not in SHAPES:
         return build_trainer(cfg)
-    with mock.patch.object(oodprompt.engine.trainer, "load_backbone", random_backbone):
+    with mock.patch.object(assembly, "load_backbone", random_backbone):
         return build_trainer(cfg)
 
 
@@ -197,10 +197,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 def time_steps(trainer: PromptTrainer, batch: Batch, steps: int) -> tuple[list[tuple[float, ...]], float]:
     """Seconds of (step, image tower, text tower, backward) of each step after the warm-up, and the peak in MiB."""
     clock, peak = Clock(trainer.device), Peak(trainer.device)
-    trainer.encode_image = clock.timed("image", trainer.encode_image)
-    trainer.encode_frozen = clock.timed("image", trainer.encode_frozen)
+    encoder, objective = trainer.encoder, trainer.objective
+    encoder.encode_image = clock.timed("image", encoder.encode_image)
+    encoder.encode_frozen = clock.timed("image", encoder.encode_frozen)
     trainer.learner.forward = clock.timed("text", trainer.learner.forward)
-    trainer.objective = clock.timed("objective", trainer.objective)
+    timed = type("Timed", (type(objective),), {"__call__": clock.timed("objective", type(objective).__call__)})
+    objective.__class__ = timed  # a call of an object is looked up in its class
     trainer.num_batches = WARM_UP + steps
     for debiaser in trainer.debiasers:
         debiaser.before_train()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, load_script
+from tests.helpers.runs import REPOSITORY, load_script
 
 LOG = "** Output: x\nepoch [1/1] batch [2/2] time 0.1 (0.2) data 0.0 loss 2.5 (2.5) lr 1e-3 eta 0:00:01\n* accuracy: 68.5%\n"
 

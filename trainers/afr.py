@@ -27,22 +27,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.seeding import HELD_OUT, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, PromptLearner, Step
 from oodprompt.methods.groups import per_group
 
 declare(
     "TRAINER.AFR",
     {
-        "FIRST_EPOCHS": (50, "Epochs of the first training, on the first part."),
-        "SHARE": (0.2, "Share of each class's training images that is held out for the second training, by SEED."),
-        "GAMMA": (4.0, "gamma: how strongly weights fall with the probability of the true class."),
-        "LAMBDA": (0.0, "lambda: weight of the squared distance from the first training's parameters."),
-        "CLASSES": ("count", "beta_y: 1 / images of the class (count), or classes weigh the same (weight)."),
+        "FIRST_EPOCHS": Key(50, "Epochs of the first training, on the first part.", at_least=1),
+        "SHARE": Key(
+            0.2,
+            "Share of each class's training images that is held out for the second training, by SEED.",
+            above=0,
+            below=1,
+        ),
+        "GAMMA": Key(
+            4.0, "gamma: how strongly weights fall with the probability of the true class.", at_least=0, below=math.inf
+        ),
+        "LAMBDA": Key(
+            0.0,
+            "lambda: weight of the squared distance from the first training's parameters.",
+            at_least=0,
+            below=math.inf,
+        ),
+        "CLASSES": Key(
+            "count",
+            "beta_y: 1 / images of the class (count), or classes weigh the same (weight).",
+            choices=("count", "weight"),
+        ),
     },
 )
 
@@ -55,19 +71,8 @@ class FeatureReweighting(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys, self.context = cfg.TRAINER.AFR, context
-        keys = self.keys
-        if keys.FIRST_EPOCHS < 1:
-            raise UserError(f"TRAINER.AFR.FIRST_EPOCHS: {keys.FIRST_EPOCHS} is not possible; give 1 or more")
-        if not 0 < keys.SHARE < 1:
-            raise UserError(f"TRAINER.AFR.SHARE: {keys.SHARE} is not between 0 and 1")
-        for key in ("GAMMA", "LAMBDA"):
-            if not 0 <= keys[key] < math.inf:
-                raise UserError(f"TRAINER.AFR.{key}: {keys[key]} is not possible; give 0 or more")
-        if keys.CLASSES not in ("count", "weight"):
-            known = nearest(keys.CLASSES, ["count", "weight"])
-            raise UserError(f"TRAINER.AFR.CLASSES: unknown choice {keys.CLASSES!r}: {known}")
         rng = np.random.default_rng(derive_seed(cfg.SEED, HELD_OUT))
-        held_out = hold_out(context.data.train.label.cpu().numpy(), keys.SHARE, rng, context.data.classnames)
+        held_out = hold_out(context.data.train.label.cpu().numpy(), self.keys.SHARE, rng, context.data.classnames)
         self.register_buffer("held_out", torch.from_numpy(held_out))  # [N], i in H
         self.register_buffer("mu", torch.zeros(len(held_out), dtype=torch.float64))  # [N], 0 outside H
         self.register_buffer("theta_fit", torch.zeros_like(flat(context.learner)))  # [P]

@@ -17,22 +17,24 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.methods.contracts import Alignment, PromptLearner
-from oodprompt.methods.prompts import ContextPrompts, context_of
+from oodprompt.methods.prompts import NO_CONTEXT, ContextPrompts, context_of, words_or_flag
 
 declare(
     "TRAINER.COCOOP",
     {
-        "N_CTX": (16, "Number M of context vectors (without CTX_INIT)."),
-        "CTX_INIT": (
+        "N_CTX": Key(16, "Number M of context vectors (without CTX_INIT).", at_least=1, error=NO_CONTEXT),
+        "CTX_INIT": Key(
             "",
             "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2); True, as in ProGrad's "
             "files: the template's words in the last of N_CTX vectors, zeros ahead of them.",
+            parse=words_or_flag,
         ),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
+        "PREC": precision_key(),
     },
 )
 

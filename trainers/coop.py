@@ -16,24 +16,31 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.methods.contracts import Alignment, PromptLearner
-from oodprompt.methods.prompts import INIT_STD, ContextPrompts, context_of
+from oodprompt.methods.prompts import INIT_STD, NO_CONTEXT, ContextPrompts, context_of, words_or_flag
 
 declare(
     "TRAINER.COOP",
     {
-        "N_CTX": (16, "Number M of context vectors (without CTX_INIT)."),
+        "N_CTX": Key(16, "Number M of context vectors (without CTX_INIT).", at_least=1, error=NO_CONTEXT),
         "CSC": (False, "Class-specific contexts: M vectors for each class instead of M shared ones."),
-        "CTX_INIT": (
+        "CTX_INIT": Key(
             "",
             "Words to start from, e.g. 'a photo of a'; empty or False: random, N(0, 0.02^2); True, as in ProGrad's "
             "files: the template's words in the last of N_CTX vectors, zeros ahead of them.",
+            parse=words_or_flag,
         ),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
-        "CLASS_TOKEN_POSITION": ("end", "Where the class name stands: end, middle or front."),
+        "PREC": precision_key(),
+        "CLASS_TOKEN_POSITION": Key(
+            "end",
+            "Where the class name stands.",
+            choices=("end", "middle", "front"),
+            error="{key}: unknown place {value!r}: {known}",
+        ),
         "W": (1.0, "KgCoOp: weight of the distance to the hand-written prompts (lambda)."),
         "ALPHA": (1.0, "Kept for KgCoOp's and ProGrad's files, where nothing reads it."),
     },

@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
 from oodprompt.methods.dependence import (
     Club,
@@ -57,51 +57,80 @@ from oodprompt.methods.dependence import (
 declare(
     "TRAINER.COOPOOD",
     {
-        "ALPHA": (0.1, "Weight of L_s. [open]"),
-        "BETA": (1.0, "Weight of L_c of the plain method. [open]"),
-        "L_C": ("hsic", "dep of L_c: hsic (biased, median-heuristic RBF), xcov, club, contrast or none. [open]"),
-        "MIN_PER_CLASS": (4, "L_c leaves out classes with fewer images in the batch."),
-        "LR": (1e-5, "Learning rate of the projections. [open]"),
+        "ALPHA": Key(0.1, "Weight of L_s. [open]", at_least=0),
+        "BETA": Key(1.0, "Weight of L_c of the plain method. [open]", at_least=0),
+        "L_C": Key(
+            "hsic",
+            "dep of L_c; hsic is biased, with a median-heuristic RBF. [open]",
+            choices=("hsic", "xcov", "club", "contrast", "none"),
+        ),
+        "MIN_PER_CLASS": Key(
+            4,
+            "L_c leaves out classes with fewer images in the batch.",
+            at_least=2,
+            error="{key}: one image tells nothing of dependence; give 2 or more",
+        ),
+        "LR": Key(1e-5, "Learning rate of the projections. [open]", at_least=0),
         "BIAS": (True, "Projections have a bias. [open]"),
-        "INIT": ("identity", "Projections start as identity plus noise, or random (torch's default). [open]"),
-        "INIT_NOISE": (0.01, "Standard deviation of the noise on the identity. [open]"),
+        "INIT": Key(
+            "identity",
+            "Projections start as identity plus noise, or random (torch's default). [open]",
+            choices=("identity", "random"),
+        ),
+        "INIT_NOISE": Key(0.01, "Standard deviation of the noise on the identity. [open]", at_least=0),
         "NORMALIZE_INPUT": (
             True,
             "Projections see the normalised image feature; else one of CLIP's usual length 10. [open]",
         ),
         "DETACH_HS": (False, "L_s moves the prompt alone, not h_s (always so when anchored). [open]"),
-        "PHASES": (
+        "PHASES": Key(
             "alternating",
             "joint: one loss; alternating: a step on (prompt, h_u), then one on (prompt, h_s). Plain only. [open]",
+            choices=("joint", "alternating"),
         ),
-        "INFERENCE": ("invariant", "Predict from z_u (invariant) or z (raw); the other is reported too. [open]"),
-        "ANCHOR": (
+        "INFERENCE": Key(
+            "invariant",
+            "Predict from z_u (invariant) or z (raw); the other is reported too. [open]",
+            choices=("invariant", "raw"),
+        ),
+        "ANCHOR": Key(
             "none",
             "none: the method of the paper; attributes: anchored on the names of the attribute; regions: on the presence of "
             "the regions that discovery finds (DISCOVERY.*), without names.",
+            choices=("none", "attributes", "regions"),
         ),
-        "ANCHOR_ALPHA": (0.0, "Weight of L_s when anchored."),
-        "ANCHOR_BETA": (3000.0, "Weight of L_c when anchored and the image tower is frozen."),
-        "ANCHOR_BETA_TOWER": (
+        "ANCHOR_ALPHA": Key(0.0, "Weight of L_s when anchored.", at_least=0),
+        "ANCHOR_BETA": Key(3000.0, "Weight of L_c when anchored and the image tower is frozen.", at_least=0),
+        "ANCHOR_BETA_TOWER": Key(
             100.0,
             "Weight of L_c when anchored and the base trains the image tower, which the penalty then steers too.",
+            at_least=0,
         ),
-        "ANCHOR_L_C": (
+        "ANCHOR_L_C": Key(
             "share",
             "L_c when anchored: share (of variance, above), or xcov, the squared covariance of z_u in the batch.",
+            choices=("share", "xcov"),
         ),
-        "ANCHOR_STATISTICS": (
+        "ANCHOR_STATISTICS": Key(
             "auto",
             "L_c when anchored over the training set (train), each batch alone (batch), the batches so far (running), "
             "or auto: train where features are frozen, else running.",
+            choices=("auto", "train", "batch", "running"),
         ),
-        "ANCHOR_MOMENTUM": (0.95, "Statistics over the batches so far fade by this factor per batch."),
-        "ANCHOR_GAMMA": (1.0, "Weight of L_a, which trains h_s alone."),
-        "ANCHOR_START": (
+        "ANCHOR_MOMENTUM": Key(
+            0.95,
+            "Statistics over the batches so far fade by this factor per batch.",
+            at_least=0,
+            below=1,
+            error="{key}: {value} is not in [0, 1)",
+        ),
+        "ANCHOR_GAMMA": Key(1.0, "Weight of L_a, which trains h_s alone.", at_least=0),
+        "ANCHOR_START": Key(
             "identity",
             "h_u starts as INIT says (identity) or as the map that erases the attribute (erased).",
+            choices=("identity", "erased"),
         ),
-        "ANCHOR_LR": (1e-3, "Learning rate of the projections when anchored."),
+        "ANCHOR_LR": Key(1e-3, "Learning rate of the projections when anchored.", at_least=0),
     },
 )
 
@@ -120,26 +149,12 @@ class DecoupledProjections(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys = keys = cfg.TRAINER.COOPOOD
-        for key, known in {
-            "L_C": ("hsic", "xcov", "club", "contrast", "none"),
-            "INIT": ("identity", "random"),
-            "PHASES": ("joint", "alternating"),
-            "INFERENCE": ("invariant", "raw"),
-            "ANCHOR": ("none", "attributes", "regions"),
-            "ANCHOR_L_C": ("share", "xcov"),
-            "ANCHOR_STATISTICS": ("auto", "train", "batch", "running"),
-            "ANCHOR_START": ("identity", "erased"),
-        }.items():
-            if keys[key] not in known:
-                raise UserError(f"TRAINER.COOPOOD.{key}: unknown choice {keys[key]!r}: {nearest(keys[key], known)}")
         takes_turns = keys.ANCHOR == "none" and keys.PHASES == "alternating"
         if takes_turns and keys.DETACH_HS and (keys.L_C == "none" or not keys.BETA):
             raise UserError(
                 "TRAINER.COOPOOD.DETACH_HS: without L_c (L_C none or BETA 0) nothing trains h_s in its turn; set "
                 "DETACH_HS False or PHASES joint"
             )
-        if keys.MIN_PER_CLASS < 2:
-            raise UserError("TRAINER.COOPOOD.MIN_PER_CLASS: one image tells nothing of dependence; give 2 or more")
         width = context.clip.shape.embed_dim
         self.h_u, self.h_s = (self._projection(width) for _ in range(2))
         self.club = Club(width) if keys.L_C == "club" and keys.ANCHOR == "none" else None
@@ -159,8 +174,6 @@ class DecoupledProjections(Debiaser):
                 "TRAINER.COOPOOD.ANCHOR_STATISTICS train: the base trains the image tower; use running, batch or auto"
             )
         if self.anchored and statistics == "running":
-            if not 0 <= keys.ANCHOR_MOMENTUM < 1:
-                raise UserError(f"TRAINER.COOPOOD.ANCHOR_MOMENTUM: {keys.ANCHOR_MOMENTUM} is not in [0, 1)")
             attributes = len(self.attribute_text)
             self.running = RunningShare(len(context.data.classnames), width, attributes, keys.ANCHOR_MOMENTUM)
         self.statistics = statistics

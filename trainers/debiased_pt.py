@@ -22,31 +22,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 from oodprompt.methods.groups import per_group
 
 declare(
     "TRAINER.DEBIASEDPT",
     {
-        "ETA": (1.0, "eta: how strongly weights follow 1 - p_g; 0 balances the groups. [open]"),
-        "EMA": (0.5, "mu: how much of the former weights stays at an update. [open]"),
-        "MEASURE": (
+        "ETA": Key(
+            1.0,
+            "eta: how strongly weights follow 1 - p_g; 0 balances the groups. [open]",
+            at_least=0,
+            at_most=100,
+            error="{key}: {value} is not between 0 and 100",
+        ),
+        "EMA": Key(
+            0.5,
+            "mu: how much of the former weights stays at an update. [open]",
+            at_least=0,
+            below=1,
+            error="{key}: {value} is not in [0, 1)",
+        ),
+        "MEASURE": Key(
             "epoch",
             "When p_g is measured: epoch (over the steps of each epoch), pass (by a pass over the training images ahead "
             "of each epoch), step (a running mean, with an update of the weights after every step), or held_out (ours: by a "
             "pass over the validation images, which the prompts have not seen). [open]",
+            choices=("epoch", "pass", "step", "held_out"),
         ),
-        "MOMENTUM": (0.9, "MEASURE step: how much of the former p_g stays. [open]"),
-        "NORMALIZE": (
+        "MOMENTUM": Key(
+            0.9,
+            "MEASURE step: how much of the former p_g stays. [open]",
+            at_least=0,
+            below=1,
+            error="{key}: {value} is not in [0, 1)",
+        ),
+        "NORMALIZE": Key(
             "mean",
             "mean: sum_g N_g w_g = N; groups: the w_g of the groups with images sum to their number; none: as they are, "
             "times N. [open]",
+            choices=("mean", "groups", "none"),
         ),
-        "START": ("balanced", "Weights before the first update: balanced (equal shares) or uniform (all 1). [open]"),
+        "START": Key(
+            "balanced",
+            "Weights before the first update: balanced (equal shares) or uniform (all 1). [open]",
+            choices=("balanced", "uniform"),
+        ),
     },
 )
 
@@ -60,20 +84,6 @@ class GroupWeights(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys, self.context = cfg.TRAINER.DEBIASEDPT, context
-        for key, known in {
-            "MEASURE": ("epoch", "pass", "step", "held_out"),
-            "NORMALIZE": ("mean", "groups", "none"),
-            "START": ("balanced", "uniform"),
-        }.items():
-            if self.keys[key] not in known:
-                raise UserError(
-                    f"TRAINER.DEBIASEDPT.{key}: unknown choice {self.keys[key]!r}: {nearest(self.keys[key], known)}"
-                )
-        if not 0 <= self.keys.ETA <= 100:
-            raise UserError(f"TRAINER.DEBIASEDPT.ETA: {self.keys.ETA} is not between 0 and 100")
-        for key in ("EMA", "MOMENTUM"):
-            if not 0 <= self.keys[key] < 1:
-                raise UserError(f"TRAINER.DEBIASEDPT.{key}: {self.keys[key]} is not in [0, 1)")
         count = context.attributes.num_groups()
         self.register_buffer("w", torch.ones(count, dtype=torch.float64))  # [G]
         self.register_buffer("p", torch.zeros(count, dtype=torch.float64))  # [G], as last measured

@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.seeding import HEAD, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
@@ -44,11 +44,16 @@ from oodprompt.methods.contracts import Alignment, Context, Contribution, Debias
 declare(
     "TRAINER.DFR",
     {
-        "C": (
+        "C": Key(
             (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01),
             "Inverse strengths of the L1 penalty, among which half of the validation images choose.",
+            above=0,
+            test=len,
+            error="{key}: {value} is not possible; give numbers above 0, as (1.0, 0.1)",
         ),
-        "NUM_RETRAINS": (20, "Group-balanced subsets of the validation images over which the last layer is averaged."),
+        "NUM_RETRAINS": Key(
+            20, "Group-balanced subsets of the validation images over which the last layer is averaged.", at_least=1
+        ),
     },
 )
 
@@ -65,10 +70,6 @@ class LastLayer(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.cfg, self.keys, self.context = cfg, cfg.TRAINER.DFR, context
-        if not self.keys.C or not all(isinstance(c, (int, float)) and c > 0 for c in self.keys.C):
-            raise UserError(f"TRAINER.DFR.C: {self.keys.C} is not possible; give numbers above 0, as (1.0, 0.1)")
-        if self.keys.NUM_RETRAINS < 1:
-            raise UserError(f"TRAINER.DFR.NUM_RETRAINS: {self.keys.NUM_RETRAINS} is not possible; give 1 or more")
         classes = len(context.data.classnames)
         self.weight = nn.Parameter(torch.zeros(classes, context.clip.shape.embed_dim))
         self.bias = nn.Parameter(torch.zeros(classes))

@@ -23,21 +23,24 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
 
 declare(
     "TRAINER.FINETUNE",
     {
-        "CAPTIONS": (
+        "CAPTIONS": Key(
             1.0,
             "c, the weight of the contrastive loss on captions; the rest is cross-entropy on class prompts.",
+            at_least=0,
+            at_most=1,
+            error="{key} is a share from 0 to 1, not {value}",
         ),
-        "TEMPERATURE": (0.07, "tau, fixed."),
-        "PREC": ("fp32", "fp32, bf16, amp or fp16."),
+        "TEMPERATURE": Key(0.07, "tau, fixed.", above=0),
+        "PREC": precision_key("fp32"),
     },
 )
 
@@ -54,10 +57,6 @@ class ImageTower(FixedPrompts):
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         keys = cfg.TRAINER.FINETUNE
-        if not 0 <= keys.CAPTIONS <= 1:
-            raise UserError(f"TRAINER.FINETUNE.CAPTIONS is a share from 0 to 1, not {keys.CAPTIONS}")
-        if not keys.TEMPERATURE > 0:
-            raise UserError(f"TRAINER.FINETUNE.TEMPERATURE: {keys.TEMPERATURE} is not possible; give a number above 0")
         self.captions, self.ce_weight = keys.CAPTIONS, 1 - keys.CAPTIONS
         self.needs_captions = keys.CAPTIONS > 0
         self.tower = copy.deepcopy(clip.visual).requires_grad_(True)

@@ -23,26 +23,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
-from oodprompt.methods.prompts import INIT_STD, ContextPrompts, given_words, initial_context
+from oodprompt.methods.prompts import INIT_STD, NO_CONTEXT, ContextPrompts, given_words, initial_context, words_or_flag
 
 declare(
     "TRAINER.GROUPCOOP",
     {
-        "N_CTX": (16, "Number M of context vectors of each prompt (without CTX_INIT). [open]"),
-        "CTX_INIT": ("a photo of a", "Words that all prompts start from; empty or False: random, N(0, 0.02^2). [open]"),
-        "NOISE": (
+        "N_CTX": Key(
+            16, "Number M of context vectors of each prompt (without CTX_INIT). [open]", at_least=1, error=NO_CONTEXT
+        ),
+        "CTX_INIT": Key(
+            "a photo of a",
+            "Words that all prompts start from; empty or False: random, N(0, 0.02^2). [open]",
+            parse=words_or_flag,
+        ),
+        "NOISE": Key(
             0.02,
             "Standard deviation of noise on the words, so that the prompts of a class differ from the start. [open]",
+            at_least=0,
+            error="{key}: {value} is no standard deviation; give 0 or more",
         ),
-        "LR": (0.002, "Learning rate of the prompts. [open]"),
-        "AGGREGATE": (
+        "LR": Key(0.002, "Learning rate of the prompts. [open]", at_least=0),
+        "AGGREGATE": Key(
             "sum",
             "Class logits from group logits: sum (of the probabilities of a class's groups) or max. [open]",
+            choices=("sum", "max"),
         ),
         "BALANCE": (True, "Every group has the same share in the loss, w_g = N / (G N_g); else w_g = 1. [open]"),
     },
@@ -69,12 +77,6 @@ class GroupPrompts(Debiaser):
         self.keys = keys = cfg.TRAINER.GROUPCOOP
         self.group_correction = "size" if keys.BALANCE else ""
         self.context = context
-        if keys.AGGREGATE not in ("sum", "max"):
-            raise UserError(
-                f"TRAINER.GROUPCOOP.AGGREGATE: unknown choice {keys.AGGREGATE!r}: {nearest(keys.AGGREGATE, ['sum', 'max'])}"
-            )
-        if keys.NOISE < 0:
-            raise UserError(f"TRAINER.GROUPCOOP.NOISE: {keys.NOISE} is no standard deviation; give 0 or more")
         self.A = context.attributes.num_groups() // len(context.data.classnames)
         names = [name for name in context.data.classnames for _ in range(self.A)]
         words = given_words(keys, "TRAINER.GROUPCOOP")

@@ -26,18 +26,21 @@ from oodprompt.trainers.resampling import balanced_draws
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 from oodprompt.methods.groups import Groups, per_group
 
 declare(
     "TRAINER.GROUPDRO",
     {
-        "STEP_SIZE": (0.01, "How fast q follows the losses of the groups; 0 leaves the groups equal."),
-        "ADJUSTMENT": (0.0, "C: C / sqrt(N_g) is added to the loss of group g where q is updated."),
+        "STEP_SIZE": Key(
+            0.01, "How fast q follows the losses of the groups; 0 leaves the groups equal.", at_least=0, below=math.inf
+        ),
+        "ADJUSTMENT": Key(
+            0.0, "C: C / sqrt(N_g) is added to the loss of group g where q is updated.", at_least=0, below=math.inf
+        ),
         "BALANCED": (True, "Batches by draws with replacement, each group equally likely; else the sampler's."),
     },
 )
@@ -52,9 +55,6 @@ class GroupRobustness(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys, self.context = cfg.TRAINER.GROUPDRO, context
-        for key in ("STEP_SIZE", "ADJUSTMENT"):
-            if not 0 <= self.keys[key] < math.inf:
-                raise UserError(f"TRAINER.GROUPDRO.{key}: {self.keys[key]} is not possible; give 0 or more")
         self.epoch_order = self._groups_equally if self.keys.BALANCED else None
         count = context.attributes.num_groups()
         self.register_buffer("q", torch.zeros(count, dtype=torch.float64))  # [G]; all 0 before training

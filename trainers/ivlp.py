@@ -16,29 +16,39 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
 from oodprompt.methods.prompts import (
+    NO_CONTEXT,
     ContextPrompts,
     TowerPrompts,
     depth_within,
     given_words,
     initial_context,
     visual_prompts,
+    words_or_flag,
 )
+
+ONLY_VISUAL = "{key}: {value} is less than 1; for visual prompts alone take --trainer VPT"
 
 declare(
     "TRAINER.IVLP",
     {
-        "N_CTX_VISION": (2, "Number M_v of visual prompts per depth."),
-        "N_CTX_TEXT": (2, "Number M_t of text prompts per depth."),
-        "CTX_INIT": ("a photo of a", "Words to start from where N_CTX_TEXT is 4 or less; else, or empty: random."),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
-        "PROMPT_DEPTH_VISION": (9, "Blocks J_v of the image tower whose prompts are learned; 0: none."),
-        "PROMPT_DEPTH_TEXT": (9, "Blocks J_t of the text tower whose prompts are learned, at least 1."),
+        "N_CTX_VISION": Key(2, "Number M_v of visual prompts per depth.", at_least=0),
+        "N_CTX_TEXT": Key(2, "Number M_t of text prompts per depth.", at_least=1, error=NO_CONTEXT),
+        "CTX_INIT": Key(
+            "a photo of a",
+            "Words to start from where N_CTX_TEXT is 4 or less; else, or empty: random.",
+            parse=words_or_flag,
+        ),
+        "PREC": precision_key(),
+        "PROMPT_DEPTH_VISION": Key(9, "Blocks J_v of the image tower whose prompts are learned; 0: none.", at_least=0),
+        "PROMPT_DEPTH_TEXT": Key(
+            9, "Blocks J_t of the text tower whose prompts are learned.", at_least=1, error=ONLY_VISUAL
+        ),
     },
 )
 
@@ -55,11 +65,6 @@ class VLPromptLearner(PromptLearner):
         super().__init__(cfg, classnames, template, clip)
         name, section = self.name, self.name.upper()
         keys = cfg.TRAINER[section]
-        if keys.PROMPT_DEPTH_TEXT < 1:
-            raise UserError(
-                f"TRAINER.{section}.PROMPT_DEPTH_TEXT: {keys.PROMPT_DEPTH_TEXT} is less than 1; "
-                "for visual prompts alone take --trainer VPT"
-            )
         words = given_words(keys, f"TRAINER.{section}") if keys.N_CTX_TEXT <= 4 else ""
         words, context = initial_context(clip, f"TRAINER.{section}.N_CTX_TEXT", keys.N_CTX_TEXT, words)
         self.prompt_learner = nn.Module()

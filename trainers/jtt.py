@@ -20,17 +20,16 @@ import math
 import torch
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 
 declare(
     "TRAINER.JTT",
     {
-        "FIRST_EPOCHS": (50, "T: epochs of the first training, whose errors weigh more."),
-        "UP": (50.0, "lambda_up: how many times as much an image of the error set weighs."),
+        "FIRST_EPOCHS": Key(50, "T: epochs of the first training, whose errors weigh more.", at_least=1),
+        "UP": Key(50.0, "lambda_up: how many times as much an image of the error set weighs.", above=0, below=math.inf),
     },
 )
 
@@ -43,10 +42,6 @@ class ErrorSet(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys, self.context = cfg.TRAINER.JTT, context
-        if self.keys.FIRST_EPOCHS < 1:
-            raise UserError(f"TRAINER.JTT.FIRST_EPOCHS: {self.keys.FIRST_EPOCHS} is not possible; give 1 or more")
-        if not 0 < self.keys.UP < math.inf:
-            raise UserError(f"TRAINER.JTT.UP: {self.keys.UP} is not possible; give a number above 0")
         self.register_buffer("error", torch.zeros(len(context.data.train.label), dtype=torch.bool))  # [N], i in E
         self.register_buffer("done", torch.zeros((), dtype=torch.bool))  # whether E is known
 

@@ -17,18 +17,22 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.prompts import class_text_features
 
 declare(
     "TRAINER.LINEARPROBE",
     {
-        "INIT": ("zero", "The class vectors start as zero, or as the text features of the template (text)."),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
+        "INIT": Key(
+            "zero",
+            "The class vectors start as zero, or as the text features of the template (text).",
+            choices=("zero", "text"),
+        ),
+        "PREC": precision_key(),
     },
 )
 
@@ -40,10 +44,7 @@ class ClassVectors(PromptLearner):
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
-        choice = cfg.TRAINER.LINEARPROBE.INIT
-        if choice not in ("zero", "text"):
-            raise UserError(f"TRAINER.LINEARPROBE.INIT: unknown choice {choice!r}: {nearest(choice, ['zero', 'text'])}")
-        if choice == "text":
+        if cfg.TRAINER.LINEARPROBE.INIT == "text":
             start = class_text_features(clip, self.classnames, [template])
         else:
             start = torch.zeros(len(self.classnames), clip.shape.embed_dim)

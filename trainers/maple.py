@@ -20,20 +20,38 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
-from oodprompt.methods.prompts import INIT_STD, ContextPrompts, depth_within, given_words, initial_context, need_vit
+from oodprompt.methods.prompts import (
+    INIT_STD,
+    NO_CONTEXT,
+    ContextPrompts,
+    depth_within,
+    given_words,
+    initial_context,
+    need_vit,
+    words_or_flag,
+)
 
 declare(
     "TRAINER.MAPLE",
     {
-        "N_CTX": (2, "Number M of prompts per depth."),
-        "CTX_INIT": ("a photo of a", "Words to start from where N_CTX is 4 or less; else, or empty: N(0, 0.02^2)."),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
-        "PROMPT_DEPTH": (9, "Blocks J whose prompts are learned, at least 1 (shallow)."),
+        "N_CTX": Key(2, "Number M of prompts per depth.", at_least=1, error=NO_CONTEXT),
+        "CTX_INIT": Key(
+            "a photo of a",
+            "Words to start from where N_CTX is 4 or less; else, or empty: N(0, 0.02^2).",
+            parse=words_or_flag,
+        ),
+        "PREC": precision_key(),
+        "PROMPT_DEPTH": Key(
+            9,
+            "Blocks J whose prompts are learned; 1: shallow.",
+            at_least=1,
+            error="{key}: {value} is less than 1, the shallow prompts",
+        ),
     },
 )
 
@@ -50,8 +68,6 @@ class MultiModalPromptLearner(PromptLearner):
         super().__init__(cfg, classnames, template, clip)
         keys, e, width = cfg.TRAINER.MAPLE, clip.shape.text_width, clip.shape.vision_width
         need_vit(clip, "MaPLe")
-        if keys.PROMPT_DEPTH < 1:
-            raise UserError(f"TRAINER.MAPLE.PROMPT_DEPTH: {keys.PROMPT_DEPTH} is less than 1, the shallow prompts")
         depth = depth_within(keys.PROMPT_DEPTH, max(clip.shape.text_layers, clip.shape.vision_layers), "MaPLe")
         words = given_words(keys, "TRAINER.MAPLE") if keys.N_CTX <= 4 else ""
         words, context = initial_context(clip, "TRAINER.MAPLE.N_CTX", keys.N_CTX, words)

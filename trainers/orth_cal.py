@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
@@ -37,7 +37,12 @@ declare(
     "TRAINER.ORTHCAL",
     {
         "CALIBRATE": (True, "P (Orth-Cal); else P_0 (Orth-Proj)."),
-        "LAMBDA": (1000.0, "lambda: how strongly the prompts of a pair are drawn together."),
+        "LAMBDA": Key(
+            1000.0,
+            "lambda: how strongly the prompts of a pair are drawn together.",
+            at_least=0,
+            error="{key}: {value} would drive pairs apart; give 0 or more",
+        ),
         "PAIR_TEMPLATE": (
             "a photo of a {class} with {attribute}.",
             "Prompt of a class and a value of the attribute; S are the pairs of such prompts of one class.",
@@ -66,8 +71,6 @@ class ProjectedText(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         keys = cfg.TRAINER.ORTHCAL
-        if keys.LAMBDA < 0:
-            raise UserError(f"TRAINER.ORTHCAL.LAMBDA: {keys.LAMBDA} would drive pairs apart; give 0 or more")
         V = context.attributes.pseudo.basis
         if V.shape[1] == len(V):
             raise UserError(

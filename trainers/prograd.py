@@ -20,10 +20,9 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
 from oodprompt.methods.prompts import class_text_features, padded_context, words_of_template
 
@@ -31,7 +30,12 @@ declare(
     "LOSS",
     {
         "NAME": ("", "Kept for ProGrad's files, which say prograd."),
-        "T": (1.0, "ProGrad: temperature of the distillation from zero-shot CLIP."),
+        "T": Key(
+            1.0,
+            "ProGrad: temperature of the distillation from zero-shot CLIP.",
+            above=0,
+            error="{key}: {value} is no temperature; give a number above 0",
+        ),
         "LAMBDA": (1.0, "ProGrad: share of the conflicting part of the gradient that is taken away."),
         "GM": (False, "Kept for ProGrad's files."),
         "ALPHA": (0.0, "Kept for ProGrad's files."),
@@ -45,8 +49,6 @@ class PromptAlignedLearner(ContextLearner):
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         self.temperature, self.share = cfg.LOSS.T, cfg.LOSS.LAMBDA
-        if self.temperature <= 0:
-            raise UserError(f"LOSS.T: {self.temperature} is no temperature; give a number above 0")
         self.register_buffer("hand_written", class_text_features(clip, self.classnames, [template]), persistent=False)
 
     def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:

@@ -16,33 +16,44 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from oodprompt.trainers.ivlp import VLPromptLearner
+from oodprompt.trainers.ivlp import ONLY_VISUAL, VLPromptLearner
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
-from oodprompt.methods.prompts import class_text_features
+from oodprompt.methods.prompts import NO_CONTEXT, class_text_features, words_or_flag
 from oodprompt.methods.templates import PROMPTSRC_TEMPLATES
 
 declare(
     "TRAINER.PROMPTSRC",
     {
-        "N_CTX_VISION": (4, "Number of visual prompts per depth."),
-        "N_CTX_TEXT": (4, "Number of text prompts per depth."),
-        "CTX_INIT": ("a photo of a", "Words to start from where N_CTX_TEXT is 4 or less; else, or empty: random."),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
-        "PROMPT_DEPTH_VISION": (9, "Blocks of the image tower whose prompts are learned; 0: none."),
-        "PROMPT_DEPTH_TEXT": (9, "Blocks of the text tower whose prompts are learned, at least 1."),
-        "TEXT_LOSS_WEIGHT": (25.0, "Weight of the distance of text features to frozen CLIP's."),
-        "IMAGE_LOSS_WEIGHT": (10.0, "Weight of the distance of image features to frozen CLIP's."),
+        "N_CTX_VISION": Key(4, "Number of visual prompts per depth.", at_least=0),
+        "N_CTX_TEXT": Key(4, "Number of text prompts per depth.", at_least=1, error=NO_CONTEXT),
+        "CTX_INIT": Key(
+            "a photo of a",
+            "Words to start from where N_CTX_TEXT is 4 or less; else, or empty: random.",
+            parse=words_or_flag,
+        ),
+        "PREC": precision_key(),
+        "PROMPT_DEPTH_VISION": Key(9, "Blocks of the image tower whose prompts are learned; 0: none.", at_least=0),
+        "PROMPT_DEPTH_TEXT": Key(
+            9, "Blocks of the text tower whose prompts are learned.", at_least=1, error=ONLY_VISUAL
+        ),
+        "TEXT_LOSS_WEIGHT": Key(25.0, "Weight of the distance of text features to frozen CLIP's.", at_least=0),
+        "IMAGE_LOSS_WEIGHT": Key(10.0, "Weight of the distance of image features to frozen CLIP's.", at_least=0),
         "GPA_MEAN": (15.0, "Epoch at which the Gaussian of the average over epochs is centred."),
-        "GPA_STD": (1.0, "Its standard deviation in epochs."),
+        "GPA_STD": Key(
+            1.0,
+            "Its standard deviation in epochs.",
+            above=0,
+            error="{key}: {value} is no standard deviation; give a number above 0",
+        ),
     },
 )
 
@@ -58,10 +69,6 @@ class SelfRegulatedLearner(VLPromptLearner):
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         self.keys = keys = cfg.TRAINER.PROMPTSRC
-        if keys.GPA_STD <= 0:
-            raise UserError(
-                f"TRAINER.PROMPTSRC.GPA_STD: {keys.GPA_STD} is no standard deviation; give a number above 0"
-            )
         epochs = torch.arange(1, cfg.OPTIM.MAX_EPOCH + 1, dtype=torch.float64)
         self.epoch_weights = (-0.5 * ((epochs - keys.GPA_MEAN) / keys.GPA_STD) ** 2).softmax(dim=0).tolist()
         features = class_text_features(clip, self.classnames, PROMPTSRC_TEMPLATES)

@@ -29,23 +29,30 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.transforms import is_random
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 
 declare(
     "TRAINER.RAVL",
     {
-        "TUNE": (
+        "TUNE": Key(
             "prompts",
             "prompts: the loss trains a prompt learner (ours); image_encoder: it fine-tunes the image tower (the paper's). Says "
             "which base stands under an empty TRAINER.BASE: CoOp or FineTune.",
+            choices=("prompts", "image_encoder"),
         ),
-        "LAMBDA": (0.8, "Weight of the base's loss; 1 - LAMBDA that of L_R + L_A."),
-        "TEMPERATURE": (0.07, "tau of L_R and L_A."),
+        "LAMBDA": Key(
+            0.8,
+            "Weight of the base's loss; 1 - LAMBDA that of L_R + L_A.",
+            above=0,
+            at_most=1,
+            error="{key}: {value} is not above 0 and up to 1",
+        ),
+        "TEMPERATURE": Key(0.07, "tau of L_R and L_A.", above=0),
     },
 )
 
@@ -59,15 +66,9 @@ class RegionAware(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.cfg, self.keys, self.context = cfg, cfg.TRAINER.RAVL, context
-        _check_tune(self.keys.TUNE)
-        if not 0 < self.keys.LAMBDA <= 1:
-            raise UserError(f"TRAINER.RAVL.LAMBDA: {self.keys.LAMBDA} is not above 0 and up to 1")
-        if not self.keys.TEMPERATURE > 0:
-            raise UserError(f"TRAINER.RAVL.TEMPERATURE: {self.keys.TEMPERATURE} is not possible; give a number above 0")
 
     @classmethod
     def default_base(cls, cfg: CfgNode) -> str:
-        _check_tune(cfg.TRAINER.RAVL.TUNE)
         return "CoOp" if cfg.TRAINER.RAVL.TUNE == "prompts" else "FineTune"
 
     def check(self) -> None:
@@ -94,11 +95,6 @@ class RegionAware(Debiaser):
         share = (1 - self.keys.LAMBDA) / self.keys.LAMBDA * len(step.label) / counts.sum().clamp(min=1)
         log = {"L_R": L_R.sum() / counts.sum().clamp(min=1), "L_A": L_A.sum() / counts.sum().clamp(min=1)}
         return Contribution(per_sample_loss=share * (L_R + L_A), log=log)
-
-
-def _check_tune(tune: str) -> None:
-    if tune not in ("prompts", "image_encoder"):
-        raise UserError(f"TRAINER.RAVL.TUNE: unknown choice {tune!r}: {nearest(tune, ['prompts', 'image_encoder'])}")
 
 
 def region_losses(s: Tensor, image: Tensor, spurious: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:

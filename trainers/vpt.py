@@ -16,20 +16,25 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import declare
+from oodprompt.config.defaults import precision_key
+from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
-from oodprompt.methods.prompts import class_text_features, given_words, visual_prompts
+from oodprompt.methods.prompts import class_text_features, given_words, visual_prompts, words_or_flag
 
 declare(
     "TRAINER.VPT",
     {
-        "N_CTX_VISION": (2, "Number M of visual prompts per depth."),
-        "CTX_INIT": ("a photo of a", "Words ahead of the class name, which stay as they are."),
-        "PREC": ("fp16", "fp16 or amp (fp16 autocast with loss scaling; fp32 on a CPU), bf16, fp32."),
-        "PROMPT_DEPTH_VISION": (1, "Blocks J of the image tower whose prompts are learned; 1: shallow."),
+        "N_CTX_VISION": Key(2, "Number M of visual prompts per depth.", at_least=1),
+        "CTX_INIT": Key("a photo of a", "Words ahead of the class name, which stay as they are.", parse=words_or_flag),
+        "PREC": precision_key(),
+        "PROMPT_DEPTH_VISION": Key(
+            1,
+            "Blocks J of the image tower whose prompts are learned; 1: shallow.",
+            at_least=1,
+            error="{key}: {value} leaves nothing to train",
+        ),
     },
 )
 
@@ -43,8 +48,6 @@ class VisualPromptLearner(PromptLearner):
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         keys = cfg.TRAINER.VPT
-        if keys.PROMPT_DEPTH_VISION < 1:
-            raise UserError(f"TRAINER.VPT.PROMPT_DEPTH_VISION: {keys.PROMPT_DEPTH_VISION} leaves nothing to train")
         self.image_encoder = visual_prompts(clip, "VPT", keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)
         words = f"{given_words(keys, 'TRAINER.VPT')} {{}}.".strip()
         self.register_buffer("text", class_text_features(clip, self.classnames, [words]), persistent=False)

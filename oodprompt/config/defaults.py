@@ -1,8 +1,17 @@
-"""Dassl's keys and those of our engine, with their defaults."""
+"""Dassl's keys and those of our engine, with their defaults and values.
+
+Bounds of Dassl's keys refuse only what cannot run, as files of other repositories may hold anything else.
+"""
 
 from __future__ import annotations
 
-from oodprompt.config.keys import declare
+import math
+
+from oodprompt.config.keys import Key, declare
+
+_NOT_OFFERED = "DATALOADER.K_TRANSFORMS and RETURN_IMG0 are not offered here; leave them at 1 and False"
+_SAMPLERS = ("RandomSampler", "SequentialSampler", "RandomClassSampler", "RandomDomainSampler")
+PRECISIONS = ("fp32", "bf16", "amp", "fp16")
 
 declare(
     "",
@@ -22,34 +31,54 @@ declare(
 declare(
     "INPUT",
     {
-        "SIZE": ((224, 224), "Height and width that the backbone takes, in pixels; tiny: (48, 48)."),
-        "INTERPOLATION": ("bilinear", "bilinear, bicubic (CLIP's own) or nearest."),
-        "TRANSFORMS": ((), "Names of transforms in training; 'normalize' among them counts for testing too."),
+        "SIZE": Key((224, 224), "Height and width that the backbone takes, in pixels; tiny: (48, 48).", at_least=1),
+        "INTERPOLATION": Key(
+            "bilinear",
+            "How images are resized; bicubic is CLIP's own.",
+            choices=("bilinear", "bicubic", "nearest"),
+            error="{key}: unknown mode: {known}",
+        ),
+        "TRANSFORMS": Key(
+            (),
+            "Names of transforms in training; 'normalize' and 'instance_norm' among them count for testing too.",
+            choices=(
+                *("random_crop", "random_resized_crop", "center_crop", "random_flip", "imagenet_policy"),
+                *("cifar10_policy", "svhn_policy", "randaugment", "colorjitter", "randomgrayscale", "gaussian_blur"),
+                *("cutout", "normalize", "gaussian_noise", "instance_norm"),
+            ),
+            error="{key}: unknown transform {value!r}: {known}",
+        ),
         "NO_TRANSFORM": (False, "Apply none of the transforms but resizing and conversion to a tensor."),
         "PIXEL_MEAN": (
             [0.485, 0.456, 0.406],
             "Mean of 'normalize' (Dassl's default is ImageNet's; configs set CLIP's).",
         ),
-        "PIXEL_STD": ([0.229, 0.224, 0.225], "Standard deviation of 'normalize'."),
-        "CROP_PADDING": (4, "random_crop: padding in pixels."),
-        "RRCROP_SCALE": ((0.08, 1.0), "random_resized_crop: range of the area kept."),
-        "COLORJITTER_B": (0.4, "colorjitter: brightness."),
-        "COLORJITTER_C": (0.4, "colorjitter: contrast."),
-        "COLORJITTER_S": (0.4, "colorjitter: saturation."),
-        "COLORJITTER_H": (0.1, "colorjitter: hue."),
-        "RGS_P": (0.2, "randomgrayscale: probability."),
-        "GB_P": (0.5, "gaussian_blur: probability."),
-        "GB_K": (21, "gaussian_blur: kernel size, odd."),
+        "PIXEL_STD": Key([0.229, 0.224, 0.225], "Standard deviation of 'normalize'.", above=0),
+        "CROP_PADDING": Key(4, "random_crop: padding in pixels.", at_least=0),
+        "RRCROP_SCALE": Key((0.08, 1.0), "random_resized_crop: range of the area kept.", at_least=0),
+        "COLORJITTER_B": Key(0.4, "colorjitter: brightness.", at_least=0),
+        "COLORJITTER_C": Key(0.4, "colorjitter: contrast.", at_least=0),
+        "COLORJITTER_S": Key(0.4, "colorjitter: saturation.", at_least=0),
+        "COLORJITTER_H": Key(0.1, "colorjitter: hue.", at_least=0, at_most=0.5),
+        "RGS_P": Key(0.2, "randomgrayscale: probability.", at_least=0, at_most=1),
+        "GB_P": Key(0.5, "gaussian_blur: probability.", at_least=0, at_most=1),
+        "GB_K": Key(
+            21,
+            "gaussian_blur: kernel size, an odd number.",
+            test=lambda size: size > 0 and size % 2 == 1,
+            error="{key}: {value} is not possible; give an odd number above 0",
+        ),
         "GN_MEAN": (0.0, "gaussian_noise: mean, on normalised pixels."),
-        "GN_STD": (0.15, "gaussian_noise: standard deviation."),
-        "CUTOUT_N": (1, "cutout: number of holes."),
-        "CUTOUT_LEN": (16, "cutout: side of a hole in pixels."),
-        "RANDAUGMENT_N": (2, "randaugment: operations per image."),
-        "RANDAUGMENT_M": (10, "randaugment: magnitude."),
-        "VIEWS": (
+        "GN_STD": Key(0.15, "gaussian_noise: standard deviation.", at_least=0),
+        "CUTOUT_N": Key(1, "cutout: number of holes.", at_least=0),
+        "CUTOUT_LEN": Key(16, "cutout: side of a hole in pixels.", at_least=0),
+        "RANDAUGMENT_N": Key(2, "randaugment: operations per image.", at_least=0),
+        "RANDAUGMENT_M": Key(10, "randaugment: magnitude.", at_least=0, at_most=30),
+        "VIEWS": Key(
             0,
             "Views of each training image that the feature cache keeps: 1 = the test transform (the training transform if nothing in it is random), K > 1 = K draws of the "
             "training transform, 0 = one if the training transform has nothing random, else no cache.",
+            at_least=0,
         ),
     },
 )
@@ -68,8 +97,19 @@ declare(
         ),
         "NUM_LABELED": (-1, "Labelled instances in total, for semi-supervised data sets."),
         "NUM_SHOTS": (-1, "Training images per class, drawn with SEED; -1: all. Validation and test stay whole."),
-        "VAL_PERCENT": (0.1, "Share of validation data, for data sets that split themselves."),
-        "SUBSAMPLE_CLASSES": ("all", "all, base (the first half of the classes) or new (the rest)."),
+        "VAL_PERCENT": Key(
+            0.1,
+            "Share of validation data, for data sets that split themselves.",
+            at_least=0,
+            below=1,
+            error="{key} is a share from 0 to below 1, not {value}",
+        ),
+        "SUBSAMPLE_CLASSES": Key(
+            "all",
+            "Which classes: all, base (the first half) or new (the rest).",
+            choices=("all", "base", "new"),
+            error="{key}: {value!r} is none of all, base, new",
+        ),
         "TEMPLATE": ("", "Prompt of zero-shot classification, with {} for the class name; empty: the data set's."),
         "ATTRIBUTE_NAMES": ((), "Names of the spurious attribute's values; empty: the data set's."),
         "ATTRIBUTE_PROMPTS": (
@@ -83,43 +123,60 @@ declare(
     "DATALOADER",
     {
         "NUM_WORKERS": (4, "Processes that read images; 0: the main process."),
-        "FEATURE_CACHE": (
+        "FEATURE_CACHE": Key(
             "auto",
             "Keep image features instead of encoding images at every step, where the image tower is not trained: "
             "memory or disk (insist), off, or auto (where it changes nothing, see INPUT.VIEWS; on disk what is larger than "
             "CACHE_MEMORY_MIB). Evaluation uses it too.",
+            choices=("auto", "memory", "disk", "off"),
         ),
         "CACHE_DIR": (
             "",
             "Folder of the features on disk, which runs share; empty: ~/.cache/oodprompt/features. What is deleted there "
             "is computed anew; nothing is deleted by itself.",
         ),
-        "CACHE_MEMORY_MIB": (
+        "CACHE_MEMORY_MIB": Key(
             64.0,
             "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk; so many images take long "
             "to encode that their features should outlive the run.",
+            at_least=0,
         ),
-        "IMAGE_CACHE_MIB": (
+        "IMAGE_CACHE_MIB": Key(
             1024.0,
             "Where images themselves are read at every step (the image tower is trained), by the main process (NUM_WORKERS "
             "0) and without random transforms: how many MiB of transformed images of a split are kept in memory.",
+            at_least=0,
         ),
-        "K_TRANSFORMS": (1, "Kept for Dassl's files: transformed copies of each training image; only 1 is possible."),
-        "RETURN_IMG0": (False, "Kept for Dassl's files: the untransformed image beside; only False is possible."),
-        "TRAIN_X.SAMPLER": (
+        "K_TRANSFORMS": Key(
+            1,
+            "Kept for Dassl's files: transformed copies of each training image.",
+            choices=(1,),
+            error=_NOT_OFFERED,
+        ),
+        "RETURN_IMG0": Key(
+            False, "Kept for Dassl's files: the untransformed image beside.", choices=(False,), error=_NOT_OFFERED
+        ),
+        "TRAIN_X.SAMPLER": Key(
             "RandomSampler",
-            "RandomSampler, SequentialSampler, RandomClassSampler or RandomDomainSampler.",
+            "Order of training images.",
+            choices=_SAMPLERS,
+            error="{key}: unknown sampler {value!r}: {known}",
         ),
-        "TRAIN_X.BATCH_SIZE": (32, "Images per step and process."),
+        "TRAIN_X.BATCH_SIZE": Key(32, "Images per step and process.", at_least=1),
         "TRAIN_X.N_DOMAIN": (0, "RandomDomainSampler: domains per batch; 0: all."),
-        "TRAIN_X.N_INS": (16, "RandomClassSampler: images per class in a batch."),
+        "TRAIN_X.N_INS": Key(16, "RandomClassSampler: images per class in a batch.", at_least=1),
         "TRAIN_U.SAME_AS_X": (True, "Kept for Dassl's files: no method here takes unlabelled images."),
         "TRAIN_U.SAMPLER": ("RandomSampler", "Kept for Dassl's files."),
         "TRAIN_U.BATCH_SIZE": (32, "Kept for Dassl's files."),
         "TRAIN_U.N_DOMAIN": (0, "Kept for Dassl's files."),
         "TRAIN_U.N_INS": (16, "Kept for Dassl's files."),
-        "TEST.SAMPLER": ("SequentialSampler", "Order of test images: SequentialSampler or RandomSampler."),
-        "TEST.BATCH_SIZE": (32, "Images per batch in evaluation and feature extraction."),
+        "TEST.SAMPLER": Key(
+            "SequentialSampler",
+            "Order of test images, of which evaluation must meet every one once.",
+            choices=("SequentialSampler", "RandomSampler"),
+            error="{key}: unknown sampler {value!r}: {known}",
+        ),
+        "TEST.BATCH_SIZE": Key(32, "Images per batch in evaluation and feature extraction.", at_least=1),
     },
 )
 declare(
@@ -138,26 +195,41 @@ declare(
 declare(
     "OPTIM",
     {
-        "NAME": ("adam", "sgd, adam, adamw, amsgrad, rmsprop or radam."),
-        "LR": (0.0003, "Learning rate of the prompt learner."),
-        "WEIGHT_DECAY": (5e-4, "Weight decay."),
-        "MOMENTUM": (0.9, "sgd, rmsprop: momentum."),
+        "NAME": Key(
+            "adam",
+            "Optimiser.",
+            choices=("sgd", "adam", "adamw", "amsgrad", "rmsprop", "radam"),
+            error="{key}: unknown optimiser {value!r}: {known}",
+        ),
+        "LR": Key(0.0003, "Learning rate of the prompt learner.", at_least=0),
+        "WEIGHT_DECAY": Key(5e-4, "Weight decay.", at_least=0),
+        "MOMENTUM": Key(0.9, "sgd, rmsprop: momentum.", at_least=0),
         "SGD_DAMPNING": (0.0, "sgd: dampening (Dassl's spelling)."),
         "SGD_NESTEROV": (False, "sgd: Nesterov momentum."),
-        "RMSPROP_ALPHA": (0.99, "rmsprop: smoothing."),
-        "ADAM_BETA1": (0.9, "adam and its kin: beta 1."),
-        "ADAM_BETA2": (0.999, "adam and its kin: beta 2."),
+        "RMSPROP_ALPHA": Key(0.99, "rmsprop: smoothing.", at_least=0),
+        "ADAM_BETA1": Key(0.9, "adam and its kin: beta 1.", at_least=0, below=1),
+        "ADAM_BETA2": Key(0.999, "adam and its kin: beta 2.", at_least=0, below=1),
         "STAGED_LR": (False, "Give parameters outside NEW_LAYERS the rate LR * BASE_LR_MULT."),
         "NEW_LAYERS": ((), "STAGED_LR: names of a model's parts that take the full LR."),
-        "BASE_LR_MULT": (0.1, "STAGED_LR: factor of all other parts."),
-        "LR_SCHEDULER": ("single_step", "single_step, multi_step or cosine, stepped once per epoch."),
+        "BASE_LR_MULT": Key(0.1, "STAGED_LR: factor of all other parts.", at_least=0),
+        "LR_SCHEDULER": Key(
+            "single_step",
+            "Schedule of the learning rate, stepped once per epoch.",
+            choices=("single_step", "multi_step", "cosine"),
+            error="{key}: unknown schedule {value!r}: {known}",
+        ),
         "STEPSIZE": ((-1,), "Epochs of the steps; -1: no step before MAX_EPOCH."),
-        "GAMMA": (0.1, "Factor of each step."),
-        "MAX_EPOCH": (10, "Epochs of training."),
+        "GAMMA": Key(0.1, "Factor of each step.", at_least=0),
+        "MAX_EPOCH": Key(10, "Epochs of training.", at_least=0),
         "WARMUP_EPOCH": (-1, "Epochs of warm-up; -1: none."),
-        "WARMUP_TYPE": ("linear", "constant or linear."),
-        "WARMUP_CONS_LR": (1e-5, "Learning rate of constant warm-up."),
-        "WARMUP_MIN_LR": (1e-5, "Learning rate of the first epoch of linear warm-up."),
+        "WARMUP_TYPE": Key(
+            "linear",
+            "Learning rate during the warm-up.",
+            choices=("constant", "linear"),
+            error="{key}: {value!r} is neither constant nor linear",
+        ),
+        "WARMUP_CONS_LR": Key(1e-5, "Learning rate of constant warm-up.", at_least=0),
+        "WARMUP_MIN_LR": Key(1e-5, "Learning rate of the first epoch of linear warm-up.", at_least=0),
         "WARMUP_RECOUNT": (True, "After the warm-up the schedule starts at its own epoch 0 (else at WARMUP_EPOCH)."),
     },
 )
@@ -168,16 +240,19 @@ declare(
             0,
             "Epochs between checkpoints that are kept; 0: the last one. The newest is always there to resume from.",
         ),
-        "ACTIVATION_GIB": (
+        "ACTIVATION_GIB": Key(
             4.0,
             "Activations of the text tower, in GiB, that are kept for the backward pass; what would take more is "
             "computed a second time.",
+            at_least=0,
+            below=math.inf,
         ),
         "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
         "COUNT_ITER": ("train_x", "Kept for Dassl's files."),
-        "VAL_FREQ": (
+        "VAL_FREQ": Key(
             0,
             "Epochs between passes over validation data for training.png; 0: only where best_val needs them.",
+            at_least=0,
         ),
     },
 )
@@ -188,13 +263,14 @@ declare(
         "PER_CLASS_RESULT": (False, "Print accuracy per class."),
         "COMPUTE_CMAT": (False, "Write the row-normalised confusion matrix to cmat.pt."),
         "NO_TEST": (False, "Do not test after training."),
-        "SPLIT": ("test", "Split of the final evaluation: test or val."),
-        "FINAL_MODEL": ("last_step", "Which model is tested after training: last_step or best_val."),
-        "SELECTION": (
+        "SPLIT": Key("test", "Split of the final evaluation.", choices=("test", "val")),
+        "FINAL_MODEL": Key("last_step", "Which model is tested after training.", choices=("last_step", "best_val")),
+        "SELECTION": Key(
             "auto",
             "What best_val maximises: accuracy, worst_group_accuracy (needs attributes in validation data), "
             "worst_pseudo_group_accuracy (needs names of the attribute only), or auto: worst_group_accuracy where "
             "validation data have attributes, else accuracy. What the others would have chosen is reported beside.",
+            choices=("auto", "accuracy", "worst_group_accuracy", "worst_pseudo_group_accuracy"),
         ),
     },
 )
@@ -208,19 +284,36 @@ declare(
             "train nothing.",
         ),
         "STACK": ((), "Debiasers to add to the trainer's own."),
-        "GROUPS": (
+        "GROUPS": Key(
             "pseudo",
             "Groups (class, attribute) of methods that take groups: true (attribute labels of the data set), pseudo "
             "(what zero-shot CLIP sees of the named attribute; no labels) or regions (whether an image has a region that "
             "discovery found in the base trained alone; neither labels nor names).",
+            choices=("pseudo", "true", "regions"),
+            parse=lambda value: str(value).lower() if isinstance(value, bool) else value,
         ),
-        "PSEUDO_NOISE": (
+        "PSEUDO_NOISE": Key(
             0.0,
             "Share of images whose pseudo-attribute is moved to another value at random, to study wrong ones.",
+            at_least=0,
+            at_most=1,
+            error="{key} is a share between 0 and 1, not {value}",
         ),
-        "PREC": (
+        "PREC": Key(
             "",
             "fp32, bf16, amp or fp16 (both: fp16 autocast with loss scaling); empty: the base's own PREC key.",
+            choices=("", *PRECISIONS),
+            error="{key}: unknown precision {value!r}: {known}",
         ),
     },
 )
+
+
+def precision_key(default: str = "fp16") -> Key:
+    """The key PREC of a prompt learner."""
+    return Key(
+        default,
+        "Precision of the towers; fp16 and amp are fp16 autocast with loss scaling, and fp32 on a CPU.",
+        choices=PRECISIONS,
+        error="{key}: unknown precision {value!r}: {known}",
+    )

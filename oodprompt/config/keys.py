@@ -1,13 +1,16 @@
 """The configuration tree: Dassl's keys and defaults, ours beside them, and errors that name the nearest key.
 
-Every key is declared once, with its default and a line of documentation. Methods and data sets declare their own
-beside their code with ``declare``; ``docs/config.md`` is written from these lines.
+Every key is declared once, with its default, a line of documentation, and the values that it takes. Methods and data
+sets declare their own beside their code with ``declare``; ``docs/config.md`` is written from these lines. ``set_key``
+checks the type of a value, and ``check_values`` checks the values of a whole tree.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +20,124 @@ from yacs.config import CfgNode
 from oodprompt.config.extensions import register_all
 from oodprompt.errors import UserError, nearest
 
-_KEYS: dict[str, tuple[Any, str]] = {}
+
+@dataclass(frozen=True)
+class Key:
+    """A key: its default, one line of documentation, and the values that it takes (all of the default's type: any).
+
+    ``choices`` are the possible values. ``above``, ``at_least``, ``below`` and ``at_most`` bound a number. For a tuple or
+    a list both hold for each entry, and bounded entries are whole numbers where the default's are. ``test`` says whether
+    a value is possible, where choices and bounds cannot say it.
+
+    ``error`` takes the place of the usual message; {key}, {value} and {known} (the nearest choice, and all of them) in
+    it are filled in. ``parse`` turns what a file or the command line says into a value, ahead of the check of its type.
+    """
+
+    default: Any
+    doc: str
+    _: KW_ONLY
+    choices: Sequence[Any] = ()
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    test: Callable[[Any], bool] | None = None
+    error: str = ""
+    parse: Callable[[Any], Any] | None = None
+
+    def problem(self, name: str, value: Any) -> str:
+        """What is wrong with ``value`` for this key, which is called ``name``; "" for a value that it takes."""
+        entries = value if isinstance(value, (tuple, list)) else (value,)
+        for entry in entries if self.choices else ():
+            if entry not in self.choices:
+                return self._message(name, entry)
+        possible = all(map(self._is_within, entries)) and (self.test is None or self.test(value))
+        return "" if possible else self._message(name, value)
+
+    @property
+    def values(self) -> str:
+        """The choices, or the bounds in words: "0 or more", "from 0 to below 1"; "" without either."""
+        if self.choices:
+            return ", ".join(str(choice) for choice in self.choices if choice != "")
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        if high is None or high == math.inf:
+            return "" if low is None else f"{low:g} or more" if self.above is None else f"above {low:g}"
+        upper = f"below {high:g}" if self.at_most is None else f"{high:g}"
+        if low is None:
+            return upper if self.at_most is None else f"up to {upper}"
+        if self.above is None:
+            return f"from {low:g} to {upper}"
+        return f"above {low:g} and " + (upper if self.at_most is None else f"up to {upper}")
+
+    def _is_within(self, entry: Any) -> bool:
+        """Whether a number is within the bounds; true of anything for a key without bounds."""
+        if (self.above, self.at_least, self.below, self.at_most) == (None, None, None, None):
+            return True
+        defaults = self.default if isinstance(self.default, (tuple, list)) else (self.default,)
+        whole = bool(defaults) and all(type(value) is int for value in defaults)
+        return (
+            type(entry) in ((int,) if whole else (int, float))
+            and (self.above is None or entry > self.above)
+            and (self.at_least is None or entry >= self.at_least)
+            and (self.below is None or entry < self.below)
+            and (self.at_most is None or entry <= self.at_most)
+        )
+
+    def _message(self, name: str, value: Any) -> str:
+        if self.choices:
+            usual = "{key}: unknown choice {value!r}: {known}"
+            known = nearest(str(value), [str(choice) for choice in self.choices if choice != ""])
+        else:
+            usual, known = "{key}: {value} is not possible", ""
+            or_more, many = self.values.endswith("or more"), isinstance(self.default, (tuple, list))
+            what = ("numbers of " if or_more else "numbers ") if many else "" if or_more else "a number "
+            usual += f"; give {what}{self.values}" if self.values else ""
+        return (self.error or usual).format(key=name, value=value, known=known)
 
 
-def declare(section: str, keys: dict[str, tuple[Any, str]]) -> None:
-    """Add keys under ``section`` (dotted, "" for the top): name -> (default, one line of documentation)."""
-    for name, (default, doc) in keys.items():
-        _KEYS[f"{section}.{name}" if section else name] = (default, doc)
+_KEYS: dict[str, Key] = {}
 
 
-def declared_keys() -> dict[str, tuple[Any, str]]:
-    """All keys: dotted name -> (default, documentation)."""
+def declare(section: str, keys: Mapping[str, Key | tuple[Any, str]]) -> None:
+    """Add keys under ``section`` (dotted, "" for the top): name -> ``Key``, or (default, one line of documentation).
+
+    Raises ``ValueError`` where a key does not take its own default.
+    """
+    for name, entry in keys.items():
+        key = entry if isinstance(entry, Key) else Key(*entry)
+        full = f"{section}.{name}" if section else name
+        if problem := key.problem(full, key.default):
+            raise ValueError(f"the default of a key must be possible: {problem}")
+        _KEYS[full] = key
+
+
+def declared_keys() -> dict[str, Key]:
+    """All keys by their dotted names."""
     register_all()
     return dict(_KEYS)
+
+
+def check_values(cfg: CfgNode, names: Iterable[str] | None = None) -> None:
+    """``UserError`` for the first value of the tree that its key does not take; ``names``: of these keys alone.
+
+    Keys of methods and data sets that are not in use are checked too, as their names and types are.
+    """
+    keys, values = declared_keys(), leaves(cfg)
+    for name in keys if names is None else names:
+        if name in values and (problem := keys[name].problem(name, values[name])):
+            raise UserError(problem)
 
 
 def get_cfg_default() -> CfgNode:
     """A fresh tree with every declared key at its default."""
     cfg = CfgNode()
-    for name, (default, _) in declared_keys().items():
+    for name, key in declared_keys().items():
         *parents, leaf = name.split(".")
         node = cfg
         for parent in parents:
             node = node.setdefault(parent, CfgNode())
-        node[leaf] = default
+        node[leaf] = key.default
     return cfg
 
 
@@ -67,11 +164,10 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
             raise UserError(f"{source}: {name!r} is a section, not a key")
         raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, known)}")
     value, default = _literal(raw), known[name]
-    if isinstance(value, bool) and name.endswith(".CTX_INIT"):
-        value = "True" if value else ""  # KgCoOp's and ProGrad's files say whether to start from words, not from which
-    elif isinstance(value, bool) and name == "TRAINER.GROUPS":
-        value = str(value).lower()  # yaml reads the choice "true" as a bool
-    elif isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
+    key = _KEYS.get(name)
+    if key is not None and key.parse is not None:
+        value = key.parse(value)
+    if isinstance(default, str) and isinstance(raw, str) and not isinstance(value, str):
         value = "" if value is None else raw  # "{}", "1e5" and "True" are words where words are wanted
     elif isinstance(default, tuple) and value == "":
         value = ()

@@ -136,8 +136,6 @@ class DataManager:
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
             print("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
-        if cfg.DATALOADER.K_TRANSFORMS != 1 or cfg.DATALOADER.RETURN_IMG0:
-            raise UserError("DATALOADER.K_TRANSFORMS and RETURN_IMG0 are not offered here; leave them at 1 and False")
         self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
         self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)
         self.val_loader = self.loader(self.dataset.val) if self.dataset.val else None

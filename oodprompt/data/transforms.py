@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 from yacs.config import CfgNode
-
-from oodprompt.errors import UserError, nearest
 
 INTERPOLATION_MODES = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
     "nearest": InterpolationMode.NEAREST,
 }
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """What the model sees of a test image: the short edge becomes max(``size``), then the centre is cut out.
+
+    ``size`` is (height, width) in pixels. An instance is a step of the test transform, and ``window`` says in pixels of
+    the image file what that step keeps. Both follow one plan, which is that of torchvision's ``Resize`` and
+    ``CenterCrop``, so boxes and pixels cannot drift apart. Torchvision's own boxes (``tv_tensors.BoundingBoxes``) go
+    through the same two steps, but in single precision, and they are clamped before their area outside is known.
+    """
+
+    size: tuple[int, int]
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+
+    def __call__(self, image: Any) -> Any:
+        """The image (PIL or tensor) as the model sees it, of ``size``."""
+        _, height, width = F.get_dimensions(image)
+        resized, (left, top) = self._plan(width, height)
+        image = F.resize(image, [resized[1], resized[0]], interpolation=self.interpolation)
+        return F.crop(image, top, left, *self.size)
+
+    def window(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of an image of that size which is kept: left, top, right, bottom in its own pixels."""
+        resized, starts = self._plan(width, height)
+        (left, across), (top, down) = (
+            (start * edge / now, keep * edge / now)
+            for start, edge, now, keep in zip(starts, (width, height), resized, reversed(self.size), strict=True)
+        )
+        return left, top, left + across, top + down
+
+    def _plan(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Width and height after resizing, and left and top of the cut there.
+
+        The long edge follows in proportion and is rounded down. The resized image is never smaller than the cut.
+        """
+        short, shorter = max(self.size), min(width, height)
+        wide, high = (short if edge == shorter else int(short * edge / shorter) for edge in (width, height))
+        return (wide, high), (round((wide - self.size[1]) / 2), round((high - self.size[0]) / 2))
 
 
 class _InstanceNorm:
@@ -52,8 +91,6 @@ class _Cutout:
 
 
 def _mode(cfg: CfgNode) -> InterpolationMode:
-    if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
-        raise UserError(f"INPUT.INTERPOLATION: unknown mode: {nearest(cfg.INPUT.INTERPOLATION, INTERPOLATION_MODES)}")
     return INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]
 
 
@@ -91,18 +128,15 @@ def build_transform(cfg: CfgNode, is_train: bool = True) -> T.Compose:
     Test: resize the short edge to max(SIZE), centre crop, tensor, normalisation; with bicubic this is CLIP's own.
     """
     names = () if cfg.INPUT.NO_TRANSFORM else tuple(cfg.INPUT.TRANSFORMS)
-    for name in names:
-        if name not in _ON_IMAGE and name not in _ON_TENSOR:
-            raise UserError(f"INPUT.TRANSFORMS: unknown transform {name!r}: {nearest(name, [*_ON_IMAGE, *_ON_TENSOR])}")
     size = tuple(cfg.INPUT.SIZE)
     if is_train:
         cropped = {"random_crop", "random_resized_crop"} & set(names)
-        steps = [] if cropped else [T.Resize(size, interpolation=_mode(cfg))]
+        steps: list[Any] = [] if cropped else [T.Resize(size, interpolation=_mode(cfg))]
         steps += [make(cfg) for name, make in _ON_IMAGE.items() if name in names]
         steps.append(T.ToTensor())
         steps += [make(cfg) for name, make in _ON_TENSOR.items() if name in names]
     else:
-        steps = [T.Resize(max(size), interpolation=_mode(cfg)), T.CenterCrop(size), T.ToTensor()]
+        steps = [CentreView(size, _mode(cfg)), T.ToTensor()]
         steps += [_ON_TENSOR[name](cfg) for name in ("normalize", "instance_norm") if name in names]
     return T.Compose(steps)
 

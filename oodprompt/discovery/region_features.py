@@ -12,7 +12,6 @@ from yacs.config import CfgNode
 
 from oodprompt.data.distributed import gather_rows, sum_over_processes
 from oodprompt.data.loading import Batch, Loader
-from oodprompt.errors import UserError
 from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.features.encoder import Encoder, evaluating
 from oodprompt.features.views import whole
@@ -30,11 +29,9 @@ class RegionFeatures:
         self._kept: dict[str, Tensor] = {}
 
     def regions(self, split: str) -> Regions:
-        """The regions of a split. ``UserError`` for unusable keys."""
+        """The regions of a split. ``UserError`` where ``build_regions`` has one."""
         if split not in self._regions:
             keys = self.cfg.REGIONS
-            if len(keys.GRID) != 2 or not all(isinstance(n, int) for n in keys.GRID):
-                raise UserError(f"REGIONS.GRID: rows and columns are two whole numbers, as (2, 2), not {keys.GRID}")
             self._regions[split] = build_regions(
                 keys.SOURCE,
                 [datum.impath for datum in self.encoder.data_of(split)],

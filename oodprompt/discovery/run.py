@@ -14,7 +14,7 @@ from oodprompt.discovery import keys as _declares_the_keys  # noqa: F401
 from oodprompt.discovery.ravl import assign, discover
 from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.discovery.result import Discovery
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
 from oodprompt.methods.attributes import DiscoveredClusters
 from oodprompt.methods.contracts import Alignment, PromptLearner
@@ -53,7 +53,7 @@ def run_discovery(
     """Discovery in the model ``predict`` over ``learner``, by DISCOVERY.*.
 
     ``where`` says where the result will be found, for later errors. Models must be in evaluation mode. ``UserError``
-    for unusable keys, and where the split has no images.
+    where the split has no images.
     """
     keys, split = cfg.DISCOVERY, cfg.DISCOVERY.SPLIT
     data = _labelled_images(encoder, split)
@@ -81,29 +81,16 @@ def run_discovery(
 
 def _labelled_images(encoder: Encoder, split: str) -> list:
     """The images that discovery looks at; ``UserError`` where there are none."""
-    if split not in ("val", "test"):
-        raise UserError(f"DISCOVERY.SPLIT: unknown split {split!r}: {nearest(split, ['val', 'test'])}")
     data = encoder.data_of(split)
     if not data:
         raise UserError(f"DISCOVERY.SPLIT {split}: the data set has no such images; give labelled validation images")
     return data
 
 
-def number_of_clusters(keys: CfgNode) -> int:
-    """How many clusters count as spurious."""
-    if keys.CLUSTERS < 1:
-        raise UserError(f"DISCOVERY.CLUSTERS: {keys.CLUSTERS} is not possible; give 1 or more")
-    return keys.CLUSTERS
-
-
 def _numbers_of_clusters(keys: CfgNode, classes: int) -> range:
     """The numbers of clusters to try: DISCOVERY.K_RANGE, or 2 C to 5 C - 1 for C classes."""
     ends = keys.K_RANGE
-    if not ends:
-        return range(2 * classes, 5 * classes)
-    if len(ends) != 2 or not all(isinstance(k, int) for k in ends) or not 2 <= ends[0] <= ends[1]:
-        raise UserError(f"DISCOVERY.K_RANGE: give the first and the last number of clusters, as (20, 49), not {ends}")
-    return range(ends[0], ends[1] + 1)
+    return range(ends[0], ends[1] + 1) if ends else range(2 * classes, 5 * classes)
 
 
 @torch.no_grad()
@@ -116,10 +103,8 @@ def region_scores(
 ) -> Tensor:
     """softmax(<region, text> / temperature) [r, C], in parts: text may depend on the region.
 
-    Models must be in evaluation mode. ``UserError`` for a temperature that is not above 0.
+    Models must be in evaluation mode.
     """
-    if not temperature > 0:
-        raise UserError(f"DISCOVERY.TEMPERATURE: {temperature} is not possible; give a number above 0")
     parts = []
     for some in features.split(1000 if encoder.data.num_classes < 100 else 50):
         alignment = encoder.align({"image_features": some}, learner)
@@ -139,7 +124,7 @@ def _assigned(
     own = cfg.DISCOVERY.SPLIT
     of_medoids = torch.from_numpy(discovery.clustering.medoids).long()
     medoids = region_features.of(own, learner)[of_medoids].cpu().numpy()
-    clusters = tuple(cluster.index for cluster in discovery.survivors[: number_of_clusters(cfg.DISCOVERY)])
+    clusters = tuple(cluster.index for cluster in discovery.survivors[: cfg.DISCOVERY.CLUSTERS])
     assignment = {own: torch.from_numpy(discovery.clustering.assignment).long()}
     for split in ("train", "val"):
         if split not in assignment and clusters and encoder.data_of(split):

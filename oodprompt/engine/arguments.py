@@ -10,7 +10,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from oodprompt.config import extensions
-from oodprompt.config.keys import get_cfg_default, merge_file, merge_opts, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
 from oodprompt.errors import UserError
 from oodprompt.methods.resolve import base_of
 from oodprompt.terminal import Parser
@@ -81,6 +81,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         if value is not None:
             set_key(cfg, key, tuple(value) if isinstance(value, list) else value, f"--{flag.replace('_', '-')}")
     merge_opts(cfg, opts)
+    check_values(cfg)
     if cfg.SEED < 0:
         wanted = args.seed is not None or "SEED" in opts[::2]  # a random one; else the same command again shall go on
         if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1:

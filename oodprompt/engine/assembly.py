@@ -82,7 +82,7 @@ class Debiasing:
     """The objective of a run, with its debiasers in their order, and what they were given."""
 
     objective: Objective
-    attributes: AttributeSources
+    context: Context
     discovery: RunDiscovery
 
 
@@ -119,7 +119,7 @@ def build_debiasing(
         seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, i))
         debiasers.append(debiaser_type(cfg, context).to(encoder.device))
     objective = Objective(encoder.learner, debiasers, names, base_name)
-    return Debiasing(objective, attributes, discovery)
+    return Debiasing(objective, context, discovery)
 
 
 def _attributes(cfg: CfgNode, encoder: Encoder, find: Callable[[], DiscoveredClusters]) -> AttributeSources:

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from oodprompt.data.images import read_image
 from oodprompt.data.transforms import build_transform
 from oodprompt.discovery.region_features import RegionFeatures
-from oodprompt.discovery.run import DiscoveryRun, number_of_clusters, run_discovery
+from oodprompt.discovery.run import DiscoveryRun, run_discovery
 from oodprompt.engine.first_stage import FirstStage
 from oodprompt.engine.loop import RunState
 from oodprompt.errors import UserError
@@ -166,7 +166,7 @@ class RunDiscovery:
                         f"{len(regions.owner):,}); use the same data set, INPUT and REGIONS.* as in that run"
                     )
                 assignment[split], owner[split] = torch.from_numpy(value).long(), regions.owner
-        counted = clusters[: number_of_clusters(self.cfg.DISCOVERY)]
+        counted = clusters[: self.cfg.DISCOVERY.CLUSTERS]
         return DiscoveredClusters(counted, assignment, owner, str(folder / FILE))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones.weights import check_name
-from oodprompt.config.keys import get_cfg_default, merge_file, merge_opts, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch, DataManager
@@ -79,6 +79,7 @@ class PromptTrainer(DasslNames):
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Refuse values that would fail later."""
+        check_values(cfg)
         if not cfg.MODEL.BACKBONE.PATH:
             check_name(cfg.MODEL.BACKBONE.NAME)
 
@@ -127,8 +128,8 @@ class PromptTrainer(DasslNames):
             base_name=self.base_name,
             writes=self.state.is_main_process,
         )
-        self.objective, self.attributes, self.discovery = parts.objective, parts.attributes, parts.discovery
-        self.debiasers = self.objective.debiasers
+        self.objective, self.context, self.discovery = parts.objective, parts.context, parts.discovery
+        self.debiasers, self.attributes = self.objective.debiasers, self.context.attributes
         for debiaser in self.debiasers:
             self.trained.add(debiaser.model_name, debiaser, self.cfg.OPTIM, debiaser.learning_rate(self.cfg))
         pseudo = self.attributes.pseudo

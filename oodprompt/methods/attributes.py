@@ -37,8 +37,6 @@ class PseudoAttributes:
         noise: float = 0.0,
         rng: Callable[[str], np.random.Generator] = lambda split: np.random.default_rng(0),
     ) -> None:
-        if not 0 <= noise <= 1:
-            raise UserError(f"TRAINER.PSEUDO_NOISE is a share between 0 and 1, not {noise}")
         self.clip, self.names, self.prompts, self.noise, self._rng = clip, tuple(names), prompts, noise, rng
         self._text: Tensor | None = None
         self._posterior: dict[str, Tensor] = {}

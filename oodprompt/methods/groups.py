@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
 from oodprompt.methods.splits import LabelledData, Split
-
-CHOICES = ("pseudo", "true", "regions")
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,11 @@ class AttributeSources:
         return len(self.data.classnames) * self._num_values(self.data.train)
 
     def check_groups(self, split: Split) -> None:
-        """``UserError`` for another choice, or where names or attribute labels are missing; asks for no features."""
+        """``UserError`` where names or attribute labels are missing; asks for no features."""
         self._num_values(split)
 
     def _num_values(self, split: Split) -> int:
         """A, the number of attribute values by the choice."""
-        if self.choice not in CHOICES:
-            raise UserError(f"TRAINER.GROUPS: unknown choice {self.choice!r}: {nearest(self.choice, CHOICES)}")
         if self.choice == "pseudo":
             return len(self.pseudo.text)
         if self.choice == "regions":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, encode, tokenize
-from oodprompt.errors import UserError, nearest
+from oodprompt.errors import UserError
 
 INIT_STD = 0.02  # of random context vectors, in every method
+NO_CONTEXT = "{key}: {value} context vectors are not possible; give 1 or more"
 
 
 def class_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -35,7 +37,7 @@ def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[
     prompt. Without, N(0, 0.02^2). ``UserError`` names ``key`` when M is not possible.
     """
     if n_ctx < 1:
-        raise UserError(f"{key}: {n_ctx} context vectors are not possible; give 1 or more")
+        raise UserError(NO_CONTEXT.format(key=key, value=n_ctx))
     if not words:
         return " ".join(["X"] * n_ctx), INIT_STD * torch.randn(n_ctx, clip.shape.text_width)
     if len(encode(words)) < n_ctx:
@@ -43,6 +45,11 @@ def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[
     device = clip.logit_scale.device
     with torch.no_grad():
         return words, clip.token_embedding(tokenize(words).to(device))[0, 1 : 1 + n_ctx].clone()
+
+
+def words_or_flag(value: Any) -> Any:
+    """A CTX_INIT of a file: KgCoOp's and ProGrad's say whether to start from words ("True", ""), not from which."""
+    return ("True" if value else "") if isinstance(value, bool) else value
 
 
 def given_words(keys: CfgNode, section: str) -> str:
@@ -154,8 +161,6 @@ def _token_order(position: str, classnames: Sequence[str], n_ctx: int, ahead: in
     The first ``n_ctx`` of those ahead are context vectors. Returns [C, length].
     """
     before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}  # context vectors ahead of the name
-    if position not in before:
-        raise UserError(f"TRAINER.COOP.CLASS_TOKEN_POSITION: unknown place {position!r}: {nearest(position, before)}")
     if position == "end":
         return torch.arange(length).expand(len(classnames), -1)
     rows = []

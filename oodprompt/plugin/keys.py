@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from oodprompt.config.keys import declared_keys, get_cfg_default, leaves, set_key
+from oodprompt.config.keys import check_values, declared_keys, get_cfg_default, leaves, set_key
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.transforms import is_random
 
@@ -38,7 +38,7 @@ def _is_ours(name: str) -> bool:
 
 def added_keys() -> Iterator[tuple[str, Any]]:
     """The keys that the plugin adds, with their defaults."""
-    return ((name, default) for name, (default, _) in declared_keys().items() if _is_ours(name))
+    return ((name, key.default) for name, key in declared_keys().items() if _is_ours(name))
 
 
 def extend_cfg(cfg: CfgNode) -> None:
@@ -68,6 +68,7 @@ def own_cfg(cfg: CfgNode) -> CfgNode:
     for name, value in leaves(cfg).items():
         if name in known and (name.startswith(_SHARED) or _is_ours(name)):
             set_key(own, name, value, "the config")
+    check_values(own, (name for name, _ in added_keys()))
     own.DATASET.NUM_SHOTS, own.DATASET.SUBSAMPLE_CLASSES = -1, "all"
     if is_random(own):
         kept = [name for name in own.INPUT.TRANSFORMS if name in ("normalize", "instance_norm")]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from oodprompt.data.tables import read_rows
+from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
 
 _VISIBLE = 0.25  # the share of a box's area that must lie in what the model sees
@@ -136,10 +137,11 @@ def in_view(
     source: str, by_image: Mapping[int, Sequence[Box]], paths: Sequence[str], input_size: tuple[int, int]
 ) -> Regions:
     """Boxes of images (in rising order) as the model sees them; ``UserError`` if none is left."""
+    view = CentreView(input_size)
     boxes, owner, names = [], [], []
     for i, of_image in by_image.items():
         size = _size(paths[i])
-        window = visible_window(size, input_size)
+        window = view.window(*size)
         for box in of_image:
             seen = _clip(_in_pixels(box, size, source, paths[i]), window)
             if seen is not None:
@@ -156,22 +158,6 @@ def in_view(
     if dropped:
         words += f"; {dropped:,} boxes that lie mostly outside what the model sees, or are empty, are left out"
     return Regions(torch.tensor(boxes), torch.tensor(owner), tuple(names) if any(names) else (), words)
-
-
-def visible_window(size: tuple[int, int], input_size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of an image (width, height) that the test transform keeps: left, top, right, bottom in its pixels.
-
-    The short edge becomes max(``input_size``), the long one in proportion, rounded down; then the centre is cut out.
-    """
-    short, resized = max(input_size), []
-    for edge in size:
-        resized.append(short if edge == min(size) else int(short * edge / min(size)))
-    starts = [round((now - keep) / 2) for now, keep in zip(resized, reversed(input_size), strict=True)]
-    (left, width), (top, height) = (
-        (start * edge / now, keep * edge / now)
-        for start, edge, now, keep in zip(starts, size, resized, reversed(input_size), strict=True)
-    )
-    return left, top, left + width, top + height
 
 
 def _in_pixels(box: Box, size: tuple[int, int], source: str, path: str) -> tuple[float, float, float, float]:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from oodprompt.backbones.weights import read_state_dict
 from oodprompt.data.images import read_image
+from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
-from oodprompt.regions.boxes import Box, Regions, in_view, visible_window
+from oodprompt.regions.boxes import Box, Regions, in_view
 
 _ROUNDING = 1e-6  # pixels by which an edge may miss a whole number through rounding
 
@@ -48,11 +49,12 @@ def proposal_regions(
     bar = tqdm(paths, desc="Region proposals", unit="image", disable=None if show else True, leave=False)
     for i, name in enumerate(bar):
         image = read_image(name)
-        window = visible_window(image.size, input_size)
+        window = CentreView(input_size).window(*image.size)
         left, top = (math.floor(edge + _ROUNDING) for edge in window[:2])
-        seen = image.crop((left, top, *(math.ceil(edge - _ROUNDING) for edge in window[2:])))
+        right, bottom = (math.ceil(edge - _ROUNDING) for edge in window[2:])
+        seen = image.crop((left, top, right, bottom))
         boxes = _propose(network, to_tensor(seen).to(device))[:per_image].cpu() + torch.tensor([left, top, left, top])
-        matches[i] = [Box(*box, "") for box in boxes.tolist()]
+        matches[i] = [Box(x1, y1, x2, y2, "") for x1, y1, x2, y2 in boxes.tolist()]
     return in_view(f"proposals of {weights.name}", matches, paths, input_size)
 
 

@@ -7,26 +7,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 from oodprompt.errors import UserError, nearest
 from oodprompt.regions.boxes import Regions, coco_regions, csv_regions, given_file, is_json
 from oodprompt.regions.proposals import proposal_regions
 
+SOURCES = ("grid", "boxes", "proposals")
+
 declare(
     "REGIONS",
     {
-        "SOURCE": (
+        "SOURCE": Key(
             "grid",
             "Regions of an image: grid (GRID cells), boxes (of FILE), or proposals (of a detector, weights in FILE).",
+            choices=SOURCES,
         ),
-        "GRID": ((2, 2), "grid: rows and columns."),
-        "OVERLAP": (0.0, "grid: the share of a cell that it has in common with the next."),
+        "GRID": Key(
+            (2, 2),
+            "grid: rows and columns.",
+            at_least=1,
+            test=lambda grid: len(grid) == 2,
+            error="{key}: rows and columns are two whole numbers of 1 or more, as (2, 2), not {value}",
+        ),
+        "OVERLAP": Key(
+            0.0,
+            "grid: the share of a cell that it has in common with the next.",
+            at_least=0,
+            below=1,
+            error="{key} is a share from 0 to below 1, not {value}",
+        ),
         "FILE": ("", "boxes: a COCO json or a csv (image, left, top, right, bottom, label); proposals: weights."),
-        "PER_IMAGE": (32, "proposals: how many of an image."),
-        "FEATURES": (
+        "PER_IMAGE": Key(32, "proposals: how many of an image.", at_least=1),
+        "FEATURES": Key(
             "auto",
             "How features are made of a region: tokens, crops, masked or patches (ViT), roi, crops or patches (ResNet); auto: "
             "tokens or roi.",
+            choices=("auto", "tokens", "crops", "masked", "patches", "roi"),
         ),
     },
 )
@@ -57,7 +73,7 @@ def build_regions(
         return (coco_regions if of_coco else csv_regions)(file, paths, input_size)
     if source == "proposals":
         return proposal_regions(paths, input_size, file, per_image, device=device, show=show)
-    raise UserError(f"unknown source of regions {source!r}: {nearest(source, ('grid', 'boxes', 'proposals'))}")
+    raise UserError(f"unknown source of regions {source!r}: {nearest(source, SOURCES)}")
 
 
 def grid_regions(n_images: int, rows: int, cols: int, overlap: float = 0.0) -> Regions:

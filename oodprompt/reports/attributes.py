@@ -1,16 +1,16 @@
-"""How far pseudo-attributes agree with the attribute labels: file, picture and lines to print."""
+"""How far pseudo-attributes agree with the attribute labels: a file, a figure, and lines to print."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import write_figure
+from oodprompt.reports.style import literal, write_figure, write_in_cells
 
 PSEUDO_ATTRIBUTES = "pseudo_attributes.json"
 
@@ -20,7 +20,9 @@ def write_pseudo_attributes(
 ) -> list[str]:
     """Write ``pseudo_attributes.json`` and, where labels are known, ``pseudo_attributes.png``; returns lines to print.
 
-    ``rows`` are ``evaluation.attribute_metrics`` by split; the lines are those of the splits ``new``.
+    ``rows`` holds ``evaluation.attribute_metrics`` of each split; the lines are those of the splits ``new``.
+    ``dataset`` gives ``attribute_names`` and ``attribute_prompts``. ``noise`` is the share of images whose
+    pseudo-attribute was changed on purpose; the file records it. Raises ``UserError`` where a file cannot be written.
     """
     names, directory = list(dataset.attribute_names), Path(directory)
     content = {"attributes": names, "prompts": [list(p) for p in dataset.attribute_prompts], "noise": noise}
@@ -28,36 +30,34 @@ def write_pseudo_attributes(
         directory / PSEUDO_ATTRIBUTES,
         json.dumps(content | {"splits": rows}, indent=2, ensure_ascii=False) + "\n",
     )
-    lines = []
-    for split, row in ((split, rows[split]) for split in new):
-        if row["accuracy"] is None:
-            lines.append(f"Pseudo-attributes ({split}): no attribute labels to compare with")
-            continue
-        lines.append(f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels")
-        lines += [
-            f"  {g['class']} / {g['attribute']}\ttotal: {g['num_samples']:,}\tagree: {100 * g['accuracy']:.1f}%"
-            for g in row["groups"]
-        ]
     known = {split: row for split, row in rows.items() if row["confusion"]}
     if known:
         write_figure(_confusions(known, names), directory / "pseudo_attributes.png")
-    return lines
+    return [line for split in new for line in _lines(split, rows[split])]
 
 
-def _confusions(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> Figure:
+def _lines(split: str, row: dict[str, Any]) -> list[str]:
+    """The agreement of one split, overall and by group."""
+    if row["accuracy"] is None:
+        return [f"Pseudo-attributes ({split}): no attribute labels to compare with"]
+    lines = [f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels"]
+    return lines + [
+        f"  {g['class']} / {g['attribute']}\ttotal: {g['num_samples']:,}\tagree: {100 * g['accuracy']:.1f}%"
+        for g in row["groups"]
+    ]
+
+
+def _confusions(rows: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Figure:
     """One square per split: how images of each attribute (row) were labelled (column), in per cent of the row."""
+    labels = [literal(name) for name in names]
     side = 1.6 + 0.55 * max(len(names), 2)
     figure = Figure(figsize=(side * len(rows) + 0.8, side + 0.4), layout="constrained")
     for axes, (split, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         values = [[100 * share for share in line] for line in row["confusion"]]
         axes.imshow(values, cmap="Blues", vmin=0, vmax=100)
-        places = range(len(names))
-        for i in places:
-            for j in places:
-                colour = "white" if values[i][j] > 60 else "black"
-                axes.text(j, i, f"{values[i][j]:.1f}", ha="center", va="center", color=colour, fontsize=9)
-        axes.set_xticks(list(places), names, rotation=30, ha="right")
-        axes.set_yticks(list(places), names)
+        write_in_cells(axes, values, lambda value: value > 60, fontsize=9)
+        axes.set_xticks(list(range(len(names))), labels, rotation=30, ha="right")
+        axes.set_yticks(list(range(len(names))), labels)
         axes.set_xlabel("what zero-shot CLIP sees")
         axes.set_ylabel("attribute label")
         axes.set_title(f"{split}: {100 * row['accuracy']:.1f} % right")

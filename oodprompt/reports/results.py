@@ -11,17 +11,22 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import BLUE, GREY, RED, markdown_table, percent, png
+from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, literal, markdown_table, percent, write_figure
+
+RESULTS = "results.json"
+FRACTIONS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
 
 
 def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
-    """Write ``results.json``, ``results.md`` and ``groups.png``; returns their paths."""
-    directory = Path(directory)
-    files = [directory / "results.json", directory / "results.md"]
+    """Write ``results.json``, ``results.md`` and ``groups.png``; returns their paths.
+
+    ``results`` is the outcome of an evaluation; accuracies are fractions from 0 to 1, and None where there are no
+    groups. Raises ``UserError`` where a file cannot be written.
+    """
+    files = [Path(directory) / name for name in (RESULTS, "results.md", "groups.png")]
     write_atomically(files[0], json.dumps(results, indent=2) + "\n")
     write_atomically(files[1], results_markdown(results))
-    files.append(directory / "groups.png")
-    write_atomically(files[-1], png(groups_figure(results)))
+    write_figure(groups_figure(results), files[2])
     return files
 
 
@@ -32,7 +37,7 @@ def method_title(results: dict[str, Any]) -> str:
 
 
 def results_markdown(results: dict[str, Any]) -> str:
-    """The results as tables that a person reads."""
+    """The results as tables in Markdown, accuracies in per cent: the run, its groups, its classes, and what else there is."""
     title = method_title(results)
     head = [
         ("data set", f"{results['dataset']} ({results['split']}, {results['num_samples']:,} images)"),
@@ -47,7 +52,7 @@ def results_markdown(results: dict[str, Any]) -> str:
     ]
     parts = [f"# {title}\n", markdown_table(("", ""), head)]
     if results["groups"]:
-        rows = [
+        rows: list[Sequence[Any]] = [
             (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", percent(g["accuracy"]))
             for g in results["groups"]
         ]
@@ -70,7 +75,11 @@ def results_markdown(results: dict[str, Any]) -> str:
 
 
 def selections_table(selections: Sequence[dict[str, Any]]) -> str:
-    """What each criterion on validation data would have chosen, and the accuracies of that epoch on the tested split."""
+    """The epoch that each criterion on validation data would have chosen, with its accuracies on the tested split.
+
+    Each selection has ``criterion``, ``epoch``, ``validation`` (the criterion's value), ``accuracy`` and
+    ``worst_group_accuracy``; all values are fractions.
+    """
     rows = [
         (
             s["criterion"].replace("_", " "),
@@ -85,9 +94,9 @@ def selections_table(selections: Sequence[dict[str, Any]]) -> str:
 
 
 def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
-    """Accuracy per group (or per class without attributes) as bars; the worst one in red, the average as a line.
+    """Accuracy in per cent of each group, or of each class of a data set without attributes, as bars.
 
-    Of more than ``most`` groups the worst are drawn.
+    The worst bar is red, and a line marks the average. Of more than ``most`` groups the worst are drawn.
     """
     rows = results["groups"] or results["classes"]
     count = len(rows)
@@ -96,7 +105,7 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     names = [f"{r['class']} / {r['attribute']}" if "attribute" in r else r["class"] for r in rows]
     if results["groups"]:
         names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
-    names = [name.replace("$", r"\$") for name in names]  # else two of them enclose a formula
+    names = [literal(name) for name in names]
     values = [100 * r["accuracy"] for r in rows]
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -109,21 +118,11 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     axes.axvline(
         100 * results["accuracy"], color=GREY, linestyle="--", label=f"average {100 * results['accuracy']:.1f}"
     )
-    axes.set_xlim(0, 114)  # room for the label of a bar of 100
-    axes.set_xlabel("accuracy, %")
-    axes.invert_yaxis()
-    axes.set_title(
-        f"{method_title(results)}\n{results['dataset']} ({results['split']}, seed {results['seed']})"
-        + (f"\nthe {most} worst of {count:,}" if count > most else "")
-    )
+    bar_axis(axes, "accuracy, %")
+    title = f"{method_title(results)}\n{results['dataset']} ({results['split']}, seed {results['seed']})"
+    axes.set_title(literal(title) + (f"\nthe {most} worst of {count:,}" if count > most else ""))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.5 * len(rows) + 0.4)), frameon=False)
     return figure
-
-
-RESULTS = "results.json"
-
-
-FRACTIONS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
 
 
 def finished_results(folder: Path) -> dict[str, Any] | None:

@@ -17,14 +17,14 @@ def reference() -> str:
         "# Config keys\n",
         "Written by `python scripts/maintain/config_reference.py` from the declarations beside the code. Set a key in a yaml file or "
         "at the end of the command line: `python train.py ... OPTIM.LR 0.01`. Keys marked [open] are points that the "
-        "method's sources leave open.\n",
+        "method's sources leave open. Where no values are given, any value of the default's type is taken.\n",
     ]
-    sections: dict[str, list[tuple[str, str, str]]] = {}
-    for name, (default, doc) in declared_keys().items():
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for name, key in declared_keys().items():
         section = ".".join(name.split(".")[:-1]) or "Top level"
-        sections.setdefault(section, []).append((f"`{name}`", f"`{default!r}`", doc))
+        sections.setdefault(section, []).append((f"`{name}`", f"`{key.default!r}`", key.values, key.doc))
     for section, rows in sorted(sections.items(), key=lambda item: (item[0] != "Top level", item[0])):
-        parts += [f"## {section}\n", markdown_table(("key", "default", "meaning"), rows), ""]
+        parts += [f"## {section}\n", markdown_table(("key", "default", "values", "meaning"), rows), ""]
     return "\n".join(parts)
 
 

@@ -171,9 +171,9 @@ def test_the_model_runs_in_another_precision(name: str, reference: Reference, sh
     ours, shape = CLIP.from_state_dict(reference(name).state_dict()).eval(), shapes[name]
     images, tokens = random(2, 3, shape.image_resolution, shape.image_resolution), random_tokens(shape, [4, 9])
     with torch.no_grad():
-        expected = [ours.encoder.encode_image(images), ours.encode_text(tokens)]
+        expected = [ours.encode_image(images), ours.encode_text(tokens)]
         ours.double()
-        result = [ours.encoder.encode_image(images), ours.encode_text(tokens)]
+        result = [ours.encode_image(images), ours.encode_text(tokens)]
     for x, y in zip(result, expected, strict=True):
         assert x.dtype == torch.float64
         assert (x - y).abs().max() < 1e-4 * y.abs().max()
@@ -240,7 +240,7 @@ def test_no_images_and_no_prompts_give_no_features(
     """What a process computes that gets no image of the last batch."""
     ours, shape = CLIP.from_state_dict(reference(name).state_dict()).eval(), shapes[name]
     size = shape.image_resolution
-    assert ours.encoder.encode_image(torch.zeros(0, 3, size, size)).shape == (0, shape.embed_dim)
+    assert ours.encode_image(torch.zeros(0, 3, size, size)).shape == (0, shape.embed_dim)
     features = ours.encode_prompts(torch.zeros(0, 2, shape.text_width), torch.zeros(3, 2, shape.text_width), (1, 2, 2))
     assert features.shape == (0, 3, shape.embed_dim)
 

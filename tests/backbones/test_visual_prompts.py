@@ -71,7 +71,7 @@ def test_prompts_in_the_first_blocks(depth: int, towers: tuple[CLIP, nn.Module])
     for model in towers:
         images = make_images(ours, 3).requires_grad_()
         if model is ours:
-            features = ours.encoder.encode_image(images, prompts, more_deep)
+            features = ours.encode_image(images, prompts, more_deep)
         else:
             visual = theirs.visual
             features = visual.ln_post(reference_tokens(visual, images, prompts, more_deep)[:, 0]) @ visual.proj
@@ -119,7 +119,7 @@ def test_the_class_token_alone_passes_the_last_mlp(towers: tuple[CLIP, nn.Module
     for block in ours.visual.transformer.resblocks:
         block.mlp.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[:2]))
     prompts, deep = make_prompts(2)
-    ours.encoder.encode_image(make_images(ours), prompts, deep)
+    ours.encode_image(make_images(ours), prompts, deep)
     assert seen == [(2, 1 + PATCHES + M)] * 2 + [(2, 1)]
 
 
@@ -141,7 +141,7 @@ def test_frozen_weights_get_no_gradient(depth: int, towers: tuple[CLIP, nn.Modul
     ours, _ = towers
     ours.requires_grad_(False)
     images, (prompts, deep) = make_images(ours), make_prompts(depth)
-    ours.encoder.encode_image(images, prompts, deep).sum().backward()
+    ours.encode_image(images, prompts, deep).sum().backward()
     assert images.grad is None and all(parameter.grad is None for parameter in ours.parameters())
     for value in (prompts, *deep):
         assert value.grad is not None and value.grad.abs().amax(dim=1).all()

@@ -83,8 +83,8 @@ def test_defaults_are_dassls(key: str, value: object) -> None:
 
 
 def test_every_key_has_documentation() -> None:
-    assert not [key for key, (_, doc) in declared_keys().items() if not doc.strip()]
-    assert not [key for key, (_, doc) in declared_keys().items() if "\n" in doc]
+    assert not [name for name, key in declared_keys().items() if not key.doc.strip()]
+    assert not [name for name, key in declared_keys().items() if "\n" in key.doc]
 
 
 def test_later_sources_win(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from PIL import Image
 from oodprompt import cli
 from oodprompt.backbones import CLIPShape
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.engine import discover
-from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.engine.discovery import RunDiscovery
 from oodprompt.methods.attributes import DiscoveredClusters
 from tests.helpers.runs import REPOSITORY
 from tests.helpers.trees import celeba, metashift, waterbirds
@@ -71,15 +70,16 @@ def test_runs_unchanged(data: str, trainer: str, weights: Path, tmp_path: Path) 
         assert (tmp_path / "out" / picture).is_file()
 
 
-def first_of_four(trainer: PromptTrainer) -> DiscoveredClusters:
+def first_of_four(discovery: RunDiscovery) -> DiscoveredClusters:
     """As if discovery had found the first quadrant of every image."""
-    owner = discover.regions_of(trainer, "train").owner
-    assert discover.region_features(trainer, "train", trainer.learner).shape == (len(owner), SHAPE.embed_dim)
+    learner, regions = discovery.encoder.learner, discovery.region_features
+    owner = regions.regions("train").owner
+    assert regions.of("train", learner).shape == (len(owner), SHAPE.embed_dim)
     return DiscoveredClusters((0,), {"train": torch.arange(len(owner)) % 4}, {"train": owner})
 
 
 def test_ravl_fine_tunes_a_resnet_on_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discover, "find", first_of_four)
+    monkeypatch.setattr(RunDiscovery, "find", first_of_four)
     torch.manual_seed(0)
     shape = CLIPShape(32, 224, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
     torch.save(load_clip_file("model").CLIP(*astuple(shape)).state_dict(), tmp_path / "clip.pt")

@@ -69,8 +69,6 @@ def test_base_and_new_classes_are_renumbered_and_keep_the_rest(make_data: MakeDa
     assert fields(test) == fields(base)[:1]
     assert [d.impath for d in new] == [d.impath for d in train[:2]]
     assert subsample_classes("all", train) == [train]
-    with pytest.raises(UserError, match="SUBSAMPLE_CLASSES: 'old' is none of all, base, new"):
-        subsample_classes("old", train)
 
 
 class Toy(DatasetBase):
@@ -147,18 +145,6 @@ def test_training_transform_squeezes_unless_it_crops(make_cfg: MakeCfg) -> None:
     assert not is_random(make_cfg(INPUT__TRANSFORMS=RANDOM, INPUT__NO_TRANSFORM=True))
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"INPUT__TRANSFORMS": ("random_flop",)}, "INPUT.TRANSFORMS: unknown transform 'random_flop'.*'random_flip'"),
-        ({"INPUT__INTERPOLATION": "bicubicc"}, "INPUT.INTERPOLATION: unknown mode.*'bicubic'"),
-    ],
-)
-def test_unknown_transforms(make_cfg: MakeCfg, keys: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        build_transform(make_cfg(**keys))
-
-
 # --- samplers --------------------------------------------------------------------------------------------------
 
 
@@ -229,10 +215,6 @@ def test_random_domain_sampler_fills_batches_evenly(
 @pytest.mark.parametrize(
     ("section", "keys", "message"),
     [
-        ("TRAIN_X", {"SAMPLER": "RandomSampling"}, "TRAIN_X.SAMPLER: unknown sampler.*'RandomSampler'"),
-        ("TEST", {"SAMPLER": "RandomClassSampler"}, "TEST.SAMPLER: unknown sampler"),
-        ("TRAIN_X", {"BATCH_SIZE": 0}, "TRAIN_X.BATCH_SIZE: 0 is not possible"),
-        ("TEST", {"BATCH_SIZE": -1}, "TEST.BATCH_SIZE: -1 is not possible"),
         ("TRAIN_X", {"SAMPLER": "RandomClassSampler", "N_INS": 9}, "cannot fill batches of 8 from 2 classes.*N_INS 9"),
         (
             "TRAIN_X",
@@ -348,8 +330,6 @@ def test_data_manager_sums_up_and_warns(make_cfg: MakeCfg, capsys: pytest.Captur
     assert summary["# train_x: circle / land"] == "1"
     with pytest.raises(UserError, match="unknown data set 'Shapes'"):
         DataManager(make_cfg(DATASET__NAME="Shapes"))
-    with pytest.raises(UserError, match="K_TRANSFORMS"):
-        DataManager(make_cfg(DATALOADER__K_TRANSFORMS=2))
 
 
 @pytest.mark.parametrize(("mib", "read_again"), [(0.0, 22), (1000.0, 0), (10 * 48 * 48 * 3 * 4 / 2**20, 12)])
@@ -358,7 +338,7 @@ def test_kept_images_are_read_once_and_the_same(
 ) -> None:
     cfg = make_cfg(DATALOADER__IMAGE_CACHE_MIB=mib, DATALOADER__TRAIN_X__BATCH_SIZE=22)
     plain, keeping = (DataManager(cfg).train_loader_x for _ in range(2))
-    keeping.keep_images()
+    keeping.cache_images()
     first = batches_of(keeping)
     read: list[str] = []
     monkeypatch.setattr("oodprompt.data.loading.read_image", lambda path: (read.append(path), read_image(path))[1])
@@ -370,7 +350,7 @@ def test_kept_images_are_read_once_and_the_same(
 
 def test_workers_keep_no_images(make_cfg: MakeCfg) -> None:
     loader = DataManager(make_cfg(DATALOADER__NUM_WORKERS=1)).train_loader_x
-    loader.keep_images()
+    loader.cache_images()
     assert loader.dataset.room == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.data.dataset import DatasetBase, build_dataset
 from tests.helpers.trees.writing import MakeDataset
 
@@ -21,6 +21,7 @@ def build(tmp_path: Path) -> MakeDataset:
         changes = {"ROOT": str(tmp_path), "NAME": name} | keys
         for key, value in changes.items():
             set_key(cfg, key if key == "SEED" else "DATASET." + key.replace("__", "."), value, "test")
+        check_values(cfg)
         return build_dataset(cfg)
 
     return make

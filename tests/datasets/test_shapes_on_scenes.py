@@ -14,6 +14,7 @@ from oodprompt.datasets.rendering import COLOURS, SCENES, SHAPES, Difficulty, re
 from oodprompt.datasets.shapes_on_scenes import ShapesOnScenes, groups_of
 from PIL import Image
 
+from oodprompt.config.keys import check_values
 from oodprompt.errors import UserError
 from tests.helpers.small_data import MakeCfg
 
@@ -142,6 +143,7 @@ def test_file_list_has_waterbirds_columns(make_cfg: MakeCfg, data_root: Path) ->
 )
 def test_impossible_settings(make_cfg: MakeCfg, tmp_path: Path, key: str, value: object, message: str) -> None:
     with pytest.raises(UserError, match=rf"DATASET\.SHAPES\.{message}"):
+        check_values(make_cfg(**{f"DATASET__SHAPES__{key}": value}))
         shapes(make_cfg, tmp_path, **{key: value})
     assert files_of(tmp_path) == {}
 

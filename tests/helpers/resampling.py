@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from oodprompt import cli
+from oodprompt.engine.first_stage import FirstStage
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.features.encoder import Encoder
 from oodprompt.methods.splits import Split
 from tests.helpers.runs import Arguments, Run, assert_same_outcome, interrupted_at
 
@@ -51,8 +53,7 @@ def assert_resumes(
         with pytest.raises(KeyboardInterrupt):
             cli.run(arguments(trainer, "broken", *keys))
     with monkeypatch.context() as patch:
-        patch.setattr("oodprompt.engine.trainer.fit_alone", again)
-        patch.setattr("oodprompt.engine.discover.fit_alone", again)
+        patch.setattr(FirstStage, "fit", again)
         cli.run(arguments(trainer, "broken", *keys))
     assert "resuming after epoch 1 of 3" in (tmp_path / "broken" / "log.txt").read_text()
     assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3,))
@@ -60,13 +61,13 @@ def assert_resumes(
 
 def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, no image has an attribute label."""
-    split = PromptTrainer.split
+    split = Encoder.split
 
-    def unlabelled(self: PromptTrainer, name: str) -> Split:
+    def unlabelled(self: Encoder, name: str) -> Split:
         known = split(self, name)
         return replace(known, attribute=torch.full_like(known.attribute, -1))
 
-    monkeypatch.setattr(PromptTrainer, "split", unlabelled)
+    monkeypatch.setattr(Encoder, "split", unlabelled)
 
 
 def order_of(trainer: PromptTrainer, epoch: int) -> np.ndarray:

@@ -24,3 +24,4 @@ TINY = {
     "DATALOADER.TEST.BATCH_SIZE": 4,
     "SEED": 1,
 }
+RANDOM = ("random_resized_crop", "normalize")  # a training transform whose views differ

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, CLIPShape, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.methods.contracts import PromptLearner
 from tests.helpers.runs import Build
@@ -47,6 +47,7 @@ def make_learner(
     cfg = get_cfg_default()
     for key, value in keys.items():
         set_key(cfg, key, value, "test")
+    check_values(cfg)
     torch.manual_seed(1)
     return kind(cfg, CLASSES, template, clip)
 

@@ -17,9 +17,10 @@ from oodprompt.backbones import load_backbone, tokenize
 from oodprompt.engine.evaluation import attribute_metrics
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features.encoder import Encoder
 from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
-from oodprompt.methods.groups import groups_of, per_group
-from oodprompt.methods.splits import Split
+from oodprompt.methods.groups import AttributeSources, Groups, per_group
+from oodprompt.methods.splits import LabelledData, Split
 from oodprompt.reports.curves import group_curves
 from tests.helpers.runs import interrupted_at
 
@@ -68,32 +69,37 @@ def test_noise_moves_that_share_and_keeps_the_values() -> None:
     assert set(offsets.tolist()) == {1, 2}
 
 
+def groups_of(split: Split, choice: str, values: int, seen: PseudoAttributes, found: DiscoveredAttributes) -> Groups:
+    """The groups of a split of two classes."""
+    return AttributeSources(choice, LabelledData(split, None, ["a", "b"], seen.names), values, seen, found).groups(
+        split
+    )
+
+
 def test_groups_of_both_kinds() -> None:
     split, seen = a_split(), pseudo()
-    true = groups_of(split, "true", ["a", "b"], 3, seen, NOTHING)
+    true = groups_of(split, "true", 3, seen, NOTHING)
     assert torch.equal(true.index, split.label * 3 + split.attribute)
     assert true.names == ("a / water", "a / land", "a / snow", "b / water", "b / land", "b / snow")
     assert true.count.tolist() == [sum((true.index == g).tolist()) for g in range(6)]
     assert not seen.splits  # labels are enough, nothing is encoded
-    guessed = groups_of(split, "pseudo", ["a", "b"], 3, seen, NOTHING)
+    guessed = groups_of(split, "pseudo", 3, seen, NOTHING)
     assert torch.equal(guessed.index, split.label * 3 + seen.of(split)) and guessed.count.sum() == 50
     found = DiscoveredClusters((2,), {"train": torch.arange(60) % 7}, {"train": torch.arange(60) % 50})
-    regions = groups_of(split, "regions", ["a", "b"], 3, seen, DiscoveredAttributes(lambda: found))
+    regions = groups_of(split, "regions", 3, seen, DiscoveredAttributes(lambda: found))
     present = {i % 50 for i in range(60) if i % 7 == 2}
     assert regions.names == ("a / absent", "a / present", "b / absent", "b / present")
     assert regions.index.tolist() == [2 * (i % 2) + (i in present) for i in range(50)]
-    nameless = groups_of(split, "true", ["a", "b"], 4, PseudoAttributes(load_backbone("tiny"), (), []), NOTHING)
+    nameless = groups_of(split, "true", 4, PseudoAttributes(load_backbone("tiny"), (), []), NOTHING)
     assert nameless.names[:4] == ("a / 0", "a / 1", "a / 2", "a / 3")  # a value that only another split has counts too
     assert torch.equal(nameless.index, split.label * 4 + split.attribute)
 
 
-def test_unknown_attributes_and_choices_are_refused() -> None:
+def test_unknown_attributes_are_refused() -> None:
     split = a_split()
     split.attribute[3:5] = -1
     with pytest.raises(UserError, match=r"2 of 50 images of the train split have no\s+attribute label.*pseudo"):
-        groups_of(split, "true", ["a", "b"], 3, pseudo(), NOTHING)
-    with pytest.raises(UserError, match=r"TRAINER.GROUPS.*'treu'.*true"):
-        groups_of(split, "treu", ["a", "b"], 3, pseudo(), NOTHING)
+        groups_of(split, "true", 3, pseudo(), NOTHING)
 
 
 def test_sums_by_group() -> None:
@@ -217,14 +223,14 @@ def test_no_attribute_labels_in_validation(
         results = run("DebiasedPT", "auto", *BEST)
     assert results["best_epoch"] == 1 and "worst_group_accuracy" not in [s["criterion"] for s in results["selections"]]
     follow(monkeypatch, without)
-    monkeypatch.setattr(PromptTrainer, "split", without_labels(PromptTrainer.split))
+    monkeypatch.setattr(Encoder, "split", without_labels(Encoder.split))
     with pytest.raises(UserError, match=r"worst_group_accuracy: the validation data have images without an attribute"):
         run("DebiasedPT", "true", *BEST, "TEST.SELECTION", "worst_group_accuracy")
     assert not (tmp_path / "true" / "tensorboard").exists()
 
 
 def without_labels(split: Callable[..., Split]) -> Callable[..., Split]:
-    def blind(self: PromptTrainer, name: str) -> Split:
+    def blind(self: Encoder, name: str) -> Split:
         s = split(self, name)
         return Split(s.name, s.label, torch.full_like(s.attribute, -1), s.features)
 

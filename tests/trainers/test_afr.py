@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from oodprompt.trainers.afr import afr_weights, hold_out
 from torch import Tensor
 
-from oodprompt.engine.first_stage import outputs
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features.encoder import evaluating
 from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, order_of
 from tests.helpers.runs import Arguments, Build, Run
 
@@ -182,4 +182,6 @@ def test_logits_of_the_first_training_are_those_of_its_weights(build: Build) -> 
     """The contract that AFR leans on: the learner that comes back is the one whose logits come back."""
     trainer = build("AFR", *FIRST)
     fitted, logits = trainer.debiasers[0].context.first_stage.fit(2, None)
-    torch.testing.assert_close(outputs(trainer, "train", fitted, lambda alignment: alignment.logits)[1], logits)
+    with evaluating(fitted):
+        outputs = trainer.encoder.outputs("train", fitted, lambda alignment: alignment.logits)
+    torch.testing.assert_close(outputs[1], logits)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, CLIPShape, encode, tokenize
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import ContextPrompts, initial_context
 
@@ -34,6 +34,7 @@ def learner(clip: CLIP, **keys: object) -> ContextLearner:
     cfg = get_cfg_default()
     for key, value in keys.items():
         set_key(cfg, f"TRAINER.COOP.{key}", value, "test")
+    check_values(cfg)
     torch.manual_seed(1)
     return ContextLearner(cfg, CLASSES, "a photo of a {}.", clip)
 

@@ -49,7 +49,7 @@ def test_without_extra_losses_and_with_identity_it_is_coop(build: Build) -> None
     coop = build("CoOp")
     ours = build("CoOpOOD", "TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.INIT_NOISE", 0)
     batch = first_batch(coop)
-    expected = coop.align(batch)
+    expected = coop.encoder.align(batch)
     alignment = ours.encoder.align(batch)
     torch.testing.assert_close(ours.objective.predict(alignment), expected.logits, rtol=1e-5, atol=1e-5)
     loss, _ = ours.objective(alignment, batch)
@@ -320,7 +320,7 @@ def _step(trainer: PromptTrainer, batch: dict[str, Any]) -> Step:
 
 
 def test_anchor_needs_names(build: Build) -> None:
-    pseudo = build("CoOpOOD").pseudo
+    pseudo = build("CoOpOOD").attributes.pseudo
     pseudo.prompts = []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
         _ = pseudo.text

@@ -16,13 +16,14 @@ from oodprompt.trainers.group_coop import GroupPrompts
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP
-from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.engine import checkpoint
-from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features.encoder import Encoder
 from oodprompt.methods.contracts import Alignment, Step
 from oodprompt.methods.groups import Groups
 from oodprompt.methods.prompts import ContextPrompts
+from tests.helpers.contexts import without_names
 from tests.helpers.resampling import assert_resumes
 from tests.helpers.runs import Arguments, Build, weights
 from tests.helpers.towers import NAMES, Towers, assert_close, hand_written, make_learner, plain_text
@@ -38,6 +39,7 @@ def debiaser(clip: CLIP, groups: Sequence[int] = GROUPS, values: int = 2, **keys
     cfg = get_cfg_default()
     for key, value in keys.items():
         set_key(cfg, key if "." in key else f"{SECTION}.{key}", value, "test")
+    check_values(cfg)
     names = tuple(f"{c} / {a}" for c in NAMES for a in range(values))
     context = SimpleNamespace(
         clip=clip,
@@ -218,7 +220,7 @@ def test_true_groups_are_those_of_the_labels(build: Build) -> None:
     assert ours.A == 3 and ours.ctx.shape == (6, 4, 128)
     ours.before_train()
     assert ours.g.tolist() == [3 * datum.label + datum.attribute for datum in trainer.dataset.train_x]
-    context = trainer.build_context()
+    context = trainer.context
     context.data.train.attribute[3] = -1
     with pytest.raises(UserError, match="TRAINER.GROUPS true: 1 of 80 images"):
         GroupPrompts(trainer.cfg, context)
@@ -226,12 +228,11 @@ def test_true_groups_are_those_of_the_labels(build: Build) -> None:
 
 def test_pseudo_groups_need_names_and_no_features_before_training(build: Build, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "frozen_features_of", lambda *_: pytest.fail("features are asked for too early"))
+        patch.setattr(Encoder, "frozen_features_of", lambda *_: pytest.fail("features are asked for too early"))
         trainer = build("GroupCoOp", "DATASET.SHAPES.SCENES", "('water', 'land', 'snow')")
     assert trainer.debiasers[0].A == 3
-    trainer.dataset.attribute_names, trainer.dataset.attribute_prompts = (), []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
-        GroupPrompts(trainer.cfg, trainer.build_context())
+        GroupPrompts(trainer.cfg, without_names(trainer))
 
 
 def test_its_own_learning_rate(build: Build) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oodprompt.engine.first_stage import outputs
 from oodprompt.errors import UserError
+from oodprompt.features.encoder import evaluating
 from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over
 from tests.helpers.runs import Arguments, Build, Run
 
@@ -23,7 +23,8 @@ def test_the_error_set_is_that_of_a_plain_run(build: Build, run: Run, tmp_path: 
     run(base, "plain", *FAST, "OPTIM.MAX_EPOCH", epochs)
     plain = build(base, *FAST)
     plain.load_model(tmp_path / "plain", epochs)
-    _, logits = outputs(plain, "train", plain.learner, lambda alignment: alignment.logits)
+    with evaluating(plain.learner):
+        _, logits = plain.encoder.outputs("train", plain.learner, lambda alignment: alignment.logits)
     debiaser = build("JTT", "--base", base, *FAST, "TRAINER.JTT.FIRST_EPOCHS", epochs).debiasers[0]
     _, alone = debiaser.context.first_stage.fit(epochs, None)
     torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)

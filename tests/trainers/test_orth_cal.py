@@ -19,6 +19,7 @@ from oodprompt.errors import UserError
 from oodprompt.methods import attributes
 from oodprompt.methods.attributes import span
 from oodprompt.methods.contracts import Alignment
+from tests.helpers.contexts import without_names
 from tests.helpers.runs import Build
 from tests.helpers.towers import text_of
 
@@ -182,9 +183,8 @@ def test_dependent_prompts_count_once() -> None:
 
 def test_needs_names(build: Build) -> None:
     trainer = build("OrthCal")
-    trainer.dataset.attribute_names, trainer.dataset.attribute_prompts = (), []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
-        ProjectedText(trainer.cfg, trainer.build_context())
+        ProjectedText(trainer.cfg, without_names(trainer))
 
 
 def test_prompts_that_leave_nothing_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

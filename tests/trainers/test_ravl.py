@@ -19,7 +19,6 @@ from torch import Tensor
 
 from oodprompt import cli
 from oodprompt.backbones import tokenize
-from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Step
@@ -156,8 +155,8 @@ def test_step_is_the_formula_over_prompts(build: Build) -> None:
     batch = next(iter(trainer.encoder.batches("train")))
     alignment = trainer.encoder.align(batch)
     loss, log = trainer.objective(alignment, batch, trainer.region_features.of_step(batch))
-    regions, assigned = discover.regions_of(trainer, "train"), trainer.attributes.discovered.found
-    features = discover.region_features(trainer, "train", trainer.learner)
+    regions, assigned = trainer.region_features.regions("train"), trainer.attributes.discovered.found
+    features = trainer.region_features.of("train", trainer.learner)
     L_R, L_A, text = [], [], alignment.text_features
     rows = [r for i in batch["index"].tolist() for r in range(len(regions.owner)) if regions.owner[r] == i]
     spurious = torch.isin(assigned.assignment["train"][rows], torch.tensor(assigned.clusters))
@@ -183,7 +182,7 @@ def test_step_is_the_formula_over_the_image_tower(build: Build) -> None:
     L_CL = (F.cross_entropy(z @ t.T / 0.07, own) + F.cross_entropy(t @ z.T / 0.07, own)) / 2
     assigned = trainer.attributes.discovered.found
     rows = (4 * batch["index"].unsqueeze(1) + torch.arange(4)).flatten()
-    boxes = discover.regions_of(trainer, "train").boxes[:4]
+    boxes = trainer.region_features.regions("train").boxes[:4]
     f = F.normalize(trainer.learner.image_clip.region_features(batch["img"], [boxes] * len(z), "tokens"), dim=-1)
     spurious = torch.isin(assigned.assignment["train"][rows], torch.tensor(assigned.clusters))
     s = f @ trainer.learner.text_features.T / 0.07
@@ -260,7 +259,7 @@ def test_presence_is_that_of_the_clusters(found: Path, build: Build) -> None:
 def test_train_regions_go_to_the_nearest_medoid(found: Path, build: Build) -> None:
     trainer = build("RaVL", "DISCOVERY.FROM", found)
     file = np.load(found / "discovery.npz")
-    features = discover.region_features(trainer, "train", trainer.learner).numpy()
+    features = trainer.region_features.of("train", trainer.learner).numpy()
     assert (features @ file["medoids"].T).argmax(axis=1).tolist() == file["assignment_train"].tolist()
 
 

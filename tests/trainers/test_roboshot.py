@@ -17,6 +17,7 @@ from torch import Tensor
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
+from tests.helpers.contexts import without_names
 from tests.helpers.runs import Build
 from tests.helpers.towers import text_of
 
@@ -152,8 +153,7 @@ def test_evaluation_of_a_trained_base_repeats_it(run: Run, tmp_path: Path) -> No
 def test_names_are_needed_only_without_harmful_insights(build: Build) -> None:
     for keys in ([], key("HARMFUL", HARMFUL)):
         trainer = build("RoboShot", *keys)
-        trainer.dataset.attribute_names, trainer.dataset.attribute_prompts = (), []
-        context = trainer.build_context()
+        context = without_names(trainer)
         if keys:
             assert RobustFeatures(trainer.cfg, context).V.shape == (128, 3)
         else:

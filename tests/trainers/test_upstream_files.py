@@ -1,4 +1,4 @@
-"""Files of upstream's form: checkpoints of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, VPT, IVLP and PromptSRC, and their yaml.
+"""Files of upstream's form: checkpoints of CoOp, CoCoOp, KgCoOp, ProGrad, MaPLe, VPT, IVLP and PromptSRC.
 
 Each checkpoint is made here as those projects write it: Dassl's dict with a pickled scheduler, upstream's names, the
 whole model where they save it whole, half precision where they train in it.
@@ -14,22 +14,27 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodprompt import cli
-from oodprompt.backbones import load_backbone, tokenize
+from oodprompt.backbones import load_backbone
 from oodprompt.backbones.tokenizer import load_clip_file
-from oodprompt.config.keys import get_cfg_default, leaves, merge_file, merge_opts
-from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.engine.objective import Objective
 from oodprompt.errors import UserError
-from tests.helpers.towers import assert_close, deep_prompts, gaussian, plain_image, plain_text
-
-Build = Callable[..., PromptTrainer]
-State = dict[str, Tensor]
-NAMES = ["circle", "diamond"]
-WIDTH = 128  # of both towers of the embedded CLIP, whose images have 4 blocks and whose text has 3
-WORDS = "a photo of a"
+from tests.helpers.runs import Build
+from tests.helpers.towers import assert_close, gaussian
+from tests.helpers.upstream_files import (
+    METHODS,
+    NAMES,
+    WHOLE,
+    State,
+    noise,
+    normal,
+    prompts,
+    text_prompt_logits,
+    upstream_state,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,201 +47,6 @@ def theirs() -> nn.Module:
 
 
 # --- checkpoints as upstream writes them -----------------------------------------------------------------------
-
-
-def whole_model(theirs: nn.Module, half: bool) -> State:
-    """The frozen part of upstream's CustomCLIP, in half precision as OpenAI's ``convert_weights`` leaves it."""
-    state = {}
-    for key, value in theirs.state_dict().items():
-        if key.startswith("visual."):
-            name = f"image_encoder.{key.removeprefix('visual.')}"
-        elif key == "logit_scale":
-            name = key
-        elif not key.startswith("token_embedding."):
-            name = f"text_encoder.{key}"
-        else:
-            continue
-        converted = any(part in key for part in ("conv1", ".attn.", ".mlp.", "text_projection", "visual.proj"))
-        state[name] = value.half() if half and converted else value.clone()
-    return state
-
-
-def noise(*shape: int, half: bool = False, std: float = 0.3) -> Tensor:
-    """Far from what prompts start from, so that a value that is not loaded shows."""
-    value = std * torch.randn(*shape)
-    return value.half() if half else value
-
-
-def prompts(n_ctx: int, half: bool, classes: int, prefix: str = "") -> State:
-    """The context, and the frozen embeddings of other class names, or of as many, which none of ours should see."""
-    return {
-        f"{prefix}ctx": noise(n_ctx, WIDTH, half=half),
-        f"{prefix}token_prefix": noise(classes, 1, WIDTH, half=half),
-        f"{prefix}token_suffix": noise(classes, 76 - n_ctx, WIDTH, half=half),
-    }
-
-
-def block_prompts(tower: str, n_ctx: int, depth: int) -> State:
-    return {f"{tower}.transformer.resblocks.{i}.VPT_shallow": noise(n_ctx, WIDTH) for i in range(1, depth)}
-
-
-def coop_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    return prompts(16, half, classes)
-
-
-def cocoop_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    shapes = {"linear1.weight": (8, 128), "linear1.bias": (8,), "linear2.weight": (128, 8), "linear2.bias": (128,)}
-    return {
-        **prompts(4, half, classes),
-        **{f"meta_net.{name}": noise(*shape, half=half) for name, shape in shapes.items()},
-    }
-
-
-def kgcoop_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    extras = {"bias_vectors": (1, 512), "meta_net.linear1.weight": (512, 512), "meta_net.linear1.bias": (512,)}
-    return {**prompts(4, half, classes), **{name: noise(*shape, half=half) for name, shape in extras.items()}}
-
-
-def maple_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    own = prompts(2, half, classes, "prompt_learner.")
-    own["prompt_learner.proj.weight"] = noise(WIDTH, WIDTH, half=True)  # half also where the rest is not
-    own["prompt_learner.proj.bias"] = noise(WIDTH, half=True)
-    for i in range(2):
-        own[f"prompt_learner.compound_prompts_text.{i}"] = noise(2, WIDTH)
-        own[f"prompt_learner.compound_prompt_projections.{i}.weight"] = noise(WIDTH, WIDTH)
-        own[f"prompt_learner.compound_prompt_projections.{i}.bias"] = noise(WIDTH)
-    return {**own, **whole_model(theirs, half)}
-
-
-def vpt_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    """Upstream's VPT is in full precision whatever PREC says."""
-    own = {"image_encoder.VPT": noise(3, WIDTH), **block_prompts("image_encoder", 3, 4)}
-    return {**own, **whole_model(theirs, half=False)}
-
-
-def ivlp_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    return {
-        **prompts(4, half, classes, "prompt_learner."),
-        "image_encoder.VPT": noise(2, WIDTH),
-        **block_prompts("image_encoder", 2, 3),
-        **block_prompts("text_encoder", 4, 2),
-        **whole_model(theirs, half),
-    }
-
-
-def promptsrc_state(theirs: nn.Module, half: bool, classes: int) -> State:
-    """With a second, frozen image tower, which is in half precision always."""
-    frozen = {k: v for k, v in whole_model(theirs, half=True).items() if k.startswith("image_encoder.")}
-    return {**ivlp_state(theirs, half, classes), **{f"prompt_learner.ZS_{key}": v for key, v in frozen.items()}}
-
-
-class Method:
-    """A method as upstream saves it: the state dict, the folder, the keys that fit it, and the plain logits."""
-
-    def __init__(
-        self, state: Callable[..., State], folder: str, keys: dict[str, Any], logits: Callable[..., Tensor]
-    ) -> None:
-        self.state, self.folder, self.logits = state, folder, logits
-        self.keys = [text for key, value in keys.items() for text in (f"TRAINER.{key}", value)]
-
-
-def normal(state: State) -> State:
-    return {name: value.float() for name, value in state.items()}
-
-
-def text_prompt_logits(words: str) -> Callable[..., Tensor]:
-    def logits(theirs: nn.Module, p: State, images: Tensor) -> Tensor:
-        w = torch.stack([plain_text(theirs, words, name, p["ctx"]) for name in NAMES])
-        return theirs.logit_scale.exp() * plain_image(theirs, images) @ w.T
-
-    return logits
-
-
-def cocoop_logits(theirs: nn.Module, p: State, images: Tensor) -> Tensor:
-    rows = []
-    for z in plain_image(theirs, images):
-        hidden = (p["meta_net.linear1.weight"] @ z + p["meta_net.linear1.bias"]).relu()
-        ctx = p["ctx"] + p["meta_net.linear2.weight"] @ hidden + p["meta_net.linear2.bias"]
-        rows.append(torch.stack([z @ plain_text(theirs, WORDS, name, ctx) for name in NAMES]))
-    return theirs.logit_scale.exp() * torch.stack(rows)
-
-
-def maple_logits(theirs: nn.Module, p: State, images: Tensor) -> Tensor:
-    p = {name.removeprefix("prompt_learner."): value for name, value in p.items()}
-    text = [p[f"compound_prompts_text.{i}"] for i in range(2)]
-    w = torch.stack([plain_text(theirs, WORDS, name, p["ctx"], text) for name in NAMES])
-
-    def project(x: Tensor, layer: str) -> Tensor:
-        return F.linear(x, p[f"{layer}.weight"], p[f"{layer}.bias"])
-
-    image = [project(text[i], f"compound_prompt_projections.{i}") for i in range(2)]
-    return theirs.logit_scale.exp() * plain_image(theirs, images, project(p["ctx"], "proj"), image) @ w.T
-
-
-def vpt_logits(theirs: nn.Module, p: State, images: Tensor) -> Tensor:
-    z = plain_image(theirs, images, p["image_encoder.VPT"], deep_prompts(p, "image_encoder"))
-    w = F.normalize(theirs.encode_text(tokenize([f"{WORDS} {name}." for name in NAMES])), dim=-1)
-    return theirs.logit_scale.exp() * z @ w.T
-
-
-def ivlp_logits(theirs: nn.Module, p: State, images: Tensor) -> Tensor:
-    ctx, text = p["prompt_learner.ctx"], deep_prompts(p, "text_encoder")
-    w = torch.stack([plain_text(theirs, WORDS, name, ctx, text) for name in NAMES])
-    z = plain_image(theirs, images, p["image_encoder.VPT"], deep_prompts(p, "image_encoder"))
-    return theirs.logit_scale.exp() * z @ w.T
-
-
-IVLP_KEYS = {"N_CTX_VISION": 2, "N_CTX_TEXT": 4, "PROMPT_DEPTH_VISION": 3, "PROMPT_DEPTH_TEXT": 2}
-METHODS = {
-    "CoOp": Method(
-        coop_state, "prompt_learner", {"COOP.N_CTX": 16, "COOP.CTX_INIT": ""}, text_prompt_logits(" ".join("X" * 16))
-    ),
-    "CoCoOp": Method(cocoop_state, "prompt_learner", {"COCOOP.CTX_INIT": WORDS}, cocoop_logits),
-    "KgCoOp": Method(kgcoop_state, "prompt_learner", {"COOP.CTX_INIT": "True"}, text_prompt_logits(WORDS)),
-    "ProGrad": Method(
-        coop_state,
-        "prompt_learner",
-        {"COOP.N_CTX": 16, "COOP.CTX_INIT": "True"},
-        text_prompt_logits(" ".join([*"X" * 12, WORDS])),
-    ),
-    "MaPLe": Method(maple_state, "MultiModalPromptLearner", {"MAPLE.PROMPT_DEPTH": 3}, maple_logits),
-    "VPT": Method(vpt_state, "prompt_learner", {"VPT.N_CTX_VISION": 3, "VPT.PROMPT_DEPTH_VISION": 12}, vpt_logits),
-    "IVLP": Method(ivlp_state, "VLPromptLearner", {f"IVLP.{k}": v for k, v in IVLP_KEYS.items()}, ivlp_logits),
-    "PromptSRC": Method(
-        promptsrc_state, "VLPromptLearner", {f"PROMPTSRC.{k}": v for k, v in IVLP_KEYS.items()}, ivlp_logits
-    ),
-}
-WHOLE = [name for name, method in METHODS.items() if method.state not in (coop_state, cocoop_state, kgcoop_state)]
-
-
-def upstream_state(name: str, theirs: nn.Module, half: bool = True, classes: int = 5) -> State:
-    torch.manual_seed(7)
-    return METHODS[name].state(theirs, half, classes)
-
-
-def write(directory: Path, folder: str, state: State, epoch: int = 50) -> Path:
-    """A checkpoint as Dassl's ``save_checkpoint`` writes it after training with a warm-up."""
-    weights = nn.Parameter(next(iter(state.values())).clone())
-    optimizer = torch.optim.SGD([weights], 0.002, momentum=0.9, weight_decay=5e-4)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50.0)
-    weights.grad = torch.ones_like(weights)
-    optimizer.step()
-    scheduler = {
-        "successor": cosine,  # the object itself, which holds the optimiser, which holds the weights
-        "warmup_epoch": 1,
-        "cons_lr": 1e-5,
-        "base_lrs": [0.002],
-        "last_epoch": 1,
-        "_step_count": 2,
-        "_get_lr_called_within_step": False,
-        "_last_lr": [0.0],
-        "verbose": False,
-    }
-    content = {"epoch": epoch, "optimizer": optimizer.state_dict(), "scheduler": scheduler, "val_result": None}
-    (directory / folder).mkdir(parents=True)
-    torch.save({"state_dict": state, **content}, directory / folder / f"model.pth.tar-{epoch}")
-    (directory / folder / "checkpoint").write_text(f"model.pth.tar-{epoch}\n")
-    return directory
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -269,13 +79,13 @@ def test_upstreams_checkpoints_are_evaluated_by_the_command_line(
     method, seen = METHODS[name], []
     state = upstream_state(name, theirs)
     directory = write(tmp_path / "theirs", method.folder, state)
-    predict = PromptTrainer.predict
+    predict = Objective.predict
 
-    def recorded(self: PromptTrainer, alignment: Any) -> Tensor:
+    def recorded(self: Objective, alignment: Any) -> Tensor:
         seen.append(predict(self, alignment))
         return seen[-1]
 
-    monkeypatch.setattr(PromptTrainer, "predict", recorded)
+    monkeypatch.setattr(Objective, "predict", recorded)
     epoch = ["--load-epoch", 50] if name in ("CoOp", "MaPLe") else []  # else the one that the file `checkpoint` names
     cli.run(arguments(name, "ours", *method.keys, "--eval-only", "--model-dir", directory, *epoch))
     batches = list(build(name, *method.keys).test_loader)
@@ -419,119 +229,3 @@ def test_our_checkpoints_fill_upstreams_models(name: str, theirs: nn.Module, bui
     assert set(missing) == of_towers | fixed.keys() and set(unexpected) == ours.keys() & {"gpa"}
     for key, parameter in trainer.learner.named_parameters():
         assert torch.equal(model.get_parameter(key), parameter.to(upstream[key].dtype)), key
-
-
-# --- yaml ------------------------------------------------------------------------------------------------------
-
-# Backbone, batch size, epochs, learning rate, and what one method's file has behind the part that all have.
-Sections = dict[str, dict[str, Any]]
-FILES: dict[str, tuple[str, int, int, float, Sections]] = {
-    "CoOp": ("RN50", 32, 50, 0.002, {}),
-    "CoCoOp": ("ViT-B/16", 1, 10, 0.002, {"COCOOP": {"N_CTX": 4, "CTX_INIT": WORDS, "PREC": "fp16"}}),
-    "CoCoOp, random": ("ViT-B/16", 1, 10, 0.002, {"COCOOP": {"N_CTX": 8, "CTX_INIT": "", "PREC": "fp16"}}),
-    "MaPLe": (
-        *("ViT-B/16", 4, 5, 0.0035),
-        {"MAPLE": {"N_CTX": 2, "CTX_INIT": WORDS, "PREC": "fp16", "PROMPT_DEPTH": 9}},
-    ),
-    "VPT": (
-        *("ViT-B/16", 4, 5, 0.0025),
-        {"VPT": {"N_CTX_VISION": 8, "CTX_INIT": WORDS, "PREC": "fp16", "PROMPT_DEPTH_VISION": 12}},
-    ),
-    "IVLP": (
-        *("ViT-B/16", 4, 5, 0.0035),
-        {
-            "IVLP": {
-                **{"N_CTX_VISION": 2, "N_CTX_TEXT": 2, "CTX_INIT": WORDS, "PREC": "fp16"},
-                **{"PROMPT_DEPTH_VISION": 12, "PROMPT_DEPTH_TEXT": 12},
-            }
-        },
-    ),
-    "KgCoOp": ("ViT-B/16", 128, 100, 0.002, {"COOP": {"CTX_INIT": True}}),
-    "ProGrad": ("RN50", 32, 100, 0.002, {"LOSS": {"NAME": "prograd", "T": 1.0}, "COOP": {"CTX_INIT": True}}),
-    "ProGrad, random": (
-        *("RN50", 32, 100, 0.002),
-        {"LOSS": {"GM": False, "T": 2, "LAMBDA": 1, "ALPHA": 0}, "COOP": {"CTX_INIT": False, "ALPHA": 1.0}},
-    ),
-    "PromptSRC": (
-        *("ViT-B/16", 4, 20, 0.0025),
-        {
-            "PROMPTSRC": {
-                **{"N_CTX_VISION": 4, "N_CTX_TEXT": 4, "CTX_INIT": WORDS, "PREC": "fp16"},
-                **{"PROMPT_DEPTH_VISION": 9, "PROMPT_DEPTH_TEXT": 9},
-                **{"TEXT_LOSS_WEIGHT": 25, "IMAGE_LOSS_WEIGHT": 10, "GPA_MEAN": 15, "GPA_STD": 1},
-            }
-        },
-    ),
-}
-
-
-def yaml_text(backbone: str, batch: int, epochs: int, rate: float, sections: Sections) -> str:
-    text = f"""# one of upstream's files
-DATALOADER:
-  TRAIN_X:
-    BATCH_SIZE: {batch}
-  TEST:
-    BATCH_SIZE: 100
-  NUM_WORKERS: 8
-
-INPUT:
-  SIZE: (224, 224)
-  INTERPOLATION: "bicubic"
-  PIXEL_MEAN: [0.48145466, 0.4578275, 0.40821073]
-  PIXEL_STD: [0.26862954, 0.26130258, 0.27577711]
-  TRANSFORMS: ["random_resized_crop", "random_flip", "normalize"]
-
-OPTIM:
-  NAME: "sgd"
-  LR: {rate}
-  MAX_EPOCH: {epochs}\x20
-  LR_SCHEDULER: "cosine"
-  WARMUP_EPOCH: 1
-  WARMUP_TYPE: "constant"
-  WARMUP_CONS_LR: 1e-5
-
-TRAIN:
-  PRINT_FREQ: 20
-
-MODEL:
-  BACKBONE:
-    NAME: "{backbone}"
-"""
-    for section, values in sections.items():
-        lines = [f'{key}: "{value}"' if isinstance(value, str) else f"{key}: {value}" for key, value in values.items()]
-        head = [f"{section}:"] if section == "LOSS" else ["TRAINER:", f"  {section}:"]
-        text += "\n".join(["", *head, *("  " * len(head) + line for line in lines), ""])
-    return text.rstrip()  # upstream's files have no end of line
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_upstreams_yaml_has_its_values(name: str, tmp_path: Path) -> None:
-    (tmp_path / "file.yaml").write_text(yaml_text(*FILES[name]))
-    cfg, defaults = get_cfg_default(), leaves(get_cfg_default())
-    merge_file(cfg, tmp_path / "file.yaml")
-    backbone, batch, epochs, rate, sections = FILES[name]
-    expected = {
-        **{"MODEL.BACKBONE.NAME": backbone, "DATALOADER.TRAIN_X.BATCH_SIZE": batch, "OPTIM.MAX_EPOCH": epochs},
-        **{"OPTIM.LR": rate, "OPTIM.NAME": "sgd", "OPTIM.WARMUP_EPOCH": 1, "OPTIM.WARMUP_CONS_LR": 1e-5},
-        **{"INPUT.SIZE": (224, 224), "INPUT.PIXEL_MEAN": [0.48145466, 0.4578275, 0.40821073]},
-        **{"INPUT.TRANSFORMS": ("random_resized_crop", "random_flip", "normalize"), "TRAIN.PRINT_FREQ": 20},
-        **{"INPUT.INTERPOLATION": "bicubic", "DATALOADER.NUM_WORKERS": 8, "DATALOADER.TEST.BATCH_SIZE": 100},
-    }
-    for section, values in sections.items():
-        for key, value in values.items():
-            if key == "CTX_INIT":
-                value = {True: "True", False: ""}.get(value, value)
-            expected[f"{'' if section == 'LOSS' else 'TRAINER.'}{section}.{key}"] = value
-    for key, value in leaves(cfg).items():
-        assert type(value) is type(defaults[key]), key
-        if key in expected:
-            assert value == expected[key], key
-        elif key not in ("INPUT.PIXEL_STD", "OPTIM.LR_SCHEDULER", "OPTIM.WARMUP_TYPE"):
-            assert value == defaults[key], key
-    assert expected.keys() <= leaves(cfg).keys()
-
-
-def test_no_words_on_the_command_line() -> None:
-    cfg = get_cfg_default()
-    merge_opts(cfg, ["TRAINER.COOP.CTX_INIT", "False"])
-    assert cfg.TRAINER.COOP.CTX_INIT == ""

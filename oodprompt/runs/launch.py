@@ -120,9 +120,13 @@ def _print_to(log: Path) -> None:
 
 
 def may_fork() -> bool:
-    """Whether a fork of this process, seen from within it, may go on with what its parent has loaded."""
+    """Whether a fork of this process, seen from within it, may go on with what its parent has loaded.
+
+    It may not on macOS, and where there are GPUs and the parent has asked CUDA for them: CUDA then works in no fork.
+    """
     torch = sys.modules.get("torch")
-    return sys.platform == "linux" and not (torch is not None and torch.cuda._is_in_bad_fork())
+    has_asked = torch is not None and torch.cuda._is_in_bad_fork()
+    return sys.platform == "linux" and not (has_asked and torch.cuda.device_count())
 
 
 def stop(children: Sequence[Child]) -> None:

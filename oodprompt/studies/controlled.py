@@ -53,6 +53,12 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kind", choices=("mnist", "fashion", "coco"), default="mnist")
     parser.add_argument("--targets", nargs="+", help="classes that the rectangle goes with; default: all ten")
     parser.add_argument("--pairs", type=int, help="coco: how many pairs of label and feature are drawn; default 10")
+    parser.add_argument(
+        "--min-images",
+        type=int,
+        default=50,
+        help="coco: images that each label has at least, with and without the feature; a fifth of it for evaluation",
+    )
     parser.add_argument("--v", type=float, nargs="+", default=[0.95], help="Cramer's V of feature and class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--mitigation-seeds", type=int, nargs="+", help="seeds of the mitigations; default: --seeds")
@@ -88,7 +94,9 @@ def settings_of(args: argparse.Namespace) -> dict[Key, Path]:
     if args.kind == "coco":
         annotations = args.root / "annotations"
         files = [annotations / f"{name}2017.json" for name in ("instances_train", "captions_train", "instances_val")]
-        pairs = coco_pairs(files[0], files[1] if files[1].is_file() else None, files[2], args.pairs or 10)
+        captions = files[1] if files[1].is_file() else None
+        fewest = {"min_images": args.min_images, "min_evaluation": args.min_images // 5}
+        pairs = coco_pairs(files[0], captions, files[2], args.pairs or 10, **fewest)
         return {
             (f"{pair.label} with {pair.feature}", v): build_coco_setting(args.root, place, pair, v, **sizes)
             for pair, v in itertools.product(pairs, args.v)
@@ -113,11 +121,8 @@ def backbone_of(args: argparse.Namespace) -> tuple[str, str]:
 def run(argv: Sequence[str] | None = None) -> None:
     """The whole evaluation; ``RunsFailed`` where parts of it failed."""
     args = read_arguments(argv)
-    if args.kind != "coco":  # ahead of everything that takes long
-        for target in args.targets or ():
-            class_index(args.kind, target)
-    plan = Plan(args.kind, args.config_file, backbone_of(args), tuple(args.opts))
     settings, seeds = settings_of(args), args.seeds
+    plan = Plan(args.kind, args.config_file, backbone_of(args), tuple(args.opts))
 
     def part(key: Key, method: str, seed: int, found: Path | None = None) -> Part:
         name = f"{args.kind}-{key[0]}-v{key[1]:g}".replace(" ", "_")

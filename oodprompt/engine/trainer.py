@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones.weights import check_name
 from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
-from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.config.registry import GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.discovery.region_features import RegionFeatures
@@ -80,6 +80,7 @@ class PromptTrainer(DasslNames):
     def check_cfg(self, cfg: CfgNode) -> None:
         """Refuse values that would fail later."""
         check_values(cfg)
+        GROUP_SOURCE_REGISTRY.get(cfg.TRAINER.GROUPS, "TRAINER.GROUPS")
         if not cfg.MODEL.BACKBONE.PATH:
             check_name(cfg.MODEL.BACKBONE.NAME)
 

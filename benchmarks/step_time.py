@@ -169,7 +169,7 @@ def make_batch(trainer: PromptTrainer, size: int) -> Batch:
     data = trainer.dataset.train_x[:size]
     batch: Batch = {key: torch.tensor([getattr(datum, key) for datum in data]) for key in ("label", "attribute")}
     batch["index"] = torch.arange(size)
-    if trainer.views:
+    if trainer.encoder.views:
         features = torch.randn(size, trainer.clip.shape.embed_dim, device=trainer.device)
         return batch | {"image_features": F.normalize(features, dim=-1)}
     images = torch.randn(size, 3, *trainer.cfg.INPUT.SIZE)

@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config import extensions
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import show_messages
 
 # flag -> key
 _FLAG_KEYS = {
@@ -208,6 +209,7 @@ def print_list() -> None:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train or evaluate; raises ``UserError`` for what the user can mend."""
+    show_messages()
     args = build_parser().parse_intermixed_args(argv)
     if args.list:
         extensions.add(args.imports)

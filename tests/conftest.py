@@ -1,53 +1,28 @@
-"""Small runs of the real command line that several test files share."""
+"""Fixtures of all tests: one thread, shared images, small runs of the real command line, small configs."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from yacs.config import CfgNode
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
 from oodprompt import cli
+from oodprompt.config.keys import get_cfg_default, set_key
+from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG = str(REPOSITORY / "configs" / "trainers" / "CoOpOOD" / "tiny_shapes.yaml")
-SMALL = [
-    *("DATASET.SHAPES.NUM_TRAIN", "80", "DATASET.SHAPES.NUM_VAL", "16", "DATASET.SHAPES.NUM_TEST", "24"),
-    *("DATALOADER.TRAIN_X.BATCH_SIZE", "16", "OPTIM.MAX_EPOCH", "3", "DATASET.SHAPES.CORRELATION", "0.8"),
-]
-
-
-def load_script(place: str) -> ModuleType:
-    """The script at ``place`` in the repository, as a module, under its name also for processes that it starts."""
-    path = REPOSITORY / place
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def interrupted_at(epoch: int, batch: int) -> Callable[[PromptTrainer, dict[str, Any]], dict[str, torch.Tensor]]:
-    """``PromptTrainer.forward_backward``, but for a Ctrl-C at that batch."""
-    step = PromptTrainer.forward_backward
-
-    def interrupted(self: PromptTrainer, data: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if (self.epoch, self.batch_idx) == (epoch, batch):
-            raise KeyboardInterrupt
-        return step(self, data)
-
-    return interrupted
+from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, interrupted_at, load_script  # noqa: F401
+from tests.helpers.small_data import TINY, MakeCfg, MakeData
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,5 +65,36 @@ def build(arguments: Callable[..., list[str]]) -> Callable[..., PromptTrainer]:
     def make(trainer: str, *more: Any) -> PromptTrainer:
         args = cli.build_parser().parse_intermixed_args(arguments(trainer, "built", *more))
         return build_trainer(cli.setup_cfg(args))
+
+    return make
+
+
+@pytest.fixture
+def make_cfg(data_root: Path) -> MakeCfg:
+    """A config of small ShapesOnScenes; keywords are keys with ``__`` for the dot: ``OPTIM__LR=0.1``."""
+
+    def make(**keys: Any) -> CfgNode:
+        cfg = get_cfg_default()
+        changes = TINY | {"DATASET.ROOT": str(data_root)} | {k.replace("__", "."): v for k, v in keys.items()}
+        for key, value in changes.items():
+            set_key(cfg, key, value, "test")
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_data(tmp_path: Path) -> MakeData:
+    """Images of random pixels: one for each label, with the domain and attribute given beside."""
+
+    def make(labels: list[int], domains: list[int] | None = None, attributes: list[int] | None = None) -> list[Datum]:
+        rng = np.random.default_rng(0)
+        data = []
+        for i, label in enumerate(labels):
+            path = tmp_path / f"{i}.png"
+            Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
+            domain, attribute = (column[i] if column else 0 for column in (domains, attributes))
+            data.append(Datum(str(path), label, domain, f"class {label}", attribute))
+        return data
 
     return make

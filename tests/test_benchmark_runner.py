@@ -28,7 +28,7 @@ from oodprompt.config import extensions
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.runs import collecting
-from tests.conftest import CONFIG, REPOSITORY, SMALL, load_script
+from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, load_script
 
 TINY = [*SMALL, "TRAIN.VAL_FREQ", "0", "OPTIM.MAX_EPOCH", "2"]
 

@@ -17,7 +17,7 @@ from oodprompt.backbones import CLIP, CLIPShape, encode
 from oodprompt.backbones.weights import OPENAI_WEIGHTS, SHAPES
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY, load_script
+from tests.helpers.runs import REPOSITORY, load_script
 
 SCRIPT = REPOSITORY / "benchmarks" / "step_time.py"
 SMALL = ["--backbone", "tiny", "--batch", "4", "--steps", "5", "--device", "cpu", "--threads", "1"]

@@ -16,7 +16,7 @@ import pytest
 from oodprompt.errors import UserError
 from oodprompt.runs import collecting
 from oodprompt.runs.collecting import Difference, Row, collect, differences, paired_difference, tables
-from tests.conftest import load_script
+from tests.helpers.runs import load_script
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ import torch
 from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
-from tests.test_resume import weights
+from tests.helpers.runs import torchrun, weights
 
 AUGMENTED = [
     "INPUT.TRANSFORMS",
@@ -88,22 +84,9 @@ FAST = [
 ]
 
 
-def torchrun(processes: int, arguments: list[str], script: str = "train.py") -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "--standalone", str(REPOSITORY / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("processes", [2, 3])
 def test_gradients_through_gathered_rows_are_those_of_one_process(processes: int) -> None:
-    torchrun(processes, [], "tests/gather_gradients.py")
+    torchrun(processes, [], "tests/helpers/gather_gradients.py")
 
 
 def test_best_model_of_the_only_epoch_is_loaded_by_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -144,7 +127,7 @@ def test_every_method_on_two_processes_equals_one_with_the_summed_batch(
         for batch in (16, 8)
     )
     (tmp_path / "runs.json").write_text(json.dumps(together))
-    torchrun(2, [str(tmp_path / "runs.json")], "tests/run_many.py")
+    torchrun(2, [str(tmp_path / "runs.json")], "tests/helpers/run_many.py")
     problems = []
     for name, command in zip(cases, alone, strict=True):
         cli.run(command)

@@ -16,9 +16,9 @@ from PIL import Image
 import oodprompt.backbones
 from oodprompt import doctor
 from oodprompt.backbones import weights as weights_module
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
-DASSL = REPOSITORY / "tests" / "stand_in" / "dassl"
+DASSL = REPOSITORY / "tests" / "plugin" / "stand_in" / "dassl"
 
 
 def test_report_and_exit_status(capsys: pytest.CaptureFixture[str], data_root: Path) -> None:

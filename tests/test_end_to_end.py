@@ -21,7 +21,7 @@ from oodprompt.config import extensions
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
-from tests.conftest import CONFIG, REPOSITORY
+from tests.helpers.runs import CONFIG, REPOSITORY
 
 Run = Callable[..., dict[str, Any]]
 Arguments = Callable[..., list[str]]
@@ -101,8 +101,10 @@ def test_cached_features_train_as_images_do(run: Run, tmp_path: Path) -> None:
 
 def test_evaluation_is_cached_though_training_is_random(build: Callable[..., PromptTrainer]) -> None:
     trainer = build("CoOp", "INPUT.TRANSFORMS", "('random_flip', 'normalize')")
-    assert trainer.loader("train") is trainer.train_loader_x
-    assert trainer.loader("val") is not trainer.val_loader and "image_features" in next(iter(trainer.loader("val")))
+    assert trainer.encoder.batches("train") is trainer.train_loader_x
+    assert trainer.encoder.batches("val") is not trainer.val_loader and "image_features" in next(
+        iter(trainer.encoder.batches("val"))
+    )
 
 
 def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_several_views_are_cached(build: Callable[..., PromptTrainer]) -> None:
     keys = ["INPUT.TRANSFORMS", "('random_flip', 'normalize')"]
     assert build("CoOp", *keys).views == 0
     trainer = build("CoOp", *keys, "INPUT.VIEWS", 3)
-    views = trainer.loader("train").features
+    views = trainer.encoder.batches("train").features
     assert views.shape[0] == 3 and not torch.equal(views[0], views[1])
 
 

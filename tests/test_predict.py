@@ -14,7 +14,7 @@ from PIL import Image
 
 from oodprompt.engine import load_run
 from oodprompt.errors import UserError
-from tests.conftest import load_script
+from tests.helpers.runs import load_script
 
 Run = Callable[..., dict[str, Any]]
 

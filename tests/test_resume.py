@@ -9,45 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY, interrupted_at
+from tests.helpers.runs import METRICS, REPOSITORY, Arguments, assert_same_outcome, interrupted_at
 
-Arguments = Callable[..., list[str]]
-METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes")
 # Images are read and transformed at random at every step; CoOpOOD has parameters and state of its own.
 KEYS = [
     *("TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", "0.1"),
     *("INPUT.TRANSFORMS", "('random_resized_crop', 'random_flip', 'normalize')", "OPTIM.MAX_EPOCH", "6"),
     *("TEST.FINAL_MODEL", "best_val"),
 ]
-
-
-def weights(directory: Path, epoch: int | None) -> dict[str, torch.Tensor]:
-    """All that the models of a run hold."""
-    files = sorted(directory.glob(f"*/{checkpoint.file_of('', '', epoch).name}"))
-    return {f"{file.parent.name}.{k}": v for file in files for k, v in checkpoint.load(file)["state_dict"].items()}
-
-
-def assert_same_outcome(one: Path, other: Path, epochs: Sequence[int | None] = (6, None)) -> None:
-    a, b = (json.loads((d / "results.json").read_text()) for d in (one, other))
-    assert {k: a[k] for k in METRICS} == {k: b[k] for k in METRICS}
-    for epoch in epochs:
-        first, second = weights(one, epoch), weights(other, epoch)
-        assert first and first.keys() == second.keys()
-        assert [k for k in first if not torch.equal(first[k], second[k])] == []
-    files = [next(d.glob(f"*/model.pth.tar-{epochs[0]}")) for d in (one, other)]
-    histories = [checkpoint.load(file)["oodprompt"]["history"] for file in files]
-    assert histories[0] == histories[1]
 
 
 def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments, tmp_path: Path) -> None:

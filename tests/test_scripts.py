@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from oodprompt.errors import UserError
-from tests.conftest import CONFIG, REPOSITORY, SMALL, load_script
+from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, load_script
 
 GRID = {
     "config": CONFIG,

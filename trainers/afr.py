@@ -51,7 +51,6 @@ class FeatureReweighting(Debiaser):
     """The held-out part, its weights mu and theta_fit; over any prompt learner."""
 
     model_name = "afr"
-    chooses_images = True
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
@@ -68,7 +67,7 @@ class FeatureReweighting(Debiaser):
             known = nearest(keys.CLASSES, ["count", "weight"])
             raise UserError(f"TRAINER.AFR.CLASSES: unknown choice {keys.CLASSES!r}: {known}")
         rng = np.random.default_rng(derive_seed(cfg.SEED, HELD_OUT))
-        held_out = hold_out(context.train.label.cpu().numpy(), keys.SHARE, rng, context.classnames)
+        held_out = hold_out(context.data.train.label.cpu().numpy(), keys.SHARE, rng, context.data.classnames)
         self.register_buffer("held_out", torch.from_numpy(held_out))  # [N], i in H
         self.register_buffer("mu", torch.zeros(len(held_out), dtype=torch.float64))  # [N], 0 outside H
         self.register_buffer("theta_fit", torch.zeros_like(flat(context.learner)))  # [P]
@@ -77,10 +76,10 @@ class FeatureReweighting(Debiaser):
     def before_train(self) -> None:
         if self.done:  # resumed: the learner is past theta_fit
             return
-        fitted, logits = self.context.fit_alone(self.keys.FIRST_EPOCHS, (~self.held_out).nonzero().flatten())
-        H, y = self.held_out, self.context.train.label
+        fitted, logits = self.context.first_stage.fit(self.keys.FIRST_EPOCHS, (~self.held_out).nonzero().flatten())
+        H, y = self.held_out, self.context.data.train.label
         p = F.softmax(logits[H].double(), dim=1).gather(1, y[H].unsqueeze(1)).squeeze(1)
-        self.mu[H] = afr_weights(p, y[H], self.keys.GAMMA, len(self.context.classnames), self.keys.CLASSES)
+        self.mu[H] = afr_weights(p, y[H], self.keys.GAMMA, len(self.context.data.classnames), self.keys.CLASSES)
         with torch.no_grad():  # parameters alone: what a learner keeps of the epochs it has trained begins anew
             for own, start in zip(self.context.learner.parameters(), fitted.parameters(), strict=True):
                 own.copy_(start)

@@ -149,7 +149,7 @@ class DecoupledProjections(Debiaser):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is
         if self.anchored:
             # [A, d]; not in the checkpoint: they follow from CLIP and the names, or from what discovery found
-            text = context.pseudo.text if keys.ANCHOR == "attributes" else torch.zeros(2, width)
+            text = context.attributes.pseudo.text if keys.ANCHOR == "attributes" else torch.zeros(2, width)
             self.register_buffer("attribute_text", text, persistent=False)
         statistics = keys.ANCHOR_STATISTICS
         if statistics == "auto":
@@ -162,7 +162,7 @@ class DecoupledProjections(Debiaser):
             if not 0 <= keys.ANCHOR_MOMENTUM < 1:
                 raise UserError(f"TRAINER.COOPOOD.ANCHOR_MOMENTUM: {keys.ANCHOR_MOMENTUM} is not in [0, 1)")
             attributes = len(self.attribute_text)
-            self.running = RunningShare(len(context.classnames), width, attributes, keys.ANCHOR_MOMENTUM)
+            self.running = RunningShare(len(context.data.classnames), width, attributes, keys.ANCHOR_MOMENTUM)
         self.statistics = statistics
 
     def _projection(self, width: int) -> nn.Linear:
@@ -188,9 +188,9 @@ class DecoupledProjections(Debiaser):
 
     def before_train(self) -> None:
         if self.anchored:
-            train, anchor = self.context.train, self.context.pseudo
+            train, anchor = self.context.data.train, self.context.attributes.pseudo
             if self.keys.ANCHOR == "regions":
-                anchor = self.context.discovered
+                anchor = self.context.attributes.discovered
                 self.attribute_text = anchor.prototypes(train)
             self.pseudo_attribute = anchor.of(train)
             self.posterior = standardise_within(anchor.posterior(train), train.label)  # [N, A]

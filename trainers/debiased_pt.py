@@ -55,7 +55,7 @@ class GroupWeights(Debiaser):
     """The weights w_g and what they follow; over any prompt learner."""
 
     model_name = "debiasedpt"
-    balances_by = "size"
+    group_correction = "size"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
@@ -74,7 +74,7 @@ class GroupWeights(Debiaser):
         for key in ("EMA", "MOMENTUM"):
             if not 0 <= self.keys[key] < 1:
                 raise UserError(f"TRAINER.DEBIASEDPT.{key}: {self.keys[key]} is not in [0, 1)")
-        count = context.num_groups()
+        count = context.attributes.num_groups()
         self.register_buffer("w", torch.ones(count, dtype=torch.float64))  # [G]
         self.register_buffer("p", torch.zeros(count, dtype=torch.float64))  # [G], as last measured
         self.register_buffer("measured", torch.zeros(count, dtype=torch.bool))  # [G], whether p_g ever was
@@ -83,15 +83,15 @@ class GroupWeights(Debiaser):
 
     def check(self) -> None:
         if self.keys.MEASURE == "held_out":
-            if self.context.val is None:
+            if self.context.data.val is None:
                 raise UserError("TRAINER.DEBIASEDPT.MEASURE held_out: the data set has no validation images; use epoch")
-            self.context.check_groups(self.context.val)
+            self.context.attributes.check_groups(self.context.data.val)
 
     def _begin_measuring(self) -> None:
         self.P_sum, self.cnt = torch.zeros_like(self.w), torch.zeros_like(self.w)
 
     def before_train(self) -> None:
-        groups = self.context.groups(self.context.train)
+        groups = self.context.attributes.groups(self.context.data.train)
         self.g, self.N_g, self.names = groups.index, groups.count, groups.names
         if not self.started and self.keys.START == "balanced":
             self.w.copy_(self._weights(torch.zeros_like(self.w), eta=0.0))
@@ -100,9 +100,9 @@ class GroupWeights(Debiaser):
     def before_epoch(self, epoch: int) -> None:
         self._begin_measuring()
         if self.keys.MEASURE in ("pass", "held_out"):
-            split = self.context.train if self.keys.MEASURE == "pass" else self.context.val
-            _, logits = self.context.outputs(split)
-            self._measure(logits, split.label, self.context.groups(split).index)
+            split = self.context.data.train if self.keys.MEASURE == "pass" else self.context.data.val
+            _, logits = self.context.first_stage.outputs(split)
+            self._measure(logits, split.label, self.context.attributes.groups(split).index)
             self._update()
 
     def _measure(self, logits: Tensor, y: Tensor, g: Tensor) -> None:

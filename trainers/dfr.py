@@ -69,13 +69,13 @@ class LastLayer(Debiaser):
             raise UserError(f"TRAINER.DFR.C: {self.keys.C} is not possible; give numbers above 0, as (1.0, 0.1)")
         if self.keys.NUM_RETRAINS < 1:
             raise UserError(f"TRAINER.DFR.NUM_RETRAINS: {self.keys.NUM_RETRAINS} is not possible; give 1 or more")
-        classes = len(context.classnames)
+        classes = len(context.data.classnames)
         self.weight = nn.Parameter(torch.zeros(classes, context.clip.shape.embed_dim))
         self.bias = nn.Parameter(torch.zeros(classes))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     def check(self) -> None:
-        val = self.context.val
+        val = self.context.data.val
         if val is None:
             raise UserError("DFR fits its last layer on validation data, and the data set has none")
         if self.cfg.OPTIM.MAX_EPOCH < 1:
@@ -85,14 +85,16 @@ class LastLayer(Debiaser):
                 "TEST.FINAL_MODEL best_val: DFR uses the validation data up to fit its last layer, after the last "
                 "epoch; use last_step"
             )
-        count = torch.bincount(val.label, minlength=len(self.context.classnames)).tolist()
+        count = torch.bincount(val.label, minlength=len(self.context.data.classnames)).tolist()
         if 0 in count:
-            raise UserError(f"DFR: the validation data have no image of {self.context.classnames[count.index(0)]!r}")
-        self.context.check_groups(val)
+            raise UserError(
+                f"DFR: the validation data have no image of {self.context.data.classnames[count.index(0)]!r}"
+            )
+        self.context.attributes.check_groups(val)
 
     def before_train(self) -> None:
-        val = self.context.val
-        self.g = self.context.groups(val).index.cpu().numpy()
+        val = self.context.data.val
+        self.g = self.context.attributes.groups(val).index.cpu().numpy()
         if self.cfg.TEST.SPLIT == "val":
             print("Note: DFR fits its last layer on validation data, so results on them are too good")
 
@@ -110,8 +112,11 @@ class LastLayer(Debiaser):
     def after_epoch(self, epoch: int) -> None:
         if epoch + 1 < self.cfg.OPTIM.MAX_EPOCH:
             return
-        train, val = (self.context.outputs(s)[0].double().cpu().numpy() for s in (self.context.train, self.context.val))
-        y = self.context.val.label.cpu().numpy()
+        train, val = (
+            self.context.first_stage.outputs(s)[0].double().cpu().numpy()
+            for s in (self.context.data.train, self.context.data.val)
+        )
+        y = self.context.data.val.label.cpu().numpy()
         rng = np.random.default_rng(derive_seed(self.cfg.SEED, HEAD))
         scaler = StandardScaler().fit(train)
         z = scaler.transform(val)

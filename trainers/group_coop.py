@@ -67,7 +67,7 @@ class GroupPrompts(Debiaser):
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.keys = keys = cfg.TRAINER.GROUPCOOP
-        self.balances_by = "size" if keys.BALANCE else ""
+        self.group_correction = "size" if keys.BALANCE else ""
         self.context = context
         if keys.AGGREGATE not in ("sum", "max"):
             raise UserError(
@@ -75,8 +75,8 @@ class GroupPrompts(Debiaser):
             )
         if keys.NOISE < 0:
             raise UserError(f"TRAINER.GROUPCOOP.NOISE: {keys.NOISE} is no standard deviation; give 0 or more")
-        self.A = context.num_groups() // len(context.classnames)
-        names = [name for name in context.classnames for _ in range(self.A)]
+        self.A = context.attributes.num_groups() // len(context.data.classnames)
+        names = [name for name in context.data.classnames for _ in range(self.A)]
         words = given_words(keys, "TRAINER.GROUPCOOP")
         n_ctx = len(words.split()) if words else keys.N_CTX
         ahead, start = initial_context(context.clip, "TRAINER.GROUPCOOP.N_CTX", n_ctx, words)
@@ -91,7 +91,7 @@ class GroupPrompts(Debiaser):
         return cfg.TRAINER.GROUPCOOP.LR
 
     def before_train(self) -> None:
-        groups = self.context.groups(self.context.train)
+        groups = self.context.attributes.groups(self.context.data.train)
         self.g, N_g = groups.index, groups.count
         present = N_g > 0
         balanced = N_g.sum() / (present.sum() * N_g.clamp(min=1))

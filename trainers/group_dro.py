@@ -47,7 +47,7 @@ class GroupRobustness(Debiaser):
     """The weights q, which follow the losses of the groups; over any prompt learner."""
 
     model_name = "groupdro"
-    balances_by = "batch"
+    group_correction = "batch"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
@@ -55,14 +55,14 @@ class GroupRobustness(Debiaser):
         for key in ("STEP_SIZE", "ADJUSTMENT"):
             if not 0 <= self.keys[key] < math.inf:
                 raise UserError(f"TRAINER.GROUPDRO.{key}: {self.keys[key]} is not possible; give 0 or more")
-        self.chooses_images = self.balances_groups = self.keys.BALANCED
-        count = context.num_groups()
+        self.epoch_order = self._groups_equally if self.keys.BALANCED else None
+        count = context.attributes.num_groups()
         self.register_buffer("q", torch.zeros(count, dtype=torch.float64))  # [G]; all 0 before training
 
     @cached_property
     def groups(self) -> Groups:
         """The groups of the training images."""
-        return self.context.groups(self.context.train)
+        return self.context.attributes.groups(self.context.data.train)
 
     def before_train(self) -> None:
         self.N_g, self.names = self.groups.count, self.groups.names
@@ -74,7 +74,7 @@ class GroupRobustness(Debiaser):
     def before_epoch(self, epoch: int) -> None:
         self.loss_sum, self.seen = torch.zeros_like(self.q), torch.zeros_like(self.q)
 
-    def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+    def _groups_equally(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         return balanced_draws(self.groups.index.cpu().numpy(), rng)
 
     def contribute(self, step: Step) -> Contribution:

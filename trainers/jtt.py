@@ -47,13 +47,13 @@ class ErrorSet(Debiaser):
             raise UserError(f"TRAINER.JTT.FIRST_EPOCHS: {self.keys.FIRST_EPOCHS} is not possible; give 1 or more")
         if not 0 < self.keys.UP < math.inf:
             raise UserError(f"TRAINER.JTT.UP: {self.keys.UP} is not possible; give a number above 0")
-        self.register_buffer("error", torch.zeros(len(context.train.label), dtype=torch.bool))  # [N], i in E
+        self.register_buffer("error", torch.zeros(len(context.data.train.label), dtype=torch.bool))  # [N], i in E
         self.register_buffer("done", torch.zeros((), dtype=torch.bool))  # whether E is known
 
     def before_train(self) -> None:
         if not self.done:
-            _, logits = self.context.fit_alone(self.keys.FIRST_EPOCHS, None)
-            self.error = logits.argmax(dim=1) != self.context.train.label
+            _, logits = self.context.first_stage.fit(self.keys.FIRST_EPOCHS, None)
+            self.error = logits.argmax(dim=1) != self.context.data.train.label
             self.done.fill_(True)
         print(
             f"JTT: the error set has {int(self.error.sum()):,} of {len(self.error):,} training images "

@@ -68,7 +68,7 @@ class ProjectedText(Debiaser):
         keys = cfg.TRAINER.ORTHCAL
         if keys.LAMBDA < 0:
             raise UserError(f"TRAINER.ORTHCAL.LAMBDA: {keys.LAMBDA} would drive pairs apart; give 0 or more")
-        V = context.pseudo.basis
+        V = context.attributes.pseudo.basis
         if V.shape[1] == len(V):
             raise UserError(
                 f"DATASET.ATTRIBUTE_PROMPTS: the prompts span all {len(V)} dimensions, so that nothing is left of the "
@@ -86,9 +86,9 @@ class ProjectedText(Debiaser):
         """Features [n, d] of the prompts that belong to pairs, and the pairs."""
         if keys.PAIRS:
             lists = [prompts_of(entry, "TRAINER.ORTHCAL.PAIRS") for entry in keys.PAIRS]
-            if len(lists) != len(context.classnames):
+            if len(lists) != len(context.data.classnames):
                 raise UserError(
-                    f"TRAINER.ORTHCAL.PAIRS has {len(lists)} entries; give one for each of the {len(context.classnames)} classes"
+                    f"TRAINER.ORTHCAL.PAIRS has {len(lists)} entries; give one for each of the {len(context.data.classnames)} classes"
                 )
         else:
             template = keys.PAIR_TEMPLATE
@@ -97,8 +97,8 @@ class ProjectedText(Debiaser):
                     f"TRAINER.ORTHCAL.PAIR_TEMPLATE: {template!r} must have {{class}} and {{attribute}} in it"
                 )
             lists = [
-                [template.replace("{class}", c).replace("{attribute}", a) for a in context.attribute_names]
-                for c in context.classnames
+                [template.replace("{class}", c).replace("{attribute}", a) for a in context.data.attribute_names]
+                for c in context.data.classnames
             ]
         S, count = [], 0
         for prompts in lists:

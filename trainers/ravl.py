@@ -78,7 +78,7 @@ class RegionAware(Debiaser):
             )
 
     def before_train(self) -> None:
-        self.spurious = self.context.discovered.spurious(self.context.train)
+        self.spurious = self.context.attributes.discovered.spurious(self.context.data.train)
         print(f"RaVL: {int(self.spurious.sum()):,} of {len(self.spurious):,} regions of training images are spurious")
 
     def contribute(self, step: Step) -> Contribution:

@@ -46,7 +46,7 @@ def balanced_subset(group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class _Balanced(Debiaser):
     """An order of images by group; it has neither parameters nor state."""
 
-    chooses_images = balances_groups = True
+    group_correction = "sampler"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
@@ -55,7 +55,7 @@ class _Balanced(Debiaser):
     @cached_property
     def group(self) -> np.ndarray:
         """The group of every training image, [N]."""
-        return self.context.groups(self.context.train).index.cpu().numpy()
+        return self.context.attributes.groups(self.context.data.train).index.cpu().numpy()
 
     def before_train(self) -> None:
         length = len(self.epoch_order(0, np.random.default_rng(0)))

@@ -66,8 +66,8 @@ class RobustFeatures(Debiaser):
         keys = cfg.TRAINER.ROBOSHOT
         harmful, helpful = (insights(keys[key], f"TRAINER.ROBOSHOT.{key}") for key in ("HARMFUL", "HELPFUL"))
         if not harmful:
-            _ = context.pseudo.text  # raises where no values are named
-            values = combinations(context.pseudo.prompts, 2)
+            _ = context.attributes.pseudo.text  # raises where no values are named
+            values = combinations(context.attributes.pseudo.prompts, 2)
             harmful = [pair for one, other in values for pair in product(one, other)]
         V = directions(context.clip, harmful)
         if V.shape[1] == len(V):

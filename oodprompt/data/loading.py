@@ -111,7 +111,7 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         self.batches.epoch = epoch
 
-    def keep_images(self) -> None:
+    def cache_images(self) -> None:
         """Keep transformed images, for those who come back in every epoch; not in workers, which end with the epoch."""
         if not self._loader.num_workers:
             self.dataset.room = int(self.batches.cfg.DATALOADER.IMAGE_CACHE_MIB * 2**20)

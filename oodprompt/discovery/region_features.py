@@ -3,20 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from yacs.config import CfgNode
 
-from oodprompt.data.distributed import sum_over_processes
-
-if TYPE_CHECKING:  # what the engine is built of may import this module
-    from oodprompt.data.loading import Loader
-    from oodprompt.features.cache import FeatureCache, Views
-
+from oodprompt.data.distributed import gather_rows, sum_over_processes
+from oodprompt.data.loading import Batch, Loader
+from oodprompt.errors import UserError
+from oodprompt.features.cache import FeatureCache, Views
+from oodprompt.features.encoder import Encoder, evaluating
+from oodprompt.features.views import whole
+from oodprompt.methods.contracts import PromptLearner, StepRegions
 from oodprompt.regions.boxes import Regions, digest, per_image, rows_of_images
+from oodprompt.regions.sources import build_regions
+
+
+class RegionFeatures:
+    """The regions of each split by REGIONS.*, and their features; both are made once where they stay what they are."""
+
+    def __init__(self, cfg: CfgNode, encoder: Encoder) -> None:
+        self.cfg, self.encoder = cfg, encoder
+        self._regions: dict[str, Regions] = {}
+        self._kept: dict[str, Tensor] = {}
+
+    def regions(self, split: str) -> Regions:
+        """The regions of a split. ``UserError`` for unusable keys."""
+        if split not in self._regions:
+            keys = self.cfg.REGIONS
+            if len(keys.GRID) != 2 or not all(isinstance(n, int) for n in keys.GRID):
+                raise UserError(f"REGIONS.GRID: rows and columns are two whole numbers, as (2, 2), not {keys.GRID}")
+            self._regions[split] = build_regions(
+                keys.SOURCE,
+                [datum.impath for datum in self.encoder.data_of(split)],
+                tuple(self.cfg.INPUT.SIZE),
+                keys.FILE,
+                tuple(keys.GRID),
+                keys.OVERLAP,
+                keys.PER_IMAGE,
+                self.encoder.device,
+                self.encoder.show_progress,
+            )
+        return self._regions[split]
+
+    def keeps(self, learner: PromptLearner) -> bool:
+        """Whether features of regions by ``learner`` are computed once, as its image tower is frozen."""
+        return not learner.trains_image_tower and self.cfg.DATALOADER.FEATURE_CACHE != "off"
+
+    @torch.no_grad()
+    def of(self, split: str, learner: PromptLearner) -> Tensor:
+        """L2-normalised features [r, d] of the regions of a split by ``learner``, not augmented."""
+        encoder, keeps = self.encoder, self.keeps(learner)
+        if keeps and split in self._kept:
+            return self._kept[split]
+        how = self.cfg.REGIONS.FEATURES
+
+        def encode(images: Tensor, boxes: list[Tensor]) -> Tensor:
+            with encoder.autocast():
+                return learner.encode_regions(images.to(encoder.device, non_blocking=True), boxes, how).float()
+
+        loader = encoder.data.loader(encoder.data_of(split))
+        cache = encoder.cache if keeps and learner.encodes_as_clip else None
+        with evaluating(learner):
+            view = region_view(split, loader, encode, self.regions(split), how, encoder.show_progress, cache)[0]
+        features = whole(view, encoder.device)
+        if keeps:
+            self._kept[split] = features
+        return features
+
+    def of_step(self, batch: Batch) -> StepRegions:
+        """The regions of the images of the batch of all processes, by the run's learner; with gradients where it trains."""
+        encoder, learner = self.encoder, self.encoder.learner
+        regions = self.regions("train")
+        rows, image = rows_of_images(regions, batch["index"].cpu())
+        number = torch.bincount(image, minlength=len(batch["index"]))
+        if self.keeps(learner):
+            z = self.of("train", learner)[rows.to(encoder.device)]
+        else:
+            images = batch["img"].to(encoder.device, non_blocking=True)
+            boxes = regions.boxes[rows].split(number.tolist())
+            with encoder.autocast():
+                z = learner.encode_regions(images, boxes, self.cfg.REGIONS.FEATURES).float()
+        number, rows = (gather_rows(x.to(encoder.device)) for x in (number, rows))
+        image = torch.repeat_interleave(torch.arange(len(number), device=encoder.device), number)
+        return StepRegions(gather_rows(z), image, rows)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""The one place where metrics are computed: accuracy, macro F1, and accuracy by group."""
+"""The one place where models are evaluated and metrics computed: accuracy, macro F1, and accuracy by group."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,41 @@ from yacs.config import CfgNode
 
 from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data.dataset import DatasetBase, Datum, attribute_name
+from oodprompt.data.distributed import gather_rows
+from oodprompt.data.loading import Batch
+from oodprompt.log import logger
 
 # What an epoch can be chosen by on validation data. Pseudo-groups (class, pseudo-attribute) need no attribute labels.
 CRITERIA = ("accuracy", "worst_group_accuracy", "worst_pseudo_group_accuracy")
 
 
+def epoch_row(
+    epoch: int,
+    learning_rate: float,
+    means: dict[str, float],
+    validation: dict[str, Any] | None,
+    by_group: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """What is kept of an epoch (1 is the first): rate, means of its scalars, validation metrics, curves by group.
+
+    ``validation`` are the metrics of validation data, None where they were not evaluated; ``by_group`` are the curves
+    that debiasers keep, to which accuracy by group is added.
+    """
+    row: dict[str, Any] = {"epoch": epoch, "lr": learning_rate, **means}
+    for key in CRITERIA if validation else ():
+        if validation[key] is not None or key != "worst_pseudo_group_accuracy":
+            row[f"val_{key}"] = validation[key]
+    if by_group:
+        if validation and validation["groups"]:
+            accuracies = {f"{g['class']} / {g['attribute']}": g["accuracy"] for g in validation["groups"]}
+            by_group = {**by_group, "validation accuracy": accuracies}
+        row["by_group"] = by_group
+    return row
+
+
 @EVALUATOR_REGISTRY.register()
 class Classification:
-    """Collects predictions batch by batch; ``evaluate`` computes and prints.
+    """Collects predictions batch by batch; ``evaluate`` computes, ``report`` reports.
 
     A *group* is a pair (class, attribute). Accuracies are fractions in [0, 1]; printed lines are Dassl's, in per cent.
     """
@@ -46,32 +73,24 @@ class Classification:
         return group_metrics(prediction, label, attribute, train, self.dataset)
 
     def report(self, metrics: dict[str, Any]) -> None:
-        """Print the metrics in Dassl's lines, which upstream's ``parse_test_res.py`` reads."""
-        print("=> result")
-        print(f"* total: {metrics['num_samples']:,}")
-        print(f"* correct: {round(metrics['accuracy'] * metrics['num_samples']):,}")
-        print(f"* accuracy: {100 * metrics['accuracy']:.1f}%")
-        print(f"* error: {100 * (1 - metrics['accuracy']):.1f}%")
-        print(f"* macro_f1: {100 * metrics['macro_f1']:.1f}%")
-        if metrics["groups"]:
-            print(f"* worst_group: {100 * metrics['worst_group_accuracy']:.1f}%")
-            print(f"* adjusted_average: {100 * metrics['adjusted_average_accuracy']:.1f}%")
-            print(f"* gap: {100 * metrics['gap']:.1f}%")
-            for group in metrics["groups"]:
-                print(
-                    f"* group: {group['class']} / {group['attribute']}\ttotal: {group['num_samples']:,}\t"
-                    f"train: {group['num_train']:,}\tacc: {100 * group['accuracy']:.1f}%"
-                )
+        """Report the metrics in Dassl's lines, which upstream's ``parse_test_res.py`` reads."""
+        logger.info("=> result")
+        logger.info(f"* total: {metrics['num_samples']:,}")
+        logger.info(f"* correct: {round(metrics['accuracy'] * metrics['num_samples']):,}")
+        logger.info(f"* accuracy: {100 * metrics['accuracy']:.1f}%")
+        logger.info(f"* error: {100 * (1 - metrics['accuracy']):.1f}%")
+        logger.info(f"* macro_f1: {100 * metrics['macro_f1']:.1f}%")
+        report_groups(metrics)
         if self.cfg.TEST.PER_CLASS_RESULT:
-            print("=> per-class result")
+            logger.info("=> per-class result")
             for i, row in enumerate(metrics["classes"]):
                 correct = round(row["accuracy"] * row["num_samples"])
-                print(
+                logger.info(
                     f"* class: {i} ({row['class']})\ttotal: {row['num_samples']:,}\t"
                     f"correct: {correct:,}\tacc: {100 * row['accuracy']:.1f}%"
                 )
             average = sum(row["accuracy"] for row in metrics["classes"]) / len(metrics["classes"])
-            print(f"* average: {100 * average:.1f}%")
+            logger.info(f"* average: {100 * average:.1f}%")
 
     def confusion_matrix(self) -> Tensor:
         """Share of class i (row) predicted as class j (column), [C, C]; rows of absent classes are zero."""
@@ -79,6 +98,78 @@ class Classification:
         counts = torch.bincount(torch.cat(self._label) * classes + torch.cat(self._prediction), minlength=classes**2)
         counts = counts.view(classes, classes).double()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def report_groups(metrics: dict[str, Any]) -> None:
+    """Report worst-group accuracy and the groups, in lines of Dassl's form; nothing where attributes are unknown."""
+    if not metrics["groups"]:
+        return
+    logger.info(f"* worst_group: {100 * metrics['worst_group_accuracy']:.1f}%")
+    logger.info(f"* adjusted_average: {100 * metrics['adjusted_average_accuracy']:.1f}%")
+    logger.info(f"* gap: {100 * metrics['gap']:.1f}%")
+    for group in metrics["groups"]:
+        logger.info(
+            f"* group: {group['class']} / {group['attribute']}\ttotal: {group['num_samples']:,}\t"
+            f"train: {group['num_train']:,}\tacc: {100 * group['accuracy']:.1f}%"
+        )
+
+
+def report_other_predictions(metrics: dict[str, Any]) -> None:
+    """Report what debiasers predict otherwise, a line each."""
+    for name, other in metrics["other_predictions"].items():
+        worst = other["worst_group_accuracy"]
+        worst_text = "" if worst is None else f", worst group {100 * worst:.1f}%"
+        logger.info(f"* {name}: accuracy {100 * other['accuracy']:.1f}%{worst_text}")
+
+
+class Evaluation:
+    """Metrics of every prediction on a split, batch by batch.
+
+    ``evaluator`` collects the prediction that counts; ``another()`` makes one of its kind. ``pseudo`` [N] are the
+    pseudo-attributes of the split's images, where accuracy by pseudo-group is wanted.
+    """
+
+    def __init__(self, evaluator: Any, another: Callable[[], Any], pseudo: Tensor | None = None) -> None:
+        evaluator.reset()
+        self._evaluators, self._another, self._pseudo = {"": evaluator}, another, pseudo
+        self._by_pseudo_group = another() if pseudo is not None else None
+
+    def process(self, predictions: dict[str, Tensor], label: Tensor, attribute: Tensor, index: Tensor) -> None:
+        """``predictions``: logits [B, C] by name, the one that counts under ""; label, attribute, index [B]."""
+        for name, logits in predictions.items():
+            if name not in self._evaluators:
+                self._evaluators[name] = self._another()
+            self._evaluators[name].process(logits, label, attribute)
+        if self._pseudo is not None:
+            self._by_pseudo_group.process(predictions[""], label, self._pseudo[index])
+
+    def metrics(self, train: Sequence[Datum]) -> dict[str, Any]:
+        """Metrics of the prediction that counts; those of the others under ``other_predictions``."""
+        metrics = {name: evaluator.evaluate(train) for name, evaluator in self._evaluators.items()}
+        result = metrics.pop("")
+        by_pseudo = self._by_pseudo_group.evaluate(train) if self._by_pseudo_group is not None else {}
+        result["worst_pseudo_group_accuracy"] = by_pseudo.get("worst_group_accuracy")
+        keys = ("accuracy", "worst_group_accuracy", "gap")
+        result["other_predictions"] = {name: {key: m[key] for key in keys} for name, m in metrics.items()}
+        return result
+
+
+@torch.no_grad()
+def evaluate(
+    batches: Iterable[Batch],
+    predictions: Callable[[Batch], dict[str, Tensor]],
+    evaluation: Evaluation,
+    train: Sequence[Datum],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The only evaluation loop: metrics of a split over all processes, as ``Evaluation.metrics`` has them.
+
+    ``predictions(batch)`` gives logits by name, as ``Objective.predictions``. Models must be in evaluation mode.
+    """
+    for batch in batches:
+        logits = {name: gather_rows(values) for name, values in predictions(batch).items()}
+        evaluation.process(logits, *(gather_rows(batch[key].to(device)) for key in ("label", "attribute", "index")))
+    return evaluation.metrics(train)
 
 
 def group_metrics(

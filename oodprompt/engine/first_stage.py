@@ -1,122 +1,89 @@
-"""What debiasers may ask of the engine beside a step: another learner trained alone, and outputs on a whole split."""
+"""What debiasers may ask of the engine beside a step: a model trained alone ahead, and outputs on a whole split."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from oodprompt.data import seeding
-from oodprompt.data.distributed import average_gradients, gather_rows
-from oodprompt.data.sampling import EpochBatches
-from oodprompt.engine.optim import LRScheduler, build_optimizer
-from oodprompt.errors import UserError
-from oodprompt.features.views import FeatureLoader
+from oodprompt.data.loading import Batch
+from oodprompt.engine.loop import LossCheck, RunState, fit_epoch, remedy
+from oodprompt.engine.objective import Objective
+from oodprompt.engine.optim import TrainedModels, scales_losses
+from oodprompt.features.encoder import Encoder, evaluating, gathered
 from oodprompt.methods.contracts import Alignment, PromptLearner
-
-if TYPE_CHECKING:
-    from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.methods.splits import Split
 
 
-@torch.no_grad()
-def outputs(
-    trainer: PromptTrainer, split: str, learner: PromptLearner, predict: Callable[[Alignment], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Image features [N, d] and ``predict``'s logits [N, C] of every image of a split, in its order, not augmented."""
-    features, logits, index = [], [], []
-    with evaluating(trainer, learner):
-        for batch in _in_order(trainer, split):
-            alignment = trainer.align(batch, learner)
-            features.append(gather_rows(alignment.image_features))
-            logits.append(gather_rows(predict(alignment)))
-            index.append(gather_rows(batch["index"].to(trainer.device)))
-    order = torch.cat(index).argsort()
-    return torch.cat(features)[order], torch.cat(logits)[order]
+class FirstStage:
+    """Trains another learner ahead of the run, and computes outputs of the run's model as it stands.
 
-
-@contextlib.contextmanager
-def evaluating(trainer: PromptTrainer, learner: PromptLearner) -> Iterator[None]:
-    """All models of the run, and ``learner``, as they are in evaluation; afterwards as before."""
-    modules = [*trainer.models(), learner]
-    training = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.train(mode)
-
-
-def _in_order(trainer: PromptTrainer, split: str) -> Any:
-    """Batches of every image of a split, without random transforms; of cached features where there are some."""
-    if split != "train":
-        return trainer.loader(split)
-    data = trainer.dataset.train_x
-    if trainer.learner.encodes_as_clip and trainer.cfg.DATALOADER.FEATURE_CACHE != "off":
-        batches = EpochBatches(trainer.cfg, data, False, trainer.state.process_index, trainer.state.num_processes)
-        return FeatureLoader(trainer.frozen_features_of("train")[None], data, batches, trainer.device)
-    return trainer.dm.loader(data)
-
-
-def fit_alone(trainer: PromptTrainer, epochs: int, choose: Tensor | None = None) -> tuple[PromptLearner, Tensor]:
-    """A fresh learner of the run's kind, trained by cross-entropy alone, and its logits [N, C] on the training split.
-
-    It starts where the run's own learner started and takes its optimiser and schedule, run through in ``epochs``
-    epochs, on the training images ``choose`` [n] (None: all). Debiasers have no part in it.
+    ``build_learner(cfg)`` makes a learner of the run's kind at its initial values. ``models()`` are the run's models and
     """
-    cfg = trainer.cfg.clone()
-    cfg.defrost()
-    cfg.OPTIM.MAX_EPOCH = epochs
-    learner = trainer.build_learner(cfg).to(trainer.device)
-    optim = build_optimizer(learner, cfg.OPTIM) if any(p.requires_grad for p in learner.parameters()) else None
-    if optim is not None:
-        _train(trainer, learner, optim, LRScheduler(optim, cfg.OPTIM), epochs, choose)
-    return learner, outputs(trainer, "train", learner, lambda alignment: alignment.logits)[1]
 
+    def __init__(
+        self,
+        cfg: CfgNode,
+        encoder: Encoder,
+        build_learner: Callable[[CfgNode], PromptLearner],
+        models: Callable[[], Sequence[nn.Module]],
+        predict: Callable[[Alignment], Tensor],
+        base_name: str,
+    ) -> None:
+        self.cfg, self.encoder, self._build_learner = cfg, encoder, build_learner
+        self._models, self._predict, self._base_name = models, predict, base_name
 
-def _train(
-    trainer: PromptTrainer,
-    learner: PromptLearner,
-    optim: torch.optim.Optimizer,
-    sched: LRScheduler,
-    epochs: int,
-    choose: Tensor | None,
-) -> None:
-    loader, scaler = trainer.loader("train"), torch.amp.GradScaler(trainer.device.type, enabled=trainer.uses_scaler)
-    # Without ``choose`` the sampler's order, not that of a debiaser beside the one that asks.
-    indices = None if choose is None else choose.cpu().numpy()
-    order = None if indices is None else (lambda epoch, rng: rng.permutation(indices))
-    hidden = None if trainer.shows else True
-    with (
-        loader.batches.ordered_by(order),
-        tqdm(total=epochs * len(loader), desc="First training", unit="step", disable=hidden, leave=False) as bar,
-    ):
-        for epoch in range(epochs):
-            seeding.set_random_seed(seeding.derive_seed(trainer.cfg.SEED, seeding.ALONE, epoch))
-            loader.set_epoch(epoch)
-            learner.train()
-            for batch in loader:
-                alignment = trainer.gathered(trainer.align(batch, learner))
-                label = gather_rows(batch["label"].to(trainer.device))
-                penalty = learner.penalty(alignment)
-                ce = learner.ce_weight * F.cross_entropy(alignment.logits, label)
-                loss = ce + (0 if penalty is None else penalty)
-                optim.zero_grad(set_to_none=True)
-                learner.backward(loss, alignment, scaler.scale)
-                average_gradients(learner.parameters())
-                scaler.step(optim)
-                scaler.update()
+    def outputs(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Image features [N, d] and logits [N, C] of the model as it stands, in the split's order, not augmented."""
+        with evaluating(*self._models()):
+            return self.encoder.outputs(split.name, self.encoder.learner, self._predict)
+
+    def fit(self, epochs: int, choose: Tensor | None = None) -> tuple[PromptLearner, Tensor]:
+        """Another learner of the run's kind, trained by cross-entropy alone, and its logits [N, C] on the training split.
+
+        It starts where the run's own learner started. It takes the run's optimiser and schedule, run through in
+        ``epochs`` epochs, on the training images ``choose`` [n] (None: all). Debiasers have no part in it.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OPTIM.MAX_EPOCH = epochs
+        learner = self._build_learner(cfg).to(self.encoder.device)
+        device = self.encoder.device.type
+        trained = TrainedModels(torch.amp.GradScaler(device, enabled=scales_losses(self.encoder.precision)))
+        trained.add(learner.model_name, learner, cfg.OPTIM)
+        if trained.are_trained:
+            self._train(learner, trained, epochs, choose)
+        with evaluating(*self._models(), learner):
+            return learner, self.encoder.outputs("train", learner, lambda alignment: alignment.logits)[1]
+
+    def _train(self, learner: PromptLearner, trained: TrainedModels, epochs: int, choose: Tensor | None) -> None:
+        encoder, objective, state = self.encoder, Objective(learner, base_name=self._base_name), RunState(epochs)
+        check = LossCheck(encoder.device, remedy(self.cfg, encoder.precision), " of the first stage")
+        batches = encoder.batches("train")
+        # Without ``choose`` the sampler's order, not that of a debiaser beside the one that asks.
+        indices = None if choose is None else choose.cpu().numpy()
+        order = None if indices is None else (lambda epoch, rng: rng.permutation(indices))
+        hidden = None if encoder.show_progress else True
+        with (
+            batches.batches.ordered_by(order),
+            tqdm(total=epochs * len(batches), desc="First stage", unit="step", disable=hidden, leave=False) as bar,
+        ):
+
+            def step(number: int, batch: Batch) -> dict[str, Tensor]:
+                alignment = gathered(encoder.align(batch, learner))
+                loss, scalars = objective(alignment, batch)
+                check(loss, state.epoch, number, number + 1 == len(batches))
+                trained.update(lambda scale: learner.backward(loss, alignment, scale))
                 bar.update()
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss.item()} in epoch {epoch + 1} of the first training; lower OPTIM.LR "
-                    f"(now {trainer.cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {trainer.precision})"
-                )
-            learner.after_epoch(epoch)
-            sched.step()
+                return scalars
+
+            for state.epoch in range(epochs):
+                seeding.set_random_seed(seeding.derive_seed(self.cfg.SEED, seeding.FIRST_STAGE, state.epoch))
+                learner.train()
+                fit_epoch(batches, state, step, queues_work=encoder.device.type == "cuda")
+                learner.after_epoch(state.epoch)
+                trained.step_schedules()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from oodprompt.data.distributed import average_gradients
 from oodprompt.errors import UserError, nearest
 
 
@@ -118,3 +120,71 @@ class LRScheduler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.last_epoch = state["last_epoch"]
         self._apply()
+
+
+def scales_losses(precision: str) -> bool:
+    """Whether losses are scaled because gradients are computed in fp16."""
+    return precision in ("amp", "fp16")
+
+
+class TrainedModels:
+    """Models by name, in the order in which they were added, each with its optimiser and schedule (None: not trained).
+
+    ``scaler`` scales losses whose gradients are computed in fp16; one that is disabled does nothing.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
+        self.models: OrderedDict[str, nn.Module] = OrderedDict()
+        self.optims: OrderedDict[str, torch.optim.Optimizer | None] = OrderedDict()
+        self.scheds: OrderedDict[str, LRScheduler | None] = OrderedDict()
+
+    def register(
+        self,
+        name: str,
+        model: nn.Module,
+        optim: torch.optim.Optimizer | None = None,
+        sched: LRScheduler | None = None,
+    ) -> None:
+        """Name a model. ``UserError`` where the name is taken."""
+        if name in self.models:
+            raise UserError(f"two models are named {name!r}; is a debiaser given twice in TRAINER.STACK?")
+        self.models[name], self.optims[name], self.scheds[name] = model, optim, sched
+
+    def add(self, name: str, model: nn.Module, optim_cfg: CfgNode, lr: float | None = None) -> None:
+        """Name a model, with the optimiser and schedule of ``optim_cfg`` where it has parameters to train."""
+        trains = any(p.requires_grad for p in model.parameters())
+        optim = build_optimizer(model, optim_cfg, lr) if trains else None
+        self.register(name, model, optim, LRScheduler(optim, optim_cfg) if optim else None)
+
+    @property
+    def are_trained(self) -> bool:
+        """Whether any model has something to train."""
+        return any(optim is not None for optim in self.optims.values())
+
+    def set_mode(self, training: bool) -> None:
+        for model in self.models.values():
+            model.train(training)
+
+    def update(self, backward: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
+        """One step of every optimiser. ``backward(scale)`` computes the gradients of ``scale(loss)``."""
+        optims = [optim for optim in self.optims.values() if optim is not None]
+        for optim in optims:
+            optim.zero_grad(set_to_none=True)
+        backward(self.scaler.scale)
+        average_gradients(p for model in self.models.values() for p in model.parameters())
+        for optim in optims:
+            self.scaler.step(optim)
+        self.scaler.update()
+
+    def step_schedules(self) -> None:
+        """Advance every learning rate by an epoch."""
+        for sched in self.scheds.values():
+            if sched is not None:
+                sched.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first model that trains; 0 where none does."""
+        optim = next((optim for optim in self.optims.values() if optim is not None), None)
+        return optim.param_groups[0]["lr"] if optim else 0.0

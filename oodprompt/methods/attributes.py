@@ -112,7 +112,7 @@ def span(vectors: Tensor, tolerance: float = 1e-5) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
+class DiscoveredClusters:
     """Clusters that discovery calls spurious, and the cluster of every region of every split.
 
     ``clusters``: indices of the survivors that count, best first (empty: nothing was found); ``assignment`` [r] and
@@ -133,12 +133,12 @@ class DiscoveredAttributes:
 
     names = ("absent", "present")
 
-    def __init__(self, find: Callable[[], Found]) -> None:
+    def __init__(self, find: Callable[[], DiscoveredClusters]) -> None:
         self._find = find
-        self._found: Found | None = None
+        self._found: DiscoveredClusters | None = None
 
     @property
-    def found(self) -> Found:
+    def found(self) -> DiscoveredClusters:
         """Raises ``UserError`` when discovery found nothing, which leaves those who ask with nothing to go by."""
         if self._found is None:
             self._found = self._find()

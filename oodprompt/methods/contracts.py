@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
-from oodprompt.methods.groups import Groups
-from oodprompt.methods.splits import Split
+from oodprompt.data.sampling import EpochOrder
+from oodprompt.methods.groups import AttributeSources
+from oodprompt.methods.splits import LabelledData, Split
 
 
 @dataclass(frozen=True)
@@ -170,47 +169,59 @@ class Contribution:
     log: dict[str, Tensor] = field(default_factory=dict)
 
 
+class FirstStage(Protocol):
+    """What a debiaser may ask of the engine beside a step."""
+
+    def fit(self, epochs: int, choose: Tensor | None = None) -> tuple[PromptLearner, Tensor]:
+        """Another learner of the run's kind, trained by cross-entropy alone, and its logits [N, C] on the training split.
+
+        It sees the training images ``choose`` (indices; None: all). Debiasers have no part in it.
+        """
+
+    def outputs(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Image features [N, d] and logits [N, C] of the model as it stands, in the split's order, not augmented."""
+
+
 @dataclass
 class Context:
     """What a debiaser is built from, besides the configuration.
 
-    ``train`` and ``val`` (None without validation data) are the splits; ``groups(split)`` their groups, by TRAINER.GROUPS,
-    ``num_groups()`` how many there are and ``check_groups(split)`` whether they can be known (else ``UserError``), both
-    without asking for image features; ``pseudo`` the pseudo-attributes; ``discovered`` what discovery finds in the
-    model without any debiaser, as an attribute and as regions; ``autocast()`` the precision of the towers;
-    ``features_are_frozen`` says whether image features stay those of CLIP as it was released. ``learner`` is the prompt learner that is wrapped, which a debiaser takes as parameters to start or to
-    stay near, nothing more. ``fit_alone(epochs, choose)`` trains another one of its kind by cross-entropy alone, on the
-    training images ``choose`` (None: all), and returns it with its logits on the training split [N, C].
-    ``outputs(split)`` gives image features [N, d] and logits [N, C] of the model as it stands. Both read the images
-    without augmentation where they evaluate, in the split's order.
+    ``data`` has the splits and the names of classes and attribute values. ``attributes`` has the sources of attributes
+    and the groups that they make. ``first_stage`` trains another learner ahead, or computes outputs of a whole split.
+    ``autocast()`` is the precision of the towers. ``learner`` is the prompt learner that is wrapped: a debiaser takes
+    its parameters to start from, or to stay near, and nothing more.
     """
 
     clip: CLIP
-    classnames: Sequence[str]
-    attribute_names: Sequence[str]
-    train: Split
-    val: Split | None
-    pseudo: PseudoAttributes
-    discovered: DiscoveredAttributes
-    groups: Callable[[Split], Groups]
-    num_groups: Callable[[], int]
-    check_groups: Callable[[Split], None]
-    autocast: Callable[[], AbstractContextManager]
-    features_are_frozen: bool
     learner: PromptLearner
-    fit_alone: Callable[[int, Tensor | None], tuple[PromptLearner, Tensor]]
-    outputs: Callable[[Split], tuple[Tensor, Tensor]]
+    data: LabelledData
+    attributes: AttributeSources
+    first_stage: FirstStage
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def features_are_frozen(self) -> bool:
+        """Whether image features stay those of CLIP as it was released."""
+        return not self.learner.trains_image_tower
 
 
 class Debiaser(nn.Module):
-    """Base of debiasers. Its parameters (trained with their own rate) and buffers are in its checkpoint."""
+    """Base of debiasers. Its parameters (trained with their own rate) and buffers are in its checkpoint.
+
+    Attributes: ``model_name``, the folder of its checkpoints; ``predicts``, whether ``predict`` replaces the learner's
+    prediction; ``takes_regions``, whether steps carry the regions of the images; ``group_correction``, what makes up
+    for the sizes of groups: ``"size"`` (weights by the groups' sizes in training), ``"batch"`` (weights by their sizes
+    in the batch), ``"sampler"`` (all groups are drawn equally often) or ``""`` (nothing); ``epoch_order``, None or a
+    function that takes the place of the sampler. It maps (epoch, random numbers) to the indices of the training images
+    of an epoch, in order; every epoch must have the same number of images. Of a stack one debiaser may predict, and one
+    may have an ``epoch_order``.
+    """
 
     model_name = "debiaser"
-    predicts = False  # whether ``predict`` replaces the learner's prediction; one debiaser of a stack may
-    chooses_images = False  # whether ``epoch_order`` takes the place of the sampler; one debiaser of a stack may
-    balances_groups = False  # whether it then draws all groups equally often
-    balances_by = ""  # whose sizes its weights make up for: of the groups in training ("size") or in the "batch"
-    takes_regions = False  # whether steps carry the regions of the images
+    predicts = False
+    takes_regions = False
+    group_correction = ""
+    epoch_order: EpochOrder | None = None
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__()
@@ -236,13 +247,6 @@ class Debiaser(nn.Module):
 
     def after_epoch(self, epoch: int) -> None:
         """Called after each epoch (0-based), before it is evaluated and saved."""
-
-    def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
-        """Indices into the training split of an epoch, in order; used when ``chooses_images``.
-
-        Every epoch must have the same number of images.
-        """
-        raise NotImplementedError
 
     def by_group(self) -> dict[str, dict[str, float]]:
         """What is to be drawn by epoch: name of a quantity -> name of a group -> its value after the epoch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from oodprompt.errors import UserError, nearest
 from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
-from oodprompt.methods.splits import Split
+from oodprompt.methods.splits import LabelledData, Split
 
 CHOICES = ("pseudo", "true", "regions")
 
@@ -28,44 +27,58 @@ class Groups:
         return torch.bincount(self.index, minlength=len(self.names))
 
 
-def groups_of(
-    split: Split,
-    choice: str,
-    classnames: Sequence[str],
-    values: int,
-    pseudo: PseudoAttributes,
-    discovered: DiscoveredAttributes,
-) -> Groups:
-    """The groups of a split by ``choice``: the data set's attributes ("true"), pseudo-attributes ("pseudo") or the
-    presence of discovered regions ("regions").
+class AttributeSources:
+    """The sources of attributes that a run offers, and the groups that ``choice`` (TRAINER.GROUPS) makes of them.
 
-    ``values`` is the number of attribute values in all splits of the data set.
-
-    Raises ``UserError`` for another choice, where an attribute label is unknown, or where nothing is discovered.
+    ``choice`` is the data set's attribute labels ("true"), pseudo-attributes ("pseudo") or the presence of discovered
+    regions ("regions"). ``values`` is the number of attribute values in all splits of the data set. ``groups_by`` says
+    which source gave groups so far; None: nobody asked.
     """
-    values = num_values(split, choice, values, pseudo)
-    source = discovered if choice == "regions" else pseudo
-    attribute = split.attribute if choice == "true" else source.of(split)
-    named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
-    names = tuple(f"{c} / {a}" for c in classnames for a in named)
-    return Groups(split.label * values + attribute, names)
 
+    def __init__(
+        self,
+        choice: str,
+        data: LabelledData,
+        values: int,
+        pseudo: PseudoAttributes,
+        discovered: DiscoveredAttributes,
+    ) -> None:
+        self.choice, self.data, self.values, self.pseudo, self.discovered = choice, data, values, pseudo, discovered
+        self.groups_by: str | None = None
 
-def num_values(split: Split, choice: str, values: int, pseudo: PseudoAttributes) -> int:
-    """A, the number of attribute values by ``choice``; raises as ``groups_of`` does, without asking for features."""
-    if choice not in CHOICES:
-        raise UserError(f"TRAINER.GROUPS: unknown choice {choice!r}: {nearest(choice, CHOICES)}")
-    if choice == "pseudo":
-        return len(pseudo.text)
-    if choice == "regions":
-        return 2
-    unknown = int((split.attribute < 0).sum())
-    if unknown:
-        raise UserError(
-            f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
-            "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
-        )
-    return max(len(pseudo.names), values)
+    def groups(self, split: Split) -> Groups:
+        """The groups of a split. ``UserError`` as ``check_groups``, and where nothing is discovered."""
+        self.groups_by = self.choice
+        values = self._num_values(split)
+        source = self.discovered if self.choice == "regions" else self.pseudo
+        attribute = split.attribute if self.choice == "true" else source.of(split)
+        named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
+        names = tuple(f"{c} / {a}" for c in self.data.classnames for a in named)
+        return Groups(split.label * values + attribute, names)
+
+    def num_groups(self) -> int:
+        """G = C A of the training split, without asking for image features. ``UserError`` as ``check_groups``."""
+        return len(self.data.classnames) * self._num_values(self.data.train)
+
+    def check_groups(self, split: Split) -> None:
+        """``UserError`` for another choice, or where names or attribute labels are missing; asks for no features."""
+        self._num_values(split)
+
+    def _num_values(self, split: Split) -> int:
+        """A, the number of attribute values by the choice."""
+        if self.choice not in CHOICES:
+            raise UserError(f"TRAINER.GROUPS: unknown choice {self.choice!r}: {nearest(self.choice, CHOICES)}")
+        if self.choice == "pseudo":
+            return len(self.pseudo.text)
+        if self.choice == "regions":
+            return 2
+        unknown = int((split.attribute < 0).sum())
+        if unknown:
+            raise UserError(
+                f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
+                "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
+            )
+        return max(len(self.pseudo.names), self.values)
 
 
 def per_group(values: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

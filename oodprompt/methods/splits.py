@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,3 +24,13 @@ class Split:
     label: Tensor
     attribute: Tensor
     features: Callable[[], Tensor]
+
+
+@dataclass
+class LabelledData:
+    """What debiasers know of the data: the splits (``val`` is None without validation data) and all names."""
+
+    train: Split
+    val: Split | None
+    classnames: Sequence[str]
+    attribute_names: Sequence[str]

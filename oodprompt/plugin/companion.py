@@ -6,8 +6,6 @@ import contextlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,9 +18,13 @@ from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.data.transforms import build_transform
-from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.discovery.region_features import RegionFeatures
+from oodprompt.engine import assembly
+from oodprompt.engine.evaluation import Evaluation
+from oodprompt.engine.loop import RunState
+from oodprompt.engine.objective import Objective
 from oodprompt.errors import UserError
-from oodprompt.features import views as features
+from oodprompt.features.encoder import Encoder
 from oodprompt.methods.contracts import Alignment, Debiaser, PromptLearner
 from oodprompt.methods.resolve import resolve_methods
 from oodprompt.plugin.datasets import TheirDataset
@@ -37,9 +39,9 @@ class ForeignLearner(PromptLearner):
 
     encodes_as_clip = False  # its features come from its own forward pass
 
-    def __init__(self, cfg: CfgNode, data: TheirDataset, clip: CLIP, name: str, frozen: bool) -> None:
+    def __init__(self, cfg: CfgNode, data: TheirDataset, clip: CLIP, name: str) -> None:
         super().__init__(cfg, data.classnames, data.template, clip)
-        self.name, self.trains_image_tower = name, not frozen
+        self.name = name
 
     def __getattr__(self, attribute: str) -> Any:
         try:
@@ -57,19 +59,43 @@ class ForeignLearner(PromptLearner):
         )
 
 
+class ForeignEncoder(Encoder):
+    """An encoder whose alignments come from a model of another repository, by ``align_with(batch)``."""
+
+    keeps_features_of_learner = False
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        clip: CLIP,
+        data: DataManager,
+        learner: PromptLearner,
+        device: torch.device,
+        align_with: Callable[[Batch], Alignment],
+    ) -> None:
+        super().__init__(cfg, clip, data, learner, device, "fp32")
+        self._align_with = align_with
+
+    def align(self, batch: Batch, learner: PromptLearner | None = None) -> Alignment:
+        return self._align_with(batch)
+
+
 class _Loaders(DataManager):
     """Loaders over Dassl's images with our transforms, which are composed as Dassl's; for evaluation only."""
 
     def __init__(self, cfg: CfgNode, data: TheirDataset) -> None:
         self.cfg, self.dataset, self.rank, self.num_processes = cfg, data, 0, 1
+        self.num_classes, self.lab2cname = data.num_classes, data.lab2cname
         self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
+        self.val_loader = self.loader(data.val) if data.val else None
+        self.test_loader = self.loader(data.test)
 
 
-class Companion(PromptTrainer):
+class Companion:
     """Debiasers, their context and the objective, for a trainer whose model is seen through ``align``.
 
     ``cfg`` is a whole tree of ours; ``align(batch)`` runs the model on ``batch["img"]`` as in evaluation. ``models`` are
-    those of the trainer, by name. ``debiasers`` are built as in our own runs.
+    those of the trainer, by name; ``base`` is its registered name. It owns an ``encoder`` and an ``objective``.
     """
 
     def __init__(
@@ -82,54 +108,57 @@ class Companion(PromptTrainer):
         base: str,
         device: torch.device,
     ) -> None:
-        self.cfg, self.device, self.base_name = cfg, torch.device(device), base
+        self.cfg, self.device, self.base_name, self._models = cfg, torch.device(device), base, models
         self.clip = clip.to(self.device).eval().requires_grad_(False)
-        self._align, self._models = align, models
         self.dataset = TheirDataset(cfg, data)
-        self.num_classes = self.dataset.num_classes
-        self.state = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
-        self.precision, self.output_dir, self.start_epoch = "fp32", Path(cfg.OUTPUT_DIR), 0
-        self.dm = _Loaders(cfg, self.dataset)
-        self.train_loader_x = None
-        self.val_loader = self.dm.loader(self.dataset.val) if self.dataset.val else None
-        self.test_loader = self.dm.loader(self.dataset.test)
-        self.views, self.caches_evaluation, self.groups_by = 0, False, None
-        self._cached, self._frozen, self.regions, self.region_cache = {}, {}, {}, {}
-        self.feature_cache = features.FeatureCache(cfg, self.clip, self.precision, self.device, self.print)
-        self.learner = ForeignLearner(cfg, self.dataset, self.clip, base, frozen=self._keeps_features())
-        self._build_debiasers()
-        self.attributes = {name: self.split(name).attribute for name in ("train", "val", "test")}
+        self.run = RunState(max_epoch=cfg.OPTIM.MAX_EPOCH)
+        self.learner = ForeignLearner(cfg, self.dataset, self.clip, base)
+        loaders = _Loaders(cfg, self.dataset)
+        self.encoder = ForeignEncoder(cfg, self.clip, loaders, self.learner, self.device, align)
+        self.learner.trains_image_tower = not self._keeps_features()
+        self.region_features = RegionFeatures(cfg, self.encoder)
+        self.objective = self._build_objective()
+        self.debiasers = self.objective.debiasers
+        for name, debiaser in zip(self.debiaser_names, self.debiasers, strict=True):
+            self._refuse(name, debiaser)
+        self.attributes = {name: self.encoder.split(name).attribute for name in ("train", "val", "test")}
+
+    @property
+    def debiaser_names(self) -> list[str]:
+        """The trainers' names of ``debiasers``."""
+        return [self.cfg.TRAINER.NAME, *self.cfg.TRAINER.STACK]
 
     def _keeps_features(self) -> bool:
         """Whether the model's image features are those of CLIP and nothing trains them, seen on one image."""
         size = tuple(self.cfg.INPUT.SIZE)
         image = torch.linspace(-1, 1, 3 * size[0] * size[1], device=self.device).view(1, 3, *size)
         with torch.enable_grad():
-            seen = self._align({"img": image, "label": torch.zeros(1, dtype=torch.long, device=self.device)})
+            seen = self.encoder.align({"img": image, "label": torch.zeros(1, dtype=torch.long, device=self.device)})
         if seen.image_features.requires_grad:
             return False
         # Upstream computes in half precision where it is not told otherwise.
-        return bool((seen.image_features * self.encode_frozen(image)).sum() > 0.999)
+        return bool((seen.image_features * self.encoder.encode_frozen(image)).sum() > 0.999)
 
-    def _build_debiasers(self) -> None:
-        """The debiasers that TRAINER.NAME and TRAINER.STACK name; ``UserError`` for what cannot be here."""
+    def _build_objective(self) -> Objective:
+        """The objective with the debiasers that TRAINER.NAME and TRAINER.STACK name."""
         cfg = self.cfg.clone()
         cfg.TRAINER.BASE = "CoOp"  # theirs may have a name that ours have not
-        self.debiaser_types = resolve_methods(cfg)[2]
-        self.debiaser_class = self.debiaser_types[0]
-        context, self.debiasers = self.build_context(), []
-        for i, debiaser_type in enumerate(self.debiaser_types, 1):
-            seeding.set_random_seed(seeding.derive_seed(self.cfg.SEED, seeding.INIT, i))
-            self.debiasers.append(debiaser_type(self.cfg, context).to(self.device))
-        self.predictor = self._only_one("predicts", "replace the prediction")
-        chooser = self._only_one("chooses_images", "choose the images of an epoch")
-        self._refuse_balancing_twice(chooser)
-        for name, debiaser in zip(self.debiaser_names, self.debiasers, strict=True):
-            self._refuse(name, debiaser)
+        types = resolve_methods(cfg)[2]
+        return assembly.build_debiasing(
+            self.cfg,
+            types,
+            self.encoder,
+            self.region_features,
+            self.run,
+            build_learner=self._refuse_first_stage,
+            models=lambda: list(self._models.values()),
+            names=self.debiaser_names,
+            base_name=self.base_name,
+        ).objective
 
     def _refuse(self, name: str, debiaser: Debiaser) -> None:
         """``UserError`` where a debiaser needs what a trainer of Dassl's does not give."""
-        if debiaser.chooses_images:
+        if debiaser.epoch_order is not None:
             raise UserError(
                 f"{name} chooses the images of an epoch, which is Dassl's loader's to do; "
                 f"use it with our train.py, or see its keys (GroupDRO: TRAINER.GROUPDRO.BALANCED False)"
@@ -140,52 +169,31 @@ class Companion(PromptTrainer):
                 "way; use a base that leaves it alone (CoOp, CoCoOp, KgCoOp), or our train.py"
             )
 
-    def build_learner(self, cfg: CfgNode) -> NoReturn:
+    def _refuse_first_stage(self, cfg: CfgNode) -> NoReturn:
         raise UserError(
             f"{' or '.join(self.debiaser_names)} asks for {self.base_name} trained alone, which cannot be done for a base "
             "of another repository; take another debiaser, or our train.py; where it is for discovery, set "
             "DISCOVERY.FROM to a folder that scripts/discover.py wrote"
         )
 
-    def align(self, batch: Batch, learner: PromptLearner | None = None) -> Alignment:
-        return self._align(batch)
-
     def step(self, alignment: Alignment, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The objective of a training batch of Dassl's, and scalars to print."""
         batch = {**batch, "attribute": self.attributes["train"][batch["index"].to(self.device)]}
-        regions = self.step_regions(batch) if any(d.takes_regions for d in self.debiasers) else None
-        loss, summary = self.objective(alignment, batch, regions)
-        return loss, {name: float(value) for name, value in summary.items()}
+        regions = self.region_features.of_step(batch) if self.objective.takes_regions else None
+        loss, scalars = self.objective(alignment, batch, regions)
+        return loss, {name: float(value) for name, value in scalars.items()}
 
-    def evaluators(self) -> Evaluators:
-        return Evaluators(self)
+    def evaluation(self) -> Evaluation:
+        """What collects the predictions of a split, for accuracy by group beside Dassl's own metrics."""
 
+        def another() -> Any:
+            return EVALUATOR_REGISTRY.get("Classification")(self.cfg, self.dataset)
 
-class Evaluators:
-    """Accuracy by group of the prediction and of what debiasers predict otherwise, beside Dassl's own metrics."""
-
-    def __init__(self, companion: Companion) -> None:
-        self.companion, self._by_name = companion, {}
-
-    def process(self, alignment: Alignment, prediction: Tensor, label: Tensor, attribute: Tensor) -> None:
-        predictions = {"": prediction}
-        for debiaser in self.companion.debiasers:
-            predictions.update(debiaser.other_predictions(alignment))
-        for name, logits in predictions.items():
-            if name not in self._by_name:
-                self._by_name[name] = EVALUATOR_REGISTRY.get("Classification")(
-                    self.companion.cfg, self.companion.dataset
-                )
-            self._by_name[name].process(logits, label, attribute)
-
-    def metrics(self) -> dict[str, dict[str, Any]]:
-        """By name of the prediction ("": the one that counts); empty when nothing was processed."""
-        train = self.companion.dataset.train_x
-        return {name: evaluator.evaluate(train) for name, evaluator in self._by_name.items()}
+        return Evaluation(another(), another)
 
 
 @contextlib.contextmanager
-def apart(seed: int) -> Iterator[None]:
+def isolated_rng(seed: int) -> Iterator[None]:
     """Random numbers from ``seed``; afterwards as if none had been drawn, so that the other trainer's stay its own."""
     python, numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -33,12 +33,13 @@ from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.engine import checkpoint
+from oodprompt.engine.evaluation import Evaluation, report_groups, report_other_predictions
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, Debiaser
 from oodprompt.plugin.adapters import Watch, adapter_of, call_adapter
-from oodprompt.plugin.companion import Companion, Evaluators, apart, frozen_copy
+from oodprompt.plugin.companion import Companion, frozen_copy, isolated_rng
 from oodprompt.plugin.keys import extend_cfg, own_cfg
-from oodprompt.reports.style import markdown_table
 
 # The names in Dassl's registry that are ours.
 OURS: set[str] = set()
@@ -78,17 +79,17 @@ class DebiasedTrainer:
         with _watched_clip() as seen:
             super().build_model()
         if isinstance(self.model, nn.DataParallel):
-            print("Several GPUs: one is used, as features cannot be gathered from the copies of nn.DataParallel")
+            logger.info("Several GPUs: one is used, as features cannot be gathered from the copies of nn.DataParallel")
             self.model = self.model.module
         clip = seen[0] if seen else load_backbone(self.cfg.MODEL.BACKBONE.NAME)
         if getattr(self.model, "dtype", None) == torch.float32:
             self.model.float()  # MaPLe leaves one layer in half precision whatever PREC says
         self._adapter = adapter_of(self.base_name)
         self._watch = None if self._adapter else Watch(self.model, self.base_name)
-        self._evaluators: Evaluators | None = None
+        self._evaluation: Evaluation | None = None
         self._test_batch: dict[str, Any] = {}
         cfg = own_cfg(self.cfg)
-        with apart(cfg.SEED), self._evaluating():
+        with isolated_rng(cfg.SEED), self._evaluating():
             self.companion = Companion(
                 cfg, self.dm.dataset, clip, self._foreign_alignment, self._models, self.base_name, self.device
             )
@@ -167,9 +168,9 @@ class DebiasedTrainer:
             saved = [[file for file in folder.glob("model.pth.tar-*") if _epoch(file) <= newest] for folder in folders]
             common = sorted(set.intersection(*({file.name for file in files} for files in saved)), key=_epoch)
             if not common:
-                print(f"{directory} has no epoch that all of {', '.join(self._models)} have, train from scratch")
+                logger.info(f"{directory} has no epoch that all of {', '.join(self._models)} have, train from scratch")
                 return 0
-            print(f"{directory}: going back to {common[-1]}, the newest that all models have")
+            logger.info(f"{directory}: going back to {common[-1]}, the newest that all models have")
             for folder in folders:
                 checkpoint.write_pointer(folder / common[-1])
         return super().resume_model_if_exist(directory)
@@ -184,23 +185,19 @@ class DebiasedTrainer:
     def before_train(self) -> None:
         super().before_train()
         companion = self.companion
-        companion.start_epoch = self.start_epoch
+        companion.run.start_epoch = self.start_epoch
         if self.start_epoch < self.max_epoch:
-            with apart(seeding.derive_seed(companion.cfg.SEED, seeding.EPOCH, 0)):
-                for debiaser in companion.debiasers:
-                    debiaser.check()
-                for debiaser in companion.debiasers:
-                    debiaser.before_train()
+            with isolated_rng(seeding.derive_seed(companion.cfg.SEED, seeding.EPOCH, 0)):
+                companion.objective.check()
+                companion.objective.before_train()
 
     def before_epoch(self) -> None:
         super().before_epoch()
-        with apart(seeding.derive_seed(self.companion.cfg.SEED, seeding.EPOCH, self.epoch)):
-            for debiaser in self.companion.debiasers:
-                debiaser.before_epoch(self.epoch)
+        with isolated_rng(seeding.derive_seed(self.companion.cfg.SEED, seeding.EPOCH, self.epoch)):
+            self.companion.objective.before_epoch(self.epoch)
 
     def after_epoch(self) -> None:
-        for debiaser in self.companion.debiasers:
-            debiaser.after_epoch(self.epoch)
+        self.companion.objective.after_epoch(self.epoch)
         super().after_epoch()
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
@@ -247,12 +244,13 @@ class DebiasedTrainer:
 
     def model_inference(self, input: Tensor) -> Tensor:
         alignment = self._foreign_alignment({**self._test_batch, "img": input})
-        prediction = self.companion.predict(alignment)
-        if self._evaluators is not None and "index" in self._test_batch:
-            index, label = (self._test_batch[key].to(self.device) for key in ("index", "label"))
-            attribute = self.companion.attributes[self._tested][index]
-            self._evaluators.process(alignment, prediction, label, attribute)
-        return prediction
+        if self._evaluation is None or "index" not in self._test_batch:
+            return self.companion.objective.predict(alignment)
+        predictions = self.companion.objective.predictions(alignment)
+        index, label = (self._test_batch[key].to(self.device) for key in ("index", "label"))
+        attribute = self.companion.attributes[self._tested][index]
+        self._evaluation.process(predictions, label, attribute, index)
+        return predictions[""]
 
     def parse_batch_test(self, batch: dict[str, Any]) -> Any:
         self._test_batch = batch
@@ -261,32 +259,21 @@ class DebiasedTrainer:
     def test(self, split: str | None = None) -> float:
         choice = split or self.cfg.TEST.SPLIT
         self._tested = "val" if choice == "val" and self.val_loader is not None else "test"
-        self._evaluators = self.companion.evaluators()
+        self._evaluation = self.companion.evaluation()
         try:
             result = super().test(split)
-            self._report(self._evaluators.metrics())
+            self._report(self._evaluation.metrics(self.companion.dataset.train_x))
         finally:
-            self._evaluators, self._test_batch = None, {}
+            self._evaluation, self._test_batch = None, {}
         return result
 
-    def _report(self, metrics: dict[str, dict[str, Any]]) -> None:
-        """Worst-group accuracy, and a table of the groups, where every image has an attribute."""
-        for name, values in metrics.items():
-            if name:
-                print(f"* {name}, accuracy: {100 * values['accuracy']:.1f}%")
-            if not values["groups"]:
-                continue
-            head = f"{name}, " if name else ""
-            print(f"* {head}worst_group: {100 * values['worst_group_accuracy']:.1f}%")
-            if not name:
-                rows = [
-                    (f"{g['class']} / {g['attribute']}", g["num_train"], g["num_samples"], f"{100 * g['accuracy']:.1f}")
-                    for g in values["groups"]
-                ]
-                print(f"* gap: {100 * values['gap']:.1f}%")
-                print(markdown_table(("group", "training images", "images", "accuracy, %"), rows))
-                for tag in ("worst_group_accuracy", "gap"):
-                    self.write_scalar(f"{self._tested}/{tag}", values[tag], self.epoch)
+    def _report(self, metrics: dict[str, Any]) -> None:
+        """Worst-group accuracy and the groups, where every image has an attribute; and the other predictions."""
+        report_groups(metrics)
+        report_other_predictions(metrics)
+        for tag in ("worst_group_accuracy", "gap"):
+            if metrics[tag] is not None:
+                self.write_scalar(f"{self._tested}/{tag}", metrics[tag], self.epoch)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from oodprompt.config.keys import declare
 from oodprompt.errors import UserError, nearest
-
-if TYPE_CHECKING:  # what the engine is built of may import this module
-    pass
-
 from oodprompt.regions.boxes import Regions, coco_regions, csv_regions, given_file, is_json
 from oodprompt.regions.proposals import proposal_regions
+
+declare(
+    "REGIONS",
+    {
+        "SOURCE": (
+            "grid",
+            "Regions of an image: grid (GRID cells), boxes (of FILE), or proposals (of a detector, weights in FILE).",
+        ),
+        "GRID": ((2, 2), "grid: rows and columns."),
+        "OVERLAP": (0.0, "grid: the share of a cell that it has in common with the next."),
+        "FILE": ("", "boxes: a COCO json or a csv (image, left, top, right, bottom, label); proposals: weights."),
+        "PER_IMAGE": (32, "proposals: how many of an image."),
+        "FEATURES": (
+            "auto",
+            "How features are made of a region: tokens, crops, masked or patches (ViT), roi, crops or patches (ResNet); auto: "
+            "tokens or roi.",
+        ),
+    },
+)
 
 
 def build_regions(

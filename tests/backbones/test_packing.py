@@ -5,7 +5,6 @@ from __future__ import annotations
 import random as python_random
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from oodprompt.backbones import CLIP, CLIPShape, model
 from oodprompt.backbones.packing import Packing, pack
-from tests.backbones.test_model import assert_same, is_text, is_text_but_tokens, random, random_tokens, run
+from tests.helpers.clip_checks import assert_same, is_text, is_text_but_tokens, pair, random, random_tokens, run
 
 SHAPE = CLIPShape(48, 40, 3, 128, 8, 32, 100, 128, 2, 4)  # two heads, and as many blocks as tell first, next and last
 LENGTHS = {
@@ -33,18 +32,6 @@ UNLIMITED = 1 << 60
 Inputs = dict[str, Tensor]
 # prefix, suffix, lengths, deep -> features
 Encode = Callable[[Tensor, Tensor, tuple[int, ...], Sequence[Tensor]], Tensor]
-
-
-def pair(openai: ModuleType, shape: CLIPShape) -> tuple[CLIP, nn.Module]:
-    """Our CLIP and OpenAI's with the same weights, none of them at an initial value such as 0 or 1."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        ours = CLIP(shape).eval()
-        for parameter in ours.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        theirs = openai.CLIP(*astuple(shape)).float().eval()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from oodprompt.backbones import CLIP, load_backbone, weights
-from tests.conftest import load_script
+from tests.helpers.runs import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_tiny_clip.py"
 

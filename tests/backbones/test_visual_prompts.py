@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, CLIPShape
 from oodprompt.backbones.model import QuickGELU
-from tests.backbones.test_model import TOLERANCE, Reference, assert_same, is_image, random, run
-from tests.backbones.test_packing import pair
+from tests.helpers.clip_checks import TOLERANCE, Reference, assert_same, is_image, pair, random, run
 
 SHAPE = CLIPShape(48, 40, 3, 128, 8, 12, 100, 64, 1, 1)
 PATCHES, M = 25, 4

@@ -12,8 +12,8 @@ import pytest
 
 from oodprompt.errors import UserError
 from oodprompt.studies.evaluation import METHODS
-from tests.conftest import load_script
-from tests.controlled.test_digits import put_items
+from tests.helpers.digits import put_items
+from tests.helpers.runs import load_script
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,31 +30,14 @@ from oodprompt.studies.digits import (
     read_items,
 )
 from oodprompt.studies.planting import cramers_v
-from tests.conftest import REPOSITORY
+from tests.helpers.digits import idx, put_items
+from tests.helpers.runs import REPOSITORY
 
 REAL = REPOSITORY.parent / "shared" / "data" / "mnist"
 SIZES = {"n_train": 200, "n_val": 40, "n_test": 60}
 NAMES = KINDS["mnist"].classes
 
 Build = Callable[..., Path]
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def put_items(folder: Path, per_class: dict[str, int]) -> None:
-    """The four files; an item's first pixels say its part, label and number, so that it can be told in an image."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for part, count in per_class.items():
-        labels = rng.permutation(np.repeat(np.arange(10), count)).astype(np.uint8)
-        images = rng.integers(1, 255, (len(labels), 28, 28), dtype=np.uint8)
-        number = np.arange(len(labels))
-        images[:, 0, 0], images[:, 0, 1] = labels + 1, 100 if part == "train" else 200
-        images[:, 0, 2], images[:, 0, 3] = number // 200 + 1, number % 200 + 1
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images), 1))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
 
 
 @pytest.fixture(scope="session")

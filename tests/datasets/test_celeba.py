@@ -7,36 +7,13 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put, write
-
-NAMES = ["5_o_Clock_Shadow", "Blond_Hair", "Male", "Smiling"]
-ATTRIBUTES = {  # in the order of NAMES
-    "000001.jpg": (-1, 1, -1, 1),
-    "000002.jpg": (-1, -1, -1, -1),
-    "000003.jpg": (1, -1, 1, 1),
-    "000004.jpg": (-1, 1, 1, -1),
-    "000005.jpg": (-1, 1, -1, 1),
-    "000006.jpg": (-1, -1, 1, -1),
-    "000007.jpg": (-1, 1, 1, 1),
-}
-SPLITS = {name: (0, 0, 0, 0, 1, 2, 2)[i] for i, name in enumerate(ATTRIBUTES)}
-TXT = [str(len(ATTRIBUTES)), " ".join(NAMES) + " "]
-TXT += [f"{name} " + " ".join(f"{value:2d}" for value in values) for name, values in ATTRIBUTES.items()]
-CSV = ["image_id," + ",".join(NAMES)] + [f"{n}," + ",".join(map(str, v)) for n, v in ATTRIBUTES.items()]
-SPLIT_TXT = [f"{name} {split}" for name, split in SPLITS.items()]
-SPLIT_CSV = ["image_id,partition"] + [f"{name},{split}" for name, split in SPLITS.items()]
-
-
-def tree(folder: Path, form: str = "txt", images: str = "img_align_celeba", anno: str = "", part: str = "") -> Path:
-    put(folder / images, *ATTRIBUTES)
-    write(folder / part / f"list_eval_partition.{form}", *(SPLIT_TXT if form == "txt" else SPLIT_CSV))
-    return write(folder / anno / f"list_attr_celeba.{form}", *(TXT if form == "txt" else CSV))
+from tests.helpers.trees.celeba import CSV, SPLIT_CSV, TXT, tree
+from tests.helpers.trees.writing import MakeDataset, groups, paths, write
 
 
 @pytest.mark.parametrize("form", ["txt", "csv"])
 @pytest.mark.parametrize("place", ["celeba", "celebA/data", "celebA", "celebA_v1.0", "CelebA", "CelebA/data"])
-def test_every_place_and_form(build: Build, tmp_path: Path, place: str, form: str) -> None:
+def test_every_place_and_form(build: MakeDataset, tmp_path: Path, place: str, form: str) -> None:
     tree(tmp_path / place, form)
     data = build("CelebA")
     images = tmp_path / place / "img_align_celeba"
@@ -57,12 +34,14 @@ def test_every_place_and_form(build: Build, tmp_path: Path, place: str, form: st
         ("Img/img_align_celeba/img_align_celeba", "Anno", "Eval"),
     ],
 )
-def test_folders_of_kaggle_and_of_the_authors(build: Build, tmp_path: Path, images: str, anno: str, part: str) -> None:
+def test_folders_of_kaggle_and_of_the_authors(
+    build: MakeDataset, tmp_path: Path, images: str, anno: str, part: str
+) -> None:
     tree(tmp_path / "celeba", "csv", images, anno, part)
     assert paths(build("CelebA").val, tmp_path / "celeba" / images) == ["000005.jpg"]
 
 
-def test_one_list_of_each_form(build: Build, tmp_path: Path) -> None:
+def test_one_list_of_each_form(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path / "celeba", "txt")
     folder = tmp_path / "celeba"
     (folder / "list_eval_partition.txt").unlink()
@@ -71,7 +50,7 @@ def test_one_list_of_each_form(build: Build, tmp_path: Path) -> None:
     assert len(build("CelebA").train_x) == 4
 
 
-def test_other_attributes(build: Build, tmp_path: Path) -> None:
+def test_other_attributes(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path / "celeba")
     data = build("CelebA", CELEBA__TARGET="Smiling", CELEBA__ATTRIBUTE="5_o_Clock_Shadow")
     assert [(d.label, d.attribute) for d in data.train_x] == [(1, 0), (0, 0), (1, 1), (0, 0)]
@@ -85,7 +64,7 @@ def test_other_attributes(build: Build, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["txt", "csv"])
 @pytest.mark.parametrize(("key", "attribute"), [("TARGET", "Blond_hair"), ("ATTRIBUTE", "Mail")])
-def test_unknown_attributes(build: Build, tmp_path: Path, form: str, key: str, attribute: str) -> None:
+def test_unknown_attributes(build: MakeDataset, tmp_path: Path, form: str, key: str, attribute: str) -> None:
     path = tree(tmp_path / "celeba", form)
     near = {"TARGET": "Blond_Hair", "ATTRIBUTE": "Male"}[key]
     message = f"^DATASET.CELEBA.{key}: {path} has no '{attribute}': did you mean '{near}'.* known: 5_o"
@@ -95,7 +74,7 @@ def test_unknown_attributes(build: Build, tmp_path: Path, form: str, key: str, a
         build("CelebA", CELEBA__TARGET="Male")
 
 
-def test_the_image_column_is_no_attribute(build: Build, tmp_path: Path) -> None:
+def test_the_image_column_is_no_attribute(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path / "celeba", "csv")
     with pytest.raises(UserError, match="has no 'image_id'"):
         build("CelebA", CELEBA__TARGET="image_id")
@@ -117,7 +96,9 @@ LONG = "000001.jpg  1  1  1  1  1"
         ("csv", 8, "000001.jpg,1,1,1,1", "^{attr}, line 8: '000001.jpg' comes twice or has no split in {split}"),
     ],
 )
-def test_corrupt_attribute_lists(build: Build, tmp_path: Path, form: str, line: int, text: str, message: str) -> None:
+def test_corrupt_attribute_lists(
+    build: MakeDataset, tmp_path: Path, form: str, line: int, text: str, message: str
+) -> None:
     path = tree(tmp_path / "celeba", form)
     lines = path.read_text().splitlines()
     lines[line - 1] = text
@@ -129,7 +110,7 @@ def test_corrupt_attribute_lists(build: Build, tmp_path: Path, form: str, line: 
 
 @pytest.mark.parametrize("form", ["txt", "csv"])
 @pytest.mark.parametrize(("row", "shown"), [("000003.jpg 3", "3"), ("000003.jpg", ""), ("000003.jpg 0 1", "0 1")])
-def test_corrupt_split_lists(build: Build, tmp_path: Path, form: str, row: str, shown: str) -> None:
+def test_corrupt_split_lists(build: MakeDataset, tmp_path: Path, form: str, row: str, shown: str) -> None:
     path = tree(tmp_path / "celeba", form).with_name(f"list_eval_partition.{form}")
     lines = path.read_text().splitlines()
     number = 3 if form == "txt" else 4
@@ -140,7 +121,7 @@ def test_corrupt_split_lists(build: Build, tmp_path: Path, form: str, row: str, 
         build("CelebA")
 
 
-def test_lists_of_different_length(build: Build, tmp_path: Path) -> None:
+def test_lists_of_different_length(build: MakeDataset, tmp_path: Path) -> None:
     path = tree(tmp_path / "celeba", "csv")
     write(path, *CSV[:-1])
     split = path.with_name("list_eval_partition.csv")
@@ -148,7 +129,7 @@ def test_lists_of_different_length(build: Build, tmp_path: Path) -> None:
         build("CelebA")
 
 
-def test_missing_image_binary_list_and_empty_list(build: Build, tmp_path: Path) -> None:
+def test_missing_image_binary_list_and_empty_list(build: MakeDataset, tmp_path: Path) -> None:
     path = tree(tmp_path / "celeba")
     (tmp_path / "celeba/img_align_celeba/000002.jpg").unlink()
     with pytest.raises(UserError, match=rf"^{path}, line 4 names .*000002\.jpg, which is missing"):
@@ -161,7 +142,7 @@ def test_missing_image_binary_list_and_empty_list(build: Build, tmp_path: Path) 
         build("CelebA")
 
 
-def test_missing_files(build: Build, tmp_path: Path) -> None:
+def test_missing_files(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=f"^CelebA: no list_attr_celeba in {tmp_path} .looked in celeba, celebA/data, "
     ) as e:

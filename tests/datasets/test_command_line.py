@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from oodprompt import cli
-from tests.conftest import REPOSITORY
-
-from . import test_celeba, test_csv_file, test_metashift, test_nicopp, test_urbancars, test_waterbirds
-from .conftest import put
+from tests.helpers.trees import celeba, csv_file, metashift, nicopp, urbancars, waterbirds
+from tests.helpers.trees.writing import arguments, put
 
 FOLDERS = [
     f"{s}/{c}/{a}/{i}.jpg"
@@ -25,22 +23,22 @@ FOLDERS = [
 CASES: dict[str, tuple[Callable[[Path], Any], list[str], dict[tuple[str, str], tuple[int, int]]]] = {
     # yaml file: (make the tree, keys, images of each group in testing and in training)
     "waterbirds": (
-        lambda root: test_waterbirds.tree(root / "waterbirds" / test_waterbirds.ARCHIVE),
+        lambda root: waterbirds.tree(root / "waterbirds" / waterbirds.ARCHIVE),
         [],
         {("landbird", "water"): (1, 0), ("waterbird", "land"): (1, 1)},
     ),
     "celeba": (
-        lambda root: test_celeba.tree(root / "celeba"),
+        lambda root: celeba.tree(root / "celeba"),
         [],
         {("dark hair", "male"): (1, 1), ("blond hair", "male"): (1, 1)},
     ),
     "metashift": (
-        lambda root: test_metashift.tree(root / "metashift"),
+        lambda root: metashift.tree(root / "metashift"),
         [],
         {("dog", "indoor"): (3, 7), ("dog", "outdoor"): (1, 7), ("cat", "indoor"): (2, 9), ("cat", "outdoor"): (3, 4)},
     ),
     "csv": (
-        lambda root: test_csv_file.tree(root),
+        lambda root: csv_file.tree(root),
         ["DATASET.CSV.CLASSNAMES", "('cat', 'ant')"],
         {("cat", "outdoor"): (1, 1), ("ant", "indoor"): (1, 0)},
     ),
@@ -50,7 +48,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], dict[tuple[str, str], t
         {(c, a): (2, 2) for c in ("cat", "dog") for a in ("in", "out")},
     ),
     "urbancars": (
-        lambda root: test_urbancars.tree(root / "urbancars"),
+        lambda root: urbancars.tree(root / "urbancars"),
         ["DATASET.URBANCARS.ATTRIBUTE", "object"],
         {
             ("urban car", "urban object"): (4, 4),
@@ -60,7 +58,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], dict[tuple[str, str], t
         },
     ),
     "nicopp": (
-        lambda root: test_nicopp.tree(root / "nicopp"),
+        lambda root: nicopp.tree(root / "nicopp"),
         [],
         {
             ("airplane", "autumn"): (50, 15),
@@ -70,13 +68,6 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], dict[tuple[str, str], t
         },
     ),
 }  # fmt: skip
-
-
-def arguments(root: Path, output: Path, yaml: str, *keys: str) -> list[str]:
-    flags = ["--trainer", "ZeroshotCLIP", "--backbone", "tiny", "--seed", "1", "--root", str(root)]
-    flags += ["--dataset-config-file", str(REPOSITORY / "configs" / "datasets" / f"{yaml}.yaml")]
-    small = ["INPUT.SIZE", "(48, 48)", "INPUT.TRANSFORMS", "('normalize',)", "DATALOADER.NUM_WORKERS", "0"]
-    return [*flags, "--output-dir", str(output), *small, *keys]
 
 
 @pytest.mark.parametrize("yaml", CASES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +10,8 @@ from oodprompt.datasets.coop_sets import CoOpDataset
 
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
-
-from .conftest import Build, paths, put, write
-
-# Registered name: folder of the data set, folder of the images in it, class prompt; all as in CoOp.
-FACTS = {
-    "Caltech101": ("caltech-101", "101_ObjectCategories", "a photo of a {}."),
-    "OxfordPets": ("oxford_pets", "images", "a photo of a {}, a type of pet."),
-    "StanfordCars": ("stanford_cars", "", "a photo of a {}."),
-    "OxfordFlowers": ("oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
-    "Food101": ("food-101", "images", "a photo of {}, a type of food."),
-    "SUN397": ("sun397", "SUN397", "a photo of a {}."),
-    "DescribableTextures": ("dtd", "images", "{} texture."),
-    "EuroSAT": ("eurosat", "2750", "a centered satellite photo of {}."),
-    "UCF101": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}."),
-}
-SPLIT: dict[str, list[list[Any]]] = {
-    "train": [[f"cars_train/{c}/{i}.jpg", y, c] for y, c in enumerate(("ant", "big_bee", "cat")) for i in "1234"],
-    "val": [["cars_train/big_bee/5.jpg", 1, "big_bee"]],
-    "test": [["cars_test/6.jpg", 2, "cat"], ["cars_test/ant/7.jpg", 0, "ant"]],
-}
-
-
-def tree(root: Path, name: str, split: Any = SPLIT) -> Path:
-    """The file of ``split``, and the images of ``SPLIT``."""
-    folder, images, _ = FACTS[name]
-    put(root / folder / images, *(entry[0] for entries in SPLIT.values() for entry in entries))
-    return write(root / folder / f"split_zhou_{name}.json", json.dumps(split))
-
-
-def aircraft(root: Path) -> None:
-    variants = ("707-320", "DR-400", "MD 80 (a)")
-    write(root / "fgvc_aircraft/variants.txt", *variants)
-    for split, numbers in (("train", "12"), ("val", "3"), ("test", "45")):
-        lines = [f"{i}{y} {name}" for y, name in enumerate(variants) for i in numbers]
-        write(root / f"fgvc_aircraft/images_variant_{split}.txt", *lines)
-        put(root / "fgvc_aircraft/images", *(f"{line.split()[0]}.jpg" for line in lines))
+from tests.helpers.trees.coop_sets import FACTS, SPLIT, aircraft, tree
+from tests.helpers.trees.writing import MakeDataset, paths, write
 
 
 def test_the_table_is_complete() -> None:
@@ -54,7 +19,7 @@ def test_the_table_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_splits_names_and_prompt(build: Build, tmp_path: Path, name: str) -> None:
+def test_splits_names_and_prompt(build: MakeDataset, tmp_path: Path, name: str) -> None:
     tree(tmp_path, name)
     data = build(name)
     folder, images, template = FACTS[name]
@@ -66,7 +31,7 @@ def test_splits_names_and_prompt(build: Build, tmp_path: Path, name: str) -> Non
     assert "datasets/README" not in data.address and data.address.startswith("https://github.com/KaiyangZhou/CoOp/")
 
 
-def test_few_shot_base_and_new(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_few_shot_base_and_new(build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tree(tmp_path, "EuroSAT")
     write(tmp_path / "eurosat/split_fewshot/shot_2-seed_1.pkl", "cos\nsystem")
     shots = build("EuroSAT", NUM_SHOTS=2, SEED=1)
@@ -83,7 +48,7 @@ def test_few_shot_base_and_new(build: Build, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_missing_files(build: Build, tmp_path: Path, name: str) -> None:
+def test_missing_files(build: MakeDataset, tmp_path: Path, name: str) -> None:
     folder, images, _ = FACTS[name]
     with pytest.raises(UserError, match=f"^{name}: no ") as error:
         build(name)
@@ -115,7 +80,7 @@ def test_missing_files(build: Build, tmp_path: Path, name: str) -> None:
         ({**SPLIT, "val": [["cars_test/6.jpg", 1, "cat"]]}, "^{path}: class 1 is named 'big_bee' and 'cat'"),
     ],
 )
-def test_wrong_split_files(build: Build, tmp_path: Path, content: Any, message: str) -> None:
+def test_wrong_split_files(build: MakeDataset, tmp_path: Path, content: Any, message: str) -> None:
     path = tree(tmp_path, "SUN397", content)
     if isinstance(content, str):
         write(path, content)
@@ -124,7 +89,7 @@ def test_wrong_split_files(build: Build, tmp_path: Path, content: Any, message: 
 
 
 @pytest.mark.parametrize("place", ["fgvc_aircraft", "fgvc-aircraft-2013b/data"])
-def test_aircraft(build: Build, tmp_path: Path, place: str) -> None:
+def test_aircraft(build: MakeDataset, tmp_path: Path, place: str) -> None:
     aircraft(tmp_path)
     if place != "fgvc_aircraft":
         (tmp_path / place).parent.mkdir()
@@ -144,7 +109,7 @@ def test_aircraft(build: Build, tmp_path: Path, place: str) -> None:
     assert paths(data.val, tmp_path / place / "images") == ["30.jpg", "31.jpg", "32.jpg"] and len(data.test) == 6
 
 
-def test_wrong_aircraft(build: Build, tmp_path: Path) -> None:
+def test_wrong_aircraft(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="^FGVCAircraft: no images and variants.txt and images_variant_train.txt"
     ) as error:

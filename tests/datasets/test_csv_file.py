@@ -10,28 +10,12 @@ import pytest
 from oodprompt.datasets.csv_file import combine
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put, write
-
-HEAD = "image,label,split,attribute"
-ROWS = [
-    "photos/1.jpg,cat,train,indoor",
-    "photos/2.jpg,cat,Train,outdoor",
-    "photos/3.jpg,ant,train,outdoor",
-    '"photos/4, the last.jpg",ant,val,indoor',
-    "photos/5.jpg,cat,test,outdoor",
-    "photos/6.jpg,ant,test,indoor",
-]
-NAMES = [f"photos/{name}.jpg" for name in ("1", "2", "3", "4, the last", "5", "6")]
-
-
-def tree(folder: Path, *lines: str, name: str = "metadata.csv", encoding: str = "utf-8") -> Path:
-    put(folder, *NAMES)
-    return write(folder / name, *(lines or (HEAD, *ROWS)), encoding=encoding)
+from tests.helpers.trees.csv_file import HEAD, NAMES, ROWS, tree
+from tests.helpers.trees.writing import MakeDataset, groups, paths, put, write
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_names_quotes_and_byte_order_mark(build: Build, tmp_path: Path, encoding: str) -> None:
+def test_names_quotes_and_byte_order_mark(build: MakeDataset, tmp_path: Path, encoding: str) -> None:
     tree(tmp_path, encoding=encoding)
     data = build("CSV")
     assert [paths(split, tmp_path) for split in (data.train_x, data.val, data.test)] == [
@@ -45,7 +29,7 @@ def test_names_quotes_and_byte_order_mark(build: Build, tmp_path: Path, encoding
     assert data.template == "a photo of a {}." and data.has_attributes
 
 
-def test_numbers_for_everything(build: Build, tmp_path: Path) -> None:
+def test_numbers_for_everything(build: MakeDataset, tmp_path: Path) -> None:
     rows = ["photos/1.jpg,1,0,10", "photos/2.jpg,0,0,9", "photos/3.jpg,1,1,9", "photos/5.jpg,0,2,10"]
     tree(tmp_path, HEAD, *rows)
     data = build("CSV")
@@ -56,14 +40,14 @@ def test_numbers_for_everything(build: Build, tmp_path: Path) -> None:
     assert [d.classname for d in data.train_x] == ["cat", "dog"]
 
 
-def test_given_names_order_named_classes_and_attributes(build: Build, tmp_path: Path) -> None:
+def test_given_names_order_named_classes_and_attributes(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path)
     data = build("CSV", CSV__CLASSNAMES=("cat", "ant"), ATTRIBUTE_NAMES=("outdoor", "indoor"))
     assert data.classnames == ["cat", "ant"] and data.attribute_names == ("outdoor", "indoor")
     assert [(d.label, d.attribute) for d in data.train_x] == [(0, 1), (0, 0), (1, 0)]
 
 
-def test_own_columns_file_and_place(build: Build, tmp_path: Path) -> None:
+def test_own_columns_file_and_place(build: MakeDataset, tmp_path: Path) -> None:
     put(tmp_path / "set", "a.jpg", "b.jpg", "c.png")
     path = write(
         tmp_path / "set/list.csv", "fold,path,y", "train,a.jpg,0", "val,b.jpg,0", f"test,{tmp_path}/set/c.png,0"
@@ -75,7 +59,7 @@ def test_own_columns_file_and_place(build: Build, tmp_path: Path) -> None:
         assert data.attribute_names == () and not data.has_attributes
 
 
-def test_several_attributes_combine(build: Build, tmp_path: Path) -> None:
+def test_several_attributes_combine(build: MakeDataset, tmp_path: Path) -> None:
     tree(
         tmp_path,
         "image,label,split,scene,object",
@@ -100,7 +84,7 @@ def test_names_of_combinations() -> None:
     assert combine(("a", "b"), ("x", "")) == "" == combine((), ())
 
 
-def test_unknown_attributes(build: Build, tmp_path: Path) -> None:
+def test_unknown_attributes(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path, HEAD, ROWS[0], "photos/2.jpg,cat,train,", "photos/3.jpg,ant,train, ", *ROWS[3:])
     data = build("CSV")
     assert [d.attribute for d in data.train_x] == [0, -1, -1] and data.has_attributes
@@ -110,7 +94,7 @@ def test_unknown_attributes(build: Build, tmp_path: Path) -> None:
 
 
 def test_without_validation_rows_some_training_rows_are_set_aside(
-    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     put(tmp_path, *(f"{i}.jpg" for i in range(30)), "t.jpg")
     write(
@@ -140,7 +124,9 @@ def test_without_validation_rows_some_training_rows_are_set_aside(
         (6, "photos/5.jpg,cow,test,indoor", ": class 'cow' has no training row; every class needs one"),
     ],
 )  # fmt: skip
-def test_corrupt_files_name_file_and_line(build: Build, tmp_path: Path, line: int, row: str, message: str) -> None:
+def test_corrupt_files_name_file_and_line(
+    build: MakeDataset, tmp_path: Path, line: int, row: str, message: str
+) -> None:
     lines = [HEAD, *ROWS]
     lines[line - 1] = row
     path = tree(tmp_path, *lines)
@@ -165,20 +151,20 @@ def test_corrupt_files_name_file_and_line(build: Build, tmp_path: Path, line: in
     ],
 )  # fmt: skip
 def test_files_and_keys_that_disagree(
-    build: Build, tmp_path: Path, rows: list[str], keys: dict[str, Any], message: str
+    build: MakeDataset, tmp_path: Path, rows: list[str], keys: dict[str, Any], message: str
 ) -> None:
     path = tree(tmp_path, HEAD, *rows)
     with pytest.raises(UserError, match=f"{path}{message}"):
         build("CSV", **keys)
 
 
-def test_names_given_twice(build: Build, tmp_path: Path) -> None:
+def test_names_given_twice(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path)
     with pytest.raises(UserError, match="CLASSNAMES: .* holds a name twice"):
         build("CSV", CSV__CLASSNAMES=("cat", "ant", "cat"))
 
 
-def test_no_file(build: Build, tmp_path: Path) -> None:
+def test_no_file(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         build("CSV", CSV__FILE="my.csv")
     text = str(error.value)
@@ -186,7 +172,7 @@ def test_no_file(build: Build, tmp_path: Path) -> None:
     assert "image,label,split,attribute" in text and "get it from" not in text
 
 
-def test_captions_stand_beside_the_images(build: Build, tmp_path: Path) -> None:
+def test_captions_stand_beside_the_images(build: MakeDataset, tmp_path: Path) -> None:
     rows = [f"{row},caption of {i}" for i, row in enumerate(ROWS)]
     tree(tmp_path, HEAD + ",caption", *rows)
     data = build("CSV")

@@ -10,9 +10,8 @@ import yaml
 
 from oodprompt.config.keys import get_cfg_default, merge_file
 from oodprompt.config.registry import DATASET_REGISTRY
-from tests.conftest import REPOSITORY
-
-from .conftest import Build, groups, put
+from tests.helpers.runs import REPOSITORY
+from tests.helpers.trees.writing import MakeDataset, groups, put
 
 FILES = sorted((REPOSITORY / "configs" / "datasets").glob("*.yaml"))
 README = (REPOSITORY / "datasets" / "README.md").read_text()
@@ -46,7 +45,7 @@ def test_addresses_and_keys_of_the_readme() -> None:
     ] == []
 
 
-def test_the_example_of_your_data(build: Build, tmp_path: Path) -> None:
+def test_the_example_of_your_data(build: MakeDataset, tmp_path: Path) -> None:
     """The csv file shown there is read as the text beside it says."""
     page = (REPOSITORY / "docs" / "your_data.md").read_text()
     text = re.search(r"```csv\n(.*?)```", page, re.S)[1]

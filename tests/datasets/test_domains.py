@@ -8,54 +8,11 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put, write
-
-PACS = ("art_painting", "cartoon", "photo", "sketch")
-BROKEN = "sketch/dog/n02103406_4068-1.png"
+from tests.helpers.trees.domains import PACS, domainnet_lists, office_home_folders, pacs_lists, plain, vlcs_folders
+from tests.helpers.trees.writing import MakeDataset, groups, paths, put, write
 
 
-def pacs_lists(root: Path) -> None:
-    """Dassl's: two training images and one of cross-validation of dog (1) and guitar (2) in each domain."""
-    for domain in PACS:
-        for part, numbers in (("train", "12"), ("crossval", "3"), ("test", "123")):
-            images = [(f"{domain}/{c}/{i}.jpg", label) for label, c in enumerate(("dog", "guitar"), 1) for i in numbers]
-            put(root / "pacs/images", *(image for image, _ in images))
-            lines = [f"{image} {label}" for image, label in images]
-            lines += [f"{BROKEN} 1"] if domain == "sketch" and part != "crossval" else []
-            write(root / f"pacs/splits/{domain}_{part}_kfold.txt", *lines)
-
-
-def plain(root: Path, domains: tuple[str, ...], classes: tuple[str, ...], count: int = 3) -> None:
-    """DomainBed's: <domain>/<class>/*.jpg; the i-th domain has i more images of every class."""
-    for extra, domain in enumerate(domains):
-        put(root, *(f"{domain}/{c}/{i}.jpg" for c in classes for i in range(count + extra)))
-
-
-def vlcs_folders(root: Path) -> None:
-    for domain in ("CALTECH", "LABELME", "PASCAL", "SUN"):
-        for part, count in (("train", 3), ("crossval", 1), ("test", 2), ("full", 6)):
-            put(root / "VLCS" / domain, *(f"{part}/{c}/{i}.jpg" for c in range(5) for i in range(count)))
-
-
-def office_home_folders(root: Path) -> None:
-    for domain in ("art", "clipart", "product", "real_world"):
-        images = [
-            f"{part}/{c}/{part}{i}.jpg" for part in ("train", "val") for c in ("Alarm_Clock", "Bed") for i in "12"
-        ]
-        put(root / "office_home_dg" / domain, *images)
-
-
-def domainnet_lists(root: Path) -> None:
-    for domain in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"):
-        for part, numbers in (("train", "12"), ("test", "3")):
-            # as in the authors' lists, the numbers do not follow the order of bytes
-            images = [(f"{domain}/{c}/{i}.jpg", label) for label, c in enumerate(("axe", "The_Tower")) for i in numbers]
-            put(root / "domainnet", *(image for image, _ in images))
-            write(root / f"domainnet/splits/{domain}_{part}.txt", *(f"{image} {label}" for image, label in images))
-
-
-def test_lists_of_pacs(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_lists_of_pacs(build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pacs_lists(tmp_path)
     data = build("PACS", SOURCE_DOMAINS=("photo", "art_painting"), TARGET_DOMAINS=("sketch",))
     assert groups(data.train_x) == {(label, domain): 2 for label in (0, 1) for domain in (0, 2)}
@@ -68,7 +25,7 @@ def test_lists_of_pacs(build: Build, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "PACS: training on art_painting, photo; testing on sketch\n"
 
 
-def test_vlcs_in_split_folders(build: Build, tmp_path: Path) -> None:
+def test_vlcs_in_split_folders(build: MakeDataset, tmp_path: Path) -> None:
     vlcs_folders(tmp_path)
     data = build("VLCS", TARGET_DOMAINS=("labelme",))
     assert groups(data.train_x) == {(label, domain): 3 for label in range(5) for domain in (0, 2, 3)}
@@ -78,14 +35,14 @@ def test_vlcs_in_split_folders(build: Build, tmp_path: Path) -> None:
     assert all(f"/{d.label}/" in d.impath and "/full/" not in d.impath for d in data.train_x)
 
 
-def test_vlcs_in_plain_folders(build: Build, tmp_path: Path) -> None:
+def test_vlcs_in_plain_folders(build: MakeDataset, tmp_path: Path) -> None:
     plain(tmp_path / "VLCS", ("Caltech101", "LabelMe", "VOC2007", "SUN09"), ("bird", "car"))
     data = build("VLCS", VAL_PERCENT=0.0, SOURCE_DOMAINS=("VOC2007", "caltech"))
     assert groups(data.train_x) == {(0, 0): 3, (1, 0): 3, (0, 2): 5, (1, 2): 5} and data.val == []
     assert groups(data.test) == {(0, 1): 4, (1, 1): 4, (0, 3): 6, (1, 3): 6}
 
 
-def test_office_home_in_split_folders(build: Build, tmp_path: Path) -> None:
+def test_office_home_in_split_folders(build: MakeDataset, tmp_path: Path) -> None:
     office_home_folders(tmp_path)
     data = build("OfficeHome")
     assert groups(data.train_x) == {(label, domain): 2 for label in (0, 1) for domain in (0, 1, 2)} == groups(data.val)
@@ -95,7 +52,7 @@ def test_office_home_in_split_folders(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["office_home", "OfficeHomeDataset_10072016"])
-def test_plain_folders_set_validation_aside(build: Build, tmp_path: Path, place: str) -> None:
+def test_plain_folders_set_validation_aside(build: MakeDataset, tmp_path: Path, place: str) -> None:
     plain(tmp_path / place, ("Art", "Clipart", "Product", "Real World"), ("Bed", "TV"), count=9)
     data = build("OfficeHome", SOURCE_DOMAINS=("art", "clipart"), TARGET_DOMAINS=("Real World",))
     assert Counter(d.label for d in data.val) == {0: 2, 1: 2} and len(data.train_x) == 2 * 19 - 4
@@ -103,13 +60,13 @@ def test_plain_folders_set_validation_aside(build: Build, tmp_path: Path, place:
     assert groups(data.test) == {(0, 3): 12, (1, 3): 12}
 
 
-def test_split_folders_go_before_plain_ones(build: Build, tmp_path: Path) -> None:
+def test_split_folders_go_before_plain_ones(build: MakeDataset, tmp_path: Path) -> None:
     plain(tmp_path / "office_home", ("Art", "Clipart", "Product", "Real World"), ("Bed", "TV"))
     office_home_folders(tmp_path)
     assert "alarm clock" in build("OfficeHome").classnames
 
 
-def test_lists_of_domainnet(build: Build, tmp_path: Path) -> None:
+def test_lists_of_domainnet(build: MakeDataset, tmp_path: Path) -> None:
     domainnet_lists(tmp_path)
     data = build("DomainNet", TARGET_DOMAINS=("clipart", "paint"))
     assert groups(data.train_x) == {(label, domain): 2 for label in (0, 1) for domain in (1, 3, 4, 5)}
@@ -118,7 +75,7 @@ def test_lists_of_domainnet(build: Build, tmp_path: Path) -> None:
     assert data.classnames == ["axe", "the tower"] and all(d.impath.endswith("/3.jpg") for d in data.val + data.test)
 
 
-def test_classes_are_those_of_all_domains(build: Build, tmp_path: Path) -> None:
+def test_classes_are_those_of_all_domains(build: MakeDataset, tmp_path: Path) -> None:
     """A class that the target lacks, and one that a domain out of use has alone."""
     plain(tmp_path / "terra_incognita", ("location_38", "location_100", "location_46"), ("bird", "cat", "empty"))
     plain(tmp_path / "terra_incognita", ("location_43",), ("cat",))
@@ -132,7 +89,7 @@ def test_classes_are_those_of_all_domains(build: Build, tmp_path: Path) -> None:
         build("TerraIncognita", TARGET_DOMAINS=("L43",), SOURCE_DOMAINS=("location_46",))
 
 
-def test_domains_out_of_use_may_lack(build: Build, tmp_path: Path) -> None:
+def test_domains_out_of_use_may_lack(build: MakeDataset, tmp_path: Path) -> None:
     plain(tmp_path / "domain_net", ("real", "sketch"), ("axe",))
     assert len(build("DomainNet", SOURCE_DOMAINS=("real",), TARGET_DOMAINS=("sketch",)).test) == 4
     with pytest.raises(UserError, match="^DomainNet: no folder of clipart, infograph, painting, quickdraw in "):
@@ -149,7 +106,7 @@ def test_domains_out_of_use_may_lack(build: Build, tmp_path: Path) -> None:
     ],
 )
 def test_choice_of_domains(
-    build: Build, tmp_path: Path, sources: tuple[str, ...], targets: tuple[str, ...], expected: tuple[str, str]
+    build: MakeDataset, tmp_path: Path, sources: tuple[str, ...], targets: tuple[str, ...], expected: tuple[str, str]
 ) -> None:
     plain(tmp_path / "PACS", PACS, ("dog",))
     data = build("PACS", SOURCE_DOMAINS=sources, TARGET_DOMAINS=targets)
@@ -168,13 +125,13 @@ def test_choice_of_domains(
     ],
 )  # fmt: skip
 def test_impossible_domains(
-    build: Build, sources: tuple[str, ...], targets: tuple[str, ...], message: str
+    build: MakeDataset, sources: tuple[str, ...], targets: tuple[str, ...], message: str
 ) -> None:  # the names are judged before files are looked for
     with pytest.raises(UserError, match=message):
         build("PACS", SOURCE_DOMAINS=sources, TARGET_DOMAINS=targets)
 
 
-def test_two_folders_of_a_domain(build: Build, tmp_path: Path) -> None:
+def test_two_folders_of_a_domain(build: MakeDataset, tmp_path: Path) -> None:
     plain(tmp_path / "VLCS", ("caltech", "labelme", "pascal", "sun", "VOC2007"), ("car",))
     with pytest.raises(UserError, match="VOC2007 and .*/pascal are both the domain pascal; keep one"):
         build("VLCS")
@@ -190,21 +147,21 @@ def test_two_folders_of_a_domain(build: Build, tmp_path: Path) -> None:
         ("photo/dog/9.jpg 1", "names .*/pacs/images/photo/dog/9.jpg, which is missing; restore it"),
     ],
 )
-def test_wrong_lines(build: Build, tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_lines(build: MakeDataset, tmp_path: Path, text: str, message: str) -> None:
     pacs_lists(tmp_path)
     path = write(tmp_path / "pacs/splits/photo_train_kfold.txt", "photo/dog/1.jpg 1", "", text)
     with pytest.raises(UserError, match=f"^{path}, line 3:? {message}"):
         build("PACS")
 
 
-def test_a_number_with_two_names(build: Build, tmp_path: Path) -> None:
+def test_a_number_with_two_names(build: MakeDataset, tmp_path: Path) -> None:
     pacs_lists(tmp_path)
     write(tmp_path / "pacs/splits/photo_train_kfold.txt", "photo/dog/1.jpg 1", "photo/guitar/1.jpg 1")
     with pytest.raises(UserError, match="^PACS: class 0 is named 'dog' and 'guitar' .image .*guitar/1.jpg"):
         build("PACS")
 
 
-def test_missing_files(build: Build, tmp_path: Path) -> None:
+def test_missing_files(build: MakeDataset, tmp_path: Path) -> None:
     for name, what in (("PACS", "splits/<domain>_train_kfold.txt"), ("TerraIncognita", "location_38/<class>")):
         with pytest.raises(UserError, match=f"^{name}: no folders of the domains in ") as error:
             build(name)
@@ -219,7 +176,7 @@ def test_missing_files(build: Build, tmp_path: Path) -> None:
         build("OfficeHome")
 
 
-def test_shots_are_drawn_over_all_sources(build: Build, tmp_path: Path) -> None:
+def test_shots_are_drawn_over_all_sources(build: MakeDataset, tmp_path: Path) -> None:
     plain(tmp_path / "PACS", PACS, ("dog", "guitar"), count=30)
     data = build("PACS", NUM_SHOTS=8, SEED=1)
     assert Counter(d.label for d in data.train_x) == {0: 8, 1: 8} and len({d.domain for d in data.train_x}) > 1

@@ -12,8 +12,7 @@ from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
 from oodprompt.data.tables import read_rows
 from oodprompt.errors import UserError
-
-from .conftest import put, write
+from tests.helpers.trees.writing import put, write
 
 
 def data(tmp_path: Path, labels: list[int], attributes: list[int] | None = None) -> list[Datum]:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put
+from tests.helpers.trees.writing import MakeDataset, groups, paths, put
 
 PLAIN = [
     "train/dog/b.jpg",
@@ -21,7 +20,7 @@ PLAIN = [
 ]
 
 
-def test_class_folders(build: Build, tmp_path: Path) -> None:
+def test_class_folders(build: MakeDataset, tmp_path: Path) -> None:
     put(tmp_path, *PLAIN, "train/dog/notes.txt", "train/.cache/x.jpg", "train/dog/.hidden/x.jpg")
     data = build("Folders")
     assert paths(data.train_x, tmp_path) == ["train/big_cat/x.jpeg", "train/dog/a.PNG", "train/dog/b.jpg"]
@@ -30,12 +29,12 @@ def test_class_folders(build: Build, tmp_path: Path) -> None:
     assert data.attribute_names == () and not data.has_attributes and data.test[0].attribute == -1
 
 
-def test_the_folder_under_root(build: Build, tmp_path: Path) -> None:
+def test_the_folder_under_root(build: MakeDataset, tmp_path: Path) -> None:
     put(tmp_path / "my" / "set", *PLAIN)
     assert len(build("Folders", FOLDERS__DIR="my/set").train_x) == 3
 
 
-def test_attribute_folders(build: Build, tmp_path: Path) -> None:
+def test_attribute_folders(build: MakeDataset, tmp_path: Path) -> None:
     put(tmp_path, "train/dog/in_water/2.jpg", "train/dog/on_land/1.jpg", "train/cat/on_land/1.jpg", "train/dog/3.jpg")
     put(tmp_path, "val/cat/in_water/1.jpg", "test/cat/on_land/1.jpg", "test/dog/in_snow/1.jpg")
     data = build("Folders")
@@ -52,7 +51,7 @@ def test_attribute_folders(build: Build, tmp_path: Path) -> None:
 
 
 def test_without_val_some_training_images_are_set_aside(
-    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     put(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.jpg" for i in range(20)), "test/a/1.jpg")
     data = build("Folders")
@@ -72,7 +71,7 @@ def test_without_val_some_training_images_are_set_aside(
         ("val/dog/snow/1.jpg", ""),
     ],
 )
-def test_stray_files(build: Build, tmp_path: Path, extra: str, message: str) -> None:
+def test_stray_files(build: MakeDataset, tmp_path: Path, extra: str, message: str) -> None:
     put(tmp_path, *PLAIN, extra)
     if not message:
         assert not build("Folders").has_attributes
@@ -81,14 +80,14 @@ def test_stray_files(build: Build, tmp_path: Path, extra: str, message: str) -> 
         build("Folders")
 
 
-def test_wrong_number_of_attribute_names(build: Build, tmp_path: Path) -> None:
+def test_wrong_number_of_attribute_names(build: MakeDataset, tmp_path: Path) -> None:
     put(tmp_path, *PLAIN, "train/dog/snow/1.jpg")
     with pytest.raises(UserError, match=f"ATTRIBUTE_NAMES has 2 names, but {tmp_path} has 1 attribute values: snow"):
         build("Folders", ATTRIBUTE_NAMES=("a", "b"))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_missing_splits(build: Build, tmp_path: Path, split: str) -> None:
+def test_missing_splits(build: MakeDataset, tmp_path: Path, split: str) -> None:
     put(tmp_path, *PLAIN)
     shutil.rmtree(tmp_path / split)
     with pytest.raises(UserError, match=f"^Folders: no folder {split} in {tmp_path}; expected") as error:

@@ -8,55 +8,12 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, paths, put, write
-
-NAMES = {f"n0{i:02d}": name for i, name in enumerate(["tench", "goldfish", "great white shark", *(f"thing {i}" for i in range(3, 12))])}  # fmt: skip
-
-
-def names(folder: Path) -> None:
-    write(folder / "classnames.txt", *(f"{wnid} {name}" for wnid, name in NAMES.items()))
-
-
-def imagenet(root: Path, images: str = "imagenet/images", classes: int = 12) -> None:
-    names(root / "imagenet")
-    for wnid in list(NAMES)[:classes]:
-        put(root / images, *(f"train/{wnid}/{wnid}_{i}.JPEG" for i in range(10)))
-        put(root / images, *(f"val/{wnid}/ILSVRC2012_val_{i}.JPEG" for i in range(2)))
-
-
-def v2(root: Path) -> None:
-    put(
-        root / "imagenetv2/imagenetv2-matched-frequency-format-val", *(f"{i}/{j}.jpeg" for i in range(12) for j in "ab")
-    )
-
-
-def sketch(root: Path) -> None:
-    put(root / "imagenet-sketch/images", *(f"{wnid}/sketch_{i}.JPEG" for wnid in NAMES for i in "12"))
-
-
-def adversarial(root: Path) -> None:
-    folder = root / "imagenet-adversarial/imagenet-a"
-    put(folder, *(f"{wnid}/{i}.jpg" for wnid in ("n011", "n002", "n005") for i in "12"))
-    write(folder / "README.txt", "text")
-
-
-def rendition(root: Path) -> None:
-    folder = root / "imagenet-rendition/imagenet-r"
-    put(folder, *(f"{wnid}/art_{i}.jpg" for wnid in ("n001", "n010") for i in "12"))
-    write(folder / "README.txt", "text")
-
-
-VARIANTS = {
-    "ImageNetV2": (v2, "imagenetv2"),
-    "ImageNetSketch": (sketch, "imagenet-sketch"),
-    "ImageNetA": (adversarial, "imagenet-adversarial"),
-    "ImageNetR": (rendition, "imagenet-rendition"),
-}
+from tests.helpers.trees.imagenet import NAMES, VARIANTS, adversarial, imagenet, names, v2
+from tests.helpers.trees.writing import MakeDataset, paths, put, write
 
 
 @pytest.mark.parametrize("images", ["imagenet/images", "imagenet"])
-def test_imagenet(build: Build, tmp_path: Path, images: str) -> None:
+def test_imagenet(build: MakeDataset, tmp_path: Path, images: str) -> None:
     imagenet(tmp_path, images, classes=3)
     data = build("ImageNet")
     assert data.classnames == ["tench", "goldfish", "great white shark"] and data.template == "a photo of a {}."
@@ -68,7 +25,9 @@ def test_imagenet(build: Build, tmp_path: Path, images: str) -> None:
     assert all(f"/n00{d.label}/" in d.impath for d in data.train_x + data.val + data.test) and not data.has_attributes
 
 
-def test_imagenet_without_validation_and_few_shot(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_imagenet_without_validation_and_few_shot(
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     imagenet(tmp_path, classes=3)
     write(tmp_path / "imagenet/split_fewshot/shot_4-seed_1.pkl", "")
     data = build("ImageNet", VAL_PERCENT=0.0, NUM_SHOTS=4, SEED=1)
@@ -79,7 +38,7 @@ def test_imagenet_without_validation_and_few_shot(build: Build, tmp_path: Path, 
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants(build: Build, tmp_path: Path, name: str, own: bool, capsys: pytest.CaptureFixture) -> None:
+def test_variants(build: MakeDataset, tmp_path: Path, name: str, own: bool, capsys: pytest.CaptureFixture) -> None:
     make, folder = VARIANTS[name]
     make(tmp_path)
     names(tmp_path / (folder if own else "imagenet"))
@@ -96,7 +55,7 @@ def test_variants(build: Build, tmp_path: Path, name: str, own: bool, capsys: py
     )
 
 
-def test_numbers_of_v2_are_those_of_imagenet(build: Build, tmp_path: Path) -> None:
+def test_numbers_of_v2_are_those_of_imagenet(build: MakeDataset, tmp_path: Path) -> None:
     """Folders are numbers, which sorted as words would go 0, 1, 10, 11, 2."""
     imagenet(tmp_path)
     v2(tmp_path)
@@ -105,7 +64,7 @@ def test_numbers_of_v2_are_those_of_imagenet(build: Build, tmp_path: Path) -> No
     assert data.lab2cname == build("ImageNet").lab2cname
 
 
-def test_missing_files(build: Build, tmp_path: Path) -> None:
+def test_missing_files(build: MakeDataset, tmp_path: Path) -> None:
     for name, (make, folder) in VARIANTS.items():
         with pytest.raises(UserError, match=f"^{name}: no classnames.txt in .*{folder}; expected") as error:
             build(name)
@@ -120,7 +79,7 @@ def test_missing_files(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "first"), [("ImageNetV2", "3"), ("ImageNetSketch", "n003")])
-def test_classes_that_lack(build: Build, tmp_path: Path, name: str, first: str) -> None:
+def test_classes_that_lack(build: MakeDataset, tmp_path: Path, name: str, first: str) -> None:
     names(tmp_path / "imagenet")
     make, folder = VARIANTS[name]
     make(tmp_path)
@@ -132,7 +91,7 @@ def test_classes_that_lack(build: Build, tmp_path: Path, name: str, first: str) 
         build(name)
 
 
-def test_wrong_folders(build: Build, tmp_path: Path) -> None:
+def test_wrong_folders(build: MakeDataset, tmp_path: Path) -> None:
     imagenet(tmp_path, classes=3)
     adversarial(tmp_path)
     images = tmp_path / "imagenet/images"
@@ -153,7 +112,7 @@ def test_wrong_folders(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "problem"), [("n000 again", "'n000' comes twice"), ("n013", "'n013' has no name")])
-def test_wrong_names(build: Build, tmp_path: Path, line: str, problem: str) -> None:
+def test_wrong_names(build: MakeDataset, tmp_path: Path, line: str, problem: str) -> None:
     imagenet(tmp_path, classes=3)
     path = write(tmp_path / "imagenet/classnames.txt", "n000 tench", line)
     with pytest.raises(UserError, match=f"^{path}, line 2: {problem}; expected a WordNet id and a class name"):

@@ -8,31 +8,12 @@ import numpy as np
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put, write
-
-BUILD = "MetaShift-Cat-Dog-indoor-outdoor"
-COUNTS = {  # folder: images, (class, attribute)
-    "train/cat/cat(indoor)": (12, (1, 1)),
-    "train/dog/dog(outdoor)": (9, (0, 0)),
-    "test/cat/cat(outdoor)": (7, (1, 0)),
-    "test/dog/dog(indoor)": (11, (0, 1)),
-}
-
-
-def tree(folder: Path) -> list[tuple[str, tuple[int, int]]]:
-    """Makes the tree; returns (image, group) in SubpopBench's order of folders, names sorted."""
-    pool = []
-    for group, (count, pair) in COUNTS.items():
-        names = sorted(f"{group}/{number * 37 % 1000}.jpg" for number in range(1, count + 1))
-        put(folder / BUILD, *names)
-        pool += [(name, pair) for name in names]
-    put(folder / BUILD, "train/cat/cat(outdoor)/1.jpg", "train/cat/cat(indoor)/x.png")  # not part of the benchmark
-    return pool
+from tests.helpers.trees.metashift import BUILD, COUNTS, tree
+from tests.helpers.trees.writing import MakeDataset, groups, paths, write
 
 
 @pytest.mark.parametrize("place", ["metashift", "."])
-def test_the_rule_on_sorted_names(build: Build, tmp_path: Path, place: str) -> None:
+def test_the_rule_on_sorted_names(build: MakeDataset, tmp_path: Path, place: str) -> None:
     pool = tree(tmp_path / place)
     data = build("MetaShift")
     random = np.random.RandomState(42)
@@ -56,7 +37,7 @@ def test_sizes_of_the_official_build() -> None:
     assert not set(test) & set(val)
 
 
-def test_the_list_of_another_machine(build: Build, tmp_path: Path) -> None:
+def test_the_list_of_another_machine(build: MakeDataset, tmp_path: Path) -> None:
     pool = tree(tmp_path / "metashift")
     rows = [
         f"/home/someone/data/metashift/{BUILD}/{name},{y},{a},{i % 3}" for i, (name, (y, a)) in enumerate(pool[::-1])
@@ -83,14 +64,14 @@ def test_the_list_of_another_machine(build: Build, tmp_path: Path) -> None:
         (f"/x/{BUILD}/train/cat/cat(indoor)/37.jpg,1,1,train", ": y, split and a must be whole numbers"),
     ],
 )
-def test_corrupt_lists(build: Build, tmp_path: Path, row: str, message: str) -> None:
+def test_corrupt_lists(build: MakeDataset, tmp_path: Path, row: str, message: str) -> None:
     tree(tmp_path / "metashift")
     path = write(tmp_path / "metashift/metadata_metashift.csv", "filename,y,a,split", row)
     with pytest.raises(UserError, match=f"^{path}, line 2{message}"):
         build("MetaShift")
 
 
-def test_list_without_a_column(build: Build, tmp_path: Path) -> None:
+def test_list_without_a_column(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path / "metashift")
     path = write(tmp_path / "metashift/metadata_metashift.csv", "filename,y,attribute,split")
     with pytest.raises(UserError, match=f"^{path}: column a is missing; expected filename, y, split, a"):
@@ -98,7 +79,7 @@ def test_list_without_a_column(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", COUNTS)
-def test_missing_folders(build: Build, tmp_path: Path, folder: str) -> None:
+def test_missing_folders(build: MakeDataset, tmp_path: Path, folder: str) -> None:
     tree(tmp_path / "metashift")
     (tmp_path / "metashift" / BUILD / folder).rename(tmp_path / "gone")
     with pytest.raises(UserError) as error:
@@ -108,7 +89,7 @@ def test_missing_folders(build: Build, tmp_path: Path, folder: str) -> None:
     assert "ROOT/metashift/\n" in text and f"    {BUILD}/\n" in text and "dropbox.com/s/a7k65rlj4ownyr2" in text
 
 
-def test_nothing_there(build: Build, tmp_path: Path) -> None:
+def test_nothing_there(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=f"^MetaShift: no {BUILD} in {tmp_path} .looked in metashift, ROOT itself.; exp"
     ):

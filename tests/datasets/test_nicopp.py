@@ -9,23 +9,12 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put, write
-
-CONTEXTS = ("autumn", "dim", "grass", "outdoor", "rock", "water")
-CLASSES = {"hot_air_balloon": 1, "airplane": 0}  # the order of the file is not that of the numbers
-COUNTS = {("autumn", "airplane"): 90, ("dim", "airplane"): 7, ("dim", "hot_air_balloon"): 80, ("water", "airplane"): 75}
-
-
-def tree(folder: Path) -> None:
-    for (context, name), count in COUNTS.items():
-        put(folder / "public_dg_0416/train" / context / name, *(f"{i * 7 % 100:03d}.jpg" for i in range(count)))
-    put(folder / "public_dg_0416/train/dim/airplane", "x.png")
-    write(folder / "dg_label_id_mapping.json", json.dumps(CLASSES))
+from tests.helpers.trees.nicopp import CLASSES, CONTEXTS, COUNTS, tree
+from tests.helpers.trees.writing import MakeDataset, groups, paths, write
 
 
 @pytest.mark.parametrize("place", ["nicopp", "nicopp/track_1"])
-def test_the_rule_on_sorted_names(build: Build, tmp_path: Path, place: str) -> None:
+def test_the_rule_on_sorted_names(build: MakeDataset, tmp_path: Path, place: str) -> None:
     tree(tmp_path / place)
     data = build("NICOpp")
     random.seed(666)
@@ -47,7 +36,7 @@ def test_the_rule_on_sorted_names(build: Build, tmp_path: Path, place: str) -> N
     assert len(data.attribute_prompts) == 6
 
 
-def test_the_list_of_another_machine(build: Build, tmp_path: Path) -> None:
+def test_the_list_of_another_machine(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path / "nicopp")
     rows = [
         "/home/x/nicopp/public_dg_0416/train/autumn/airplane/000.jpg,0,0,0",
@@ -69,14 +58,14 @@ def test_the_list_of_another_machine(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 0, "b": 2}', '{"a": 0, "b": 0}', '{"a": "0"}'])
-def test_corrupt_classes(build: Build, tmp_path: Path, content: str) -> None:
+def test_corrupt_classes(build: MakeDataset, tmp_path: Path, content: str) -> None:
     tree(tmp_path / "nicopp")
     path = write(tmp_path / "nicopp/dg_label_id_mapping.json", content)
     with pytest.raises(UserError, match=f"{path}: "):
         build("NICOpp")
 
 
-def test_missing_files(build: Build, tmp_path: Path) -> None:
+def test_missing_files(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^NICOpp: no dg_label_id_mapping.json and public_dg_0416 in ") as error:
         build("NICOpp")
     assert "public_dg_0416/train/<context>/<class>/*.jpg" in str(error.value)

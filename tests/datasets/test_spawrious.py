@@ -9,8 +9,7 @@ from oodprompt.datasets import spawrious
 from oodprompt.datasets.spawrious import parts_of
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, put
+from tests.helpers.trees.writing import MakeDataset, put
 
 BREEDS = ("bulldog", "corgi", "dachshund", "labrador")
 PLACES = ("desert", "jungle", "dirt", "mountain", "snow", "beach")
@@ -41,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("setting", [*O2O, *M2M])
-def test_settings(build: Build, root: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings(build: MakeDataset, root: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spawrious, "_IN_FOLDER", 10)
     data = build("Spawrious", ROOT=str(root), SPAWRIOUS__SETTING=setting, VAL_PERCENT=0.0)
     expected_train, expected_test = set(), set()
@@ -80,13 +79,13 @@ def test_official_sizes(setting: str) -> None:
         assert sorted({count for *_, count in train}) == [96, 412, 2756, 3072]
 
 
-def test_validation_and_second_place(build: Build, root: Path, tmp_path: Path) -> None:
+def test_validation_and_second_place(build: MakeDataset, root: Path, tmp_path: Path) -> None:
     (tmp_path / "spawrious").symlink_to(root)
     data = build("Spawrious", SPAWRIOUS__SETTING="m2m_hard")
     assert len(data.val) == 8 and len(data.train_x) == 8 * 12 - 8
 
 
-def test_errors(build: Build, tmp_path: Path) -> None:
+def test_errors(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="SPAWRIOUS.SETTING: unknown setting 'o2o': .*known: m2m_easy"):
         build("Spawrious", SPAWRIOUS__SETTING="o2o")
     with pytest.raises(

@@ -12,43 +12,41 @@ import yaml
 
 from oodprompt import cli
 from oodprompt.errors import UserError
-from tests.conftest import REPOSITORY
-
-from . import test_coop_sets, test_domains, test_imagenet
-from .conftest import put, write
-from .test_command_line import arguments
+from tests.helpers.runs import REPOSITORY
+from tests.helpers.trees import coop_sets, domains, imagenet
+from tests.helpers.trees.writing import arguments, put, write
 
 LOCATIONS = tuple(f"location_{number}" for number in (38, 43, 46, 100))
 # yaml file: the data set's name, what makes its tree, and its groups of testing: (class, domain) -> images
 DOMAINS: dict[str, tuple[str, Callable[[Path], Any], dict[tuple[str, str], int]]] = {
-    "pacs": ("PACS", test_domains.pacs_lists, {("dog", "sketch"): 3, ("guitar", "sketch"): 3}),
+    "pacs": ("PACS", domains.pacs_lists, {("dog", "sketch"): 3, ("guitar", "sketch"): 3}),
     "vlcs": (
         "VLCS",
-        test_domains.vlcs_folders,
+        domains.vlcs_folders,
         {(name, "sun"): 2 for name in ("bird", "car", "chair", "dog", "person")},
     ),
     "office_home": (
         "OfficeHome",
-        test_domains.office_home_folders,
+        domains.office_home_folders,
         {("alarm clock", "real world"): 4, ("bed", "real world"): 4},
     ),
     "terra_incognita": (
         "TerraIncognita",
-        lambda root: test_domains.plain(root / "terra_incognita", LOCATIONS, ("bird", "cat")),
+        lambda root: domains.plain(root / "terra_incognita", LOCATIONS, ("bird", "cat")),
         {("bird", "location 46"): 5, ("cat", "location 46"): 5},
     ),
-    "domainnet": ("DomainNet", test_domains.domainnet_lists, {("axe", "sketch"): 1, ("the tower", "sketch"): 1}),
+    "domainnet": ("DomainNet", domains.domainnet_lists, {("axe", "sketch"): 1, ("the tower", "sketch"): 1}),
 }
 
 
 def coop(name: str) -> tuple[str, Callable[[Path], Any], int]:
-    return name, lambda root: test_coop_sets.tree(root, name), 2
+    return name, lambda root: coop_sets.tree(root, name), 2
 
 
 def variant(name: str, count: int) -> tuple[str, Callable[[Path], Any], int]:
     def make(root: Path) -> None:
-        test_imagenet.names(root / "imagenet")
-        test_imagenet.VARIANTS[name][0](root)
+        imagenet.names(root / "imagenet")
+        imagenet.VARIANTS[name][0](root)
 
     return name, make, count
 
@@ -60,12 +58,12 @@ WITHOUT_GROUPS = {
     "stanford_cars": coop("StanfordCars"),
     "oxford_flowers": coop("OxfordFlowers"),
     "food101": coop("Food101"),
-    "fgvc_aircraft": ("FGVCAircraft", test_coop_sets.aircraft, 6),
+    "fgvc_aircraft": ("FGVCAircraft", coop_sets.aircraft, 6),
     "sun397": coop("SUN397"),
     "dtd": coop("DescribableTextures"),
     "eurosat": coop("EuroSAT"),
     "ucf101": coop("UCF101"),
-    "imagenet": ("ImageNet", test_imagenet.imagenet, 24),
+    "imagenet": ("ImageNet", imagenet.imagenet, 24),
     "imagenetv2": variant("ImageNetV2", 24),
     "imagenet_sketch": variant("ImageNetSketch", 24),
     "imagenet_a": variant("ImageNetA", 6),
@@ -98,7 +96,7 @@ def test_runs_without_groups(tmp_path: Path, file: str) -> None:
 
 
 def test_the_file_of_imagenet_keeps_all_training_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    test_imagenet.imagenet(tmp_path / "data")
+    imagenet.imagenet(tmp_path / "data")
     cli.run(["--no-train", *arguments(tmp_path / "data", tmp_path / "out", "imagenet")])
     assert "ImageNet has no validation images: 0 of 120 training images are set aside" in capsys.readouterr().out
 
@@ -106,7 +104,7 @@ def test_the_file_of_imagenet_keeps_all_training_images(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(("trainer", "by"), [("GroupDRO", "true"), ("DebiasedPT", "pseudo")])
 def test_methods_take_the_domains(tmp_path: Path, trainer: str, by: str) -> None:
     """As groups by label, of which some have no training image, or by their prompts; batches balance the domains."""
-    test_domains.plain(tmp_path / "data/PACS", test_domains.PACS, ("dog", "guitar"))
+    domains.plain(tmp_path / "data/PACS", domains.PACS, ("dog", "guitar"))
     keys = ["TRAINER.GROUPS", by, "OPTIM.MAX_EPOCH", "2", "DATALOADER.TRAIN_X.SAMPLER", "RandomDomainSampler"]
     flags = arguments(tmp_path / "data", tmp_path / "out", "pacs", *keys, "DATALOADER.TRAIN_X.BATCH_SIZE", "4")
     flags[flags.index("ZeroshotCLIP")] = trainer
@@ -143,8 +141,8 @@ def test_helpers_of_files(tmp_path: Path) -> None:
 
 
 def test_training_on_test_images_is_refused(tmp_path: Path) -> None:
-    test_imagenet.v2(tmp_path / "data")
-    test_imagenet.names(tmp_path / "data" / "imagenet")
+    imagenet.v2(tmp_path / "data")
+    imagenet.names(tmp_path / "data" / "imagenet")
     flags = [
         "--root",
         str(tmp_path / "data"),

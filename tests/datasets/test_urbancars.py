@@ -9,27 +9,12 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, put
-
-SPLITS = {
-    "train": "bg-0.95_co_occur_obj-0.95/train",
-    "val": "bg-0.5_co_occur_obj-0.5/val",
-    "test": "bg-0.5_co_occur_obj-0.5/test",
-}
-KINDS = ("urban", "country")
-
-
-def tree(root: Path) -> None:
-    for split, folder in SPLITS.items():
-        for i, (car, scene, thing) in enumerate(product(KINDS, repeat=3)):
-            group = root / folder / f"obj-{car}_bg-{scene}_co_occur_obj-{thing}"
-            for n in range(1 + i if split == "train" else 2):
-                put(group, f"{n:03d}.jpg", f"{n:03d}_mask.png", f"{n:03d}_co_occur_obj_mask.png")
+from tests.helpers.trees.urbancars import KINDS, SPLITS, tree
+from tests.helpers.trees.writing import MakeDataset, groups
 
 
 @pytest.mark.parametrize("place", ["urbancars", "UrbanCars"])
-def test_both_attributes(build: Build, tmp_path: Path, place: str) -> None:
+def test_both_attributes(build: MakeDataset, tmp_path: Path, place: str) -> None:
     tree(tmp_path / place)
     data = build("UrbanCars")
     assert data.classnames == ["urban car", "country car"]
@@ -47,7 +32,7 @@ def test_both_attributes(build: Build, tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize(
     ("which", "prompt"), [("background", "a photo of a street."), ("object", "a photo of a traffic light.")]
 )
-def test_one_attribute(build: Build, tmp_path: Path, which: str, prompt: str) -> None:
+def test_one_attribute(build: MakeDataset, tmp_path: Path, which: str, prompt: str) -> None:
     tree(tmp_path / "urbancars")
     data = build("UrbanCars", URBANCARS__ATTRIBUTE=which)
     assert data.attribute_names == (f"urban {which}", f"country {which}") and prompt in data.attribute_prompts[0]
@@ -55,7 +40,7 @@ def test_one_attribute(build: Build, tmp_path: Path, which: str, prompt: str) ->
     assert all(mark.format(KINDS[d.attribute]) in d.impath for d in data.train_x)
 
 
-def test_errors(build: Build, tmp_path: Path) -> None:
+def test_errors(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="URBANCARS.ATTRIBUTE: unknown 'bg': "):
         build("UrbanCars", URBANCARS__ATTRIBUTE="bg")
     with pytest.raises(UserError, match="^UrbanCars: no bg-0.95.*create_urbancars.sh.$".replace(".*", r"(.|\n)*")):

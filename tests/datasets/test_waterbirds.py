@@ -7,30 +7,14 @@ from pathlib import Path
 import pytest
 
 from oodprompt.errors import UserError
-
-from .conftest import Build, groups, paths, put, write
-
-ARCHIVE = "waterbird_complete95_forest2water2"
-HEADER = "img_id,img_filename,y,split,place,place_filename"
-ROWS = [
-    "1,001.Albatross/A_0001.jpg,1,0,1,/o/ocean/1.jpg",
-    "2,001.Albatross/A_0002.jpg,1,0,0,/f/forest/2.jpg",
-    "3,002.Wren/W_0001.jpg,0,0,0,/b/bamboo/3.jpg",
-    "4,002.Wren/W_0002.jpg,0,1,1,/l/lake/4.jpg",
-    "5,002.Wren/W_0003.jpg,0,2,1,/l/lake/5.jpg",
-    "6,001.Albatross/A_0003.jpg,1,2,0,/f/forest/6.jpg",
-]
-
-
-def tree(folder: Path, *rows: str, header: str = HEADER) -> Path:
-    put(folder, *(row.split(",")[1] for row in ROWS))
-    return write(folder / "metadata.csv", header, *(rows or ROWS))
+from tests.helpers.trees.waterbirds import ARCHIVE, HEADER, ROWS, tree
+from tests.helpers.trees.writing import MakeDataset, groups, paths, write
 
 
 @pytest.mark.parametrize(
     "place", [f"waterbirds/{ARCHIVE}", ARCHIVE, "waterbirds", "waterbirds_v1.0", f"cub/data/{ARCHIVE}"]
 )
-def test_every_place(build: Build, tmp_path: Path, place: str) -> None:
+def test_every_place(build: MakeDataset, tmp_path: Path, place: str) -> None:
     tree(tmp_path / place)
     data = build("Waterbirds")
     assert paths(data.train_x, tmp_path / place) == [row.split(",")[1] for row in ROWS[:3]]
@@ -45,13 +29,13 @@ def test_every_place(build: Build, tmp_path: Path, place: str) -> None:
     assert "forest" in " ".join(data.attribute_prompts[0]) and "ocean" in " ".join(data.attribute_prompts[1])
 
 
-def test_the_archive_is_preferred_to_the_folder_around_it(build: Build, tmp_path: Path) -> None:
+def test_the_archive_is_preferred_to_the_folder_around_it(build: MakeDataset, tmp_path: Path) -> None:
     tree(tmp_path / "waterbirds" / ARCHIVE)
     write(tmp_path / "waterbirds" / "metadata.csv", "something else")
     assert len(build("Waterbirds").train_x) == 3
 
 
-def test_missing_files_show_tree_and_address(build: Build, tmp_path: Path) -> None:
+def test_missing_files_show_tree_and_address(build: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         build("Waterbirds")
     text = str(error.value)
@@ -71,13 +55,13 @@ def test_missing_files_show_tree_and_address(build: Build, tmp_path: Path) -> No
         ("7,002.Wren/W_0003.jpg,0", "y, split and place must be whole numbers"),
     ],
 )
-def test_bad_values_name_file_and_line(build: Build, tmp_path: Path, row: str, message: str) -> None:
+def test_bad_values_name_file_and_line(build: MakeDataset, tmp_path: Path, row: str, message: str) -> None:
     path = tree(tmp_path / ARCHIVE, *ROWS, row)
     with pytest.raises(UserError, match=f"^{path}, line 8: .*{message}"):
         build("Waterbirds")
 
 
-def test_missing_column_and_image(build: Build, tmp_path: Path) -> None:
+def test_missing_column_and_image(build: MakeDataset, tmp_path: Path) -> None:
     path = tree(tmp_path / ARCHIVE, header=HEADER.replace("place,", "ground,"))
     with pytest.raises(UserError, match=f"^{path}: column place is missing"):
         build("Waterbirds")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from oodprompt.errors import UserError
-from tests.conftest import load_script
+from tests.helpers.runs import load_script
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--regions", "300", "--dim", "16", "--centres", "6", "--k-min", "4", "--k-max", "7", "--repeats", "1"]

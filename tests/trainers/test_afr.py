@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from oodprompt.trainers.afr import afr_weights, hold_out
 from torch import Tensor
 
-from oodprompt.engine.first_stage import outputs
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, order_of
+from oodprompt.features.encoder import evaluating
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, order_of
+from tests.helpers.runs import Arguments, Build, Run
 
 FIRST = ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1, "TRAINER.AFR.FIRST_EPOCHS", 2, "TRAINER.AFR.SHARE", 0.4]
 
@@ -53,14 +54,14 @@ def test_the_start_and_the_weights_are_of_the_first_training(
     trainer = build("AFR", *FIRST, "TRAINER.AFR.GAMMA", 3, "TRAINER.AFR.CLASSES", classes)
     debiaser, begin = trainer.debiasers[0], parameters(trainer)
     first = (~debiaser.held_out).nonzero().flatten()
-    fitted, logits = debiaser.context.fit_alone(2, first)
+    fitted, logits = debiaser.context.first_stage.fit(2, first)
     assert torch.equal(parameters(trainer), begin)
     debiaser.before_train()
     theta = torch.cat([p.detach().flatten() for p in fitted.parameters()])
     assert torch.equal(parameters(trainer), theta) and not torch.equal(theta, begin)
     assert torch.equal(debiaser.theta_fit, theta)
     assert debiaser.theta_fit.data_ptr() != trainer.learner.ctx.data_ptr()  # it must not move with the learner
-    y = debiaser.context.train.label
+    y = debiaser.context.data.train.label
     H = debiaser.held_out
     p = F.softmax(logits, dim=1)[torch.arange(80), y]
     raw = (-3 * p[H]).exp()
@@ -75,7 +76,7 @@ def test_a_resumed_run_keeps_what_it_has(build: Build) -> None:
     trainer = build("AFR", *FIRST)
     debiaser = trainer.debiasers[0]
     debiaser.done.fill_(True)
-    debiaser.context.fit_alone = None  # must not be called
+    debiaser.context.first_stage.fit = None  # must not be called
     before = parameters(trainer)
     debiaser.before_train()
     assert torch.equal(parameters(trainer), before)
@@ -103,13 +104,13 @@ def test_the_first_training_sees_the_other_images_alone(build: Build) -> None:
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
     other = build("AFR", *FIRST)
-    z = other.loader("train").features[0]
+    z = other.encoder.batches("train").features[0]
     z[debiaser.held_out] = torch.randn_like(z[debiaser.held_out])
     other.debiasers[0].before_train()
     assert torch.equal(debiaser.theta_fit, other.debiasers[0].theta_fit)
     z[~debiaser.held_out] = torch.randn_like(z[~debiaser.held_out])
     again = build("AFR", *FIRST)
-    again.loader("train").features[0].copy_(z)
+    again.encoder.batches("train").features[0].copy_(z)
     again.debiasers[0].before_train()
     assert not torch.equal(debiaser.theta_fit, again.debiasers[0].theta_fit)
 
@@ -119,12 +120,12 @@ def test_loss_and_penalty_by_hand(build: Build, base: str) -> None:
     trainer = build("AFR", "--base", base, *FIRST, "TRAINER.AFR.LAMBDA", 0.3)
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     moved = [torch.randn_like(p) * 0.01 for p in trainer.learner.parameters()]
     with torch.no_grad():
         for p, by in zip(trainer.learner.parameters(), moved, strict=True):
             p += by
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     ce = F.cross_entropy(alignment.logits, batch["label"], reduction="none")
     weighted = (debiaser.mu[batch["index"]].float() * ce).mean()
     loss, log = trainer.objective(alignment, batch)
@@ -180,5 +181,7 @@ def test_resumed_equals_never_stopped(arguments: Arguments, tmp_path: Path, monk
 def test_logits_of_the_first_training_are_those_of_its_weights(build: Build) -> None:
     """The contract that AFR leans on: the learner that comes back is the one whose logits come back."""
     trainer = build("AFR", *FIRST)
-    fitted, logits = trainer.debiasers[0].context.fit_alone(2, None)
-    torch.testing.assert_close(outputs(trainer, "train", fitted, lambda alignment: alignment.logits)[1], logits)
+    fitted, logits = trainer.debiasers[0].context.first_stage.fit(2, None)
+    with evaluating(fitted):
+        outputs = trainer.encoder.outputs("train", fitted, lambda alignment: alignment.logits)
+    torch.testing.assert_close(outputs[1], logits)

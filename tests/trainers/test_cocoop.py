@@ -11,9 +11,9 @@ from oodprompt.trainers.cocoop import ConditionalContextLearner
 from torch import Tensor
 
 from oodprompt.errors import UserError
-from tests.trainers.conftest import (
+from tests.helpers.runs import Build
+from tests.helpers.towers import (
     NAMES,
-    Build,
     Towers,
     assert_close,
     assert_is_plain,

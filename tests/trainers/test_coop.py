@@ -113,7 +113,7 @@ def test_zero_shot_equals_openai(build: Callable[..., object]) -> None:
     prompts = tokenize(["a drawing of a circle.", "a drawing of a diamond."])
     with torch.no_grad():
         expected, _ = theirs(batch["img"], prompts)
-        torch.testing.assert_close(trainer.align(batch).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trainer.encoder.align(batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("position", "expected"), [("front", "0 5 1 2 3 4"), ("middle", "0 1 5 2 3 4")])

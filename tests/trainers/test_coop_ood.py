@@ -32,7 +32,7 @@ JOINT = ["TRAINER.COOPOOD.PHASES", "joint"]
 
 
 def first_batch(trainer: PromptTrainer) -> dict[str, Any]:
-    loader = trainer.loader("train")
+    loader = trainer.encoder.batches("train")
     for debiaser in trainer.debiasers:
         debiaser.before_train()
     return next(iter(loader))
@@ -49,9 +49,9 @@ def test_without_extra_losses_and_with_identity_it_is_coop(build: Build) -> None
     coop = build("CoOp")
     ours = build("CoOpOOD", "TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.INIT_NOISE", 0)
     batch = first_batch(coop)
-    expected = coop.align(batch)
-    alignment = ours.align(batch)
-    torch.testing.assert_close(ours.predict(alignment), expected.logits, rtol=1e-5, atol=1e-5)
+    expected = coop.encoder.align(batch)
+    alignment = ours.encoder.align(batch)
+    torch.testing.assert_close(ours.objective.predict(alignment), expected.logits, rtol=1e-5, atol=1e-5)
     loss, _ = ours.objective(alignment, batch)
     torch.testing.assert_close(loss, F.cross_entropy(expected.logits, batch["label"]), rtol=1e-5, atol=1e-6)
 
@@ -70,7 +70,7 @@ def test_total_loss_is_the_formula(build: Build) -> None:
     for c in (0, 1):
         a, b = z_u[y == c], z_s[y == c]
         L_c.append((((a - a.mean(0)).T @ (b - b.mean(0)) / len(a)) ** 2).sum())
-    loss, _ = trainer.objective(trainer.align(batch), batch)
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
     torch.testing.assert_close(loss, L_ce + 0.7 * L_s + 0.3 * torch.stack(L_c).mean(), rtol=1e-5, atol=1e-6)
 
 
@@ -108,8 +108,8 @@ def test_uniformity_loss_is_kl_from_uniform_with_minimum_zero() -> None:
 def test_each_term_moves_what_the_method_says(build: Build, keys: list[Any], moves: set[str]) -> None:
     trainer = build("CoOpOOD", *JOINT, *keys)
     batch = first_batch(trainer)
-    loss, _ = trainer.objective(trainer.align(batch), batch)
-    cross_entropy = F.cross_entropy(trainer.predict(trainer.align(batch)), batch["label"])
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
+    cross_entropy = F.cross_entropy(trainer.objective.predict(trainer.encoder.align(batch)), batch["label"])
     (loss - cross_entropy).backward()
     moved = {name for name, size in gradients(trainer).items() if size > 1e-6}
     assert moved == moves
@@ -122,7 +122,7 @@ def test_alternating_phases_train_one_branch_at_a_time(build: Build) -> None:
     for moves in ({"ctx", "h_u"}, {"ctx", "h_s"}, {"ctx", "h_u"}):
         for model in trainer._models.values():
             model.zero_grad(set_to_none=True)
-        loss, _ = trainer.objective(trainer.align(batch), batch)
+        loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
         loss.backward()
         assert {name for name, size in gradients(trainer).items() if size > 1e-7} == moves
         idle = trainer.debiasers[0].h_s if "h_u" in moves else trainer.debiasers[0].h_u
@@ -302,9 +302,9 @@ def test_erased_start(bias: bool, build: Build) -> None:
     keys = ["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_START", "erased"]
     trainer = build("CoOpOOD", *keys, "TRAINER.COOPOOD.BIAS", bias)
     batch = first_batch(trainer)
-    debiaser, z = trainer.debiasers[0], trainer.frozen_features_of("train")
+    debiaser, z = trainer.debiasers[0], trainer.encoder.frozen_features_of("train")
     assert debiaser.contribute(_step(trainer, batch)).log["L_c"] < 1e-6
-    W = eraser(z, debiaser.posterior, trainer.split("train").label)
+    W = eraser(z, debiaser.posterior, trainer.encoder.split("train").label)
     torch.testing.assert_close(debiaser.h_u.weight, W)
     kept = debiaser.h_u(z).mean(0)
     torch.testing.assert_close(kept, z.mean(0) if bias else (z @ W.T).mean(0), rtol=1e-4, atol=1e-5)
@@ -315,12 +315,12 @@ def test_erased_start(bias: bool, build: Build) -> None:
 
 
 def _step(trainer: PromptTrainer, batch: dict[str, Any]) -> Step:
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     return Step(alignment, alignment.logits, batch["label"], batch["attribute"], batch["index"])
 
 
 def test_anchor_needs_names(build: Build) -> None:
-    pseudo = build("CoOpOOD").pseudo
+    pseudo = build("CoOpOOD").attributes.pseudo
     pseudo.prompts = []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
         _ = pseudo.text
@@ -332,8 +332,10 @@ def test_pseudo_attributes_need_no_labels(build: Build) -> None:
     batch = first_batch(trainer)
     truth = torch.tensor([datum.attribute for datum in trainer.dataset.train_x])
     assert (trainer.debiasers[0].pseudo_attribute == truth).float().mean() > 0.95
-    loss, _ = trainer.objective(trainer.align(batch), batch)
-    blind, _ = trainer.objective(trainer.align(batch), {**batch, "attribute": torch.full_like(batch["attribute"], -1)})
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
+    blind, _ = trainer.objective(
+        trainer.encoder.align(batch), {**batch, "attribute": torch.full_like(batch["attribute"], -1)}
+    )
     assert loss == blind
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import assert_resumes
+from tests.helpers.resampling import assert_resumes
 
 Build = Callable[..., PromptTrainer]
 COUNT = torch.tensor([6, 0, 3, 1])
@@ -27,8 +27,8 @@ def start(trainer: PromptTrainer) -> list[dict[str, Any]]:
     """All batches of the first epoch, with everything ready for a step."""
     trainer.before_train()
     trainer.before_epoch()
-    trainer.num_batches = len(trainer.loader("train"))
-    return list(trainer.loader("train"))
+    trainer.num_batches = len(trainer.encoder.batches("train"))
+    return list(trainer.encoder.batches("train"))
 
 
 def test_weights_are_the_formula() -> None:
@@ -70,7 +70,7 @@ def test_loss_is_the_weighted_cross_entropy_and_weights_follow_it(build: Build) 
     torch.testing.assert_close(debiaser.w, w)
     total, count = torch.zeros(4, dtype=torch.float64), torch.zeros(4)
     for batch in batches:
-        alignment = trainer.align(batch)
+        alignment = trainer.encoder.align(batch)
         loss, _ = trainer.objective(alignment, batch)
         g, ce = group[batch["index"]], F.cross_entropy(alignment.logits, batch["label"], reduction="none")
         torch.testing.assert_close(loss, (w[g].float() * ce).mean())
@@ -94,7 +94,7 @@ def test_weights_do_not_depend_on_the_order_of_images(build: Build) -> None:
     start(trainer)
     debiaser = trainer.debiasers[0]
     torch.manual_seed(0)
-    logits, label = 3 * torch.randn(80, 2), trainer.split("train").label
+    logits, label = 3 * torch.randn(80, 2), trainer.encoder.split("train").label
     weights = []
     for order in (torch.arange(80), torch.randperm(80)):
         debiaser._begin_measuring()
@@ -112,7 +112,7 @@ def test_measured_by_a_pass_ahead_of_the_epoch(measure: str, split: str, count: 
     trainer = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.DEBIASEDPT.EMA", 0)
     batches = start(trainer)
     debiaser = trainer.debiasers[0]
-    z, label = trainer.frozen_features_of(split), trainer.split(split).label
+    z, label = trainer.encoder.frozen_features_of(split), trainer.split(split).label
     p_y = trainer.learner(z).logits.softmax(1)[torch.arange(count), label]
     data = {"train": trainer.dataset.train_x, "val": trainer.dataset.val}[split]
     group = torch.tensor([2 * d.label + d.attribute for d in data])
@@ -120,7 +120,7 @@ def test_measured_by_a_pass_ahead_of_the_epoch(measure: str, split: str, count: 
     torch.testing.assert_close(debiaser.p, p, rtol=1e-5, atol=1e-6)
     expected = group_weights(p, debiaser.N_g, 1.0)
     torch.testing.assert_close(debiaser.w, expected, rtol=1e-5, atol=1e-6)
-    trainer.objective(trainer.align(batches[0]), batches[0])
+    trainer.objective(trainer.encoder.align(batches[0]), batches[0])
     debiaser.after_epoch(0)
     torch.testing.assert_close(debiaser.w, expected, rtol=1e-5, atol=1e-6)
     debiaser.keys.defrost()
@@ -138,7 +138,7 @@ def test_measured_after_every_step(build: Build) -> None:
     debiaser = trainer.debiasers[0]
     w, p = debiaser.w.clone(), None
     for batch in batches[:3]:
-        alignment = trainer.align(batch)
+        alignment = trainer.encoder.align(batch)
         trainer.objective(alignment, batch)
         p_y = alignment.logits.softmax(1)[torch.arange(len(batch["label"])), batch["label"]].double()
         g = debiaser.g[batch["index"]]
@@ -157,7 +157,10 @@ def test_uniform_start_is_coop(build: Build) -> None:
     coop.before_train()
     assert torch.equal(ours.debiasers[0].w, torch.ones(4, dtype=torch.float64))
     torch.testing.assert_close(
-        ours.objective(ours.align(batch), batch)[0], coop.objective(coop.align(batch), batch)[0], rtol=1e-6, atol=1e-7
+        ours.objective(ours.encoder.align(batch), batch)[0],
+        coop.objective(coop.encoder.align(batch), batch)[0],
+        rtol=1e-6,
+        atol=1e-7,
     )
 
 
@@ -184,9 +187,9 @@ def test_true_groups_and_wrong_pseudo_groups(build: Build) -> None:
     again = build("DebiasedPT", "TRAINER.PSEUDO_NOISE", 0.25)
     start(again)
     assert torch.equal(again.debiasers[0].g, noisy.debiasers[0].g)
-    blind, _ = noisy.objective(noisy.align(batch := next(iter(noisy.loader("train")))), batch)
+    blind, _ = noisy.objective(noisy.encoder.align(batch := next(iter(noisy.encoder.batches("train")))), batch)
     unknown = {**batch, "attribute": torch.full_like(batch["attribute"], -1)}
-    assert noisy.objective(noisy.align(batch), unknown)[0] == blind
+    assert noisy.objective(noisy.encoder.align(batch), unknown)[0] == blind
 
 
 @pytest.mark.parametrize("measure", ["epoch", "pass", "step", "held_out"])
@@ -209,7 +212,7 @@ def test_goes_over_every_base(base: str, run: Callable[..., dict[str, Any]], tmp
 
 def test_held_out_needs_validation_images(build: Build) -> None:
     context = build("DebiasedPT").debiasers[0].context
-    context.val = None
+    context.data.val = None
     cfg = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", "held_out").cfg
     with pytest.raises(UserError, match="MEASURE held_out.*no validation"):
         GroupWeights(cfg, context).check()

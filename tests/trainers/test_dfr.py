@@ -18,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over, without_labels
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, without_labels
+from tests.helpers.runs import Arguments, Build, Run
 
 KEYS = ["TRAINER.GROUPS", "true", "DATASET.SHAPES.NUM_VAL", 64, "TRAINER.DFR.NUM_RETRAINS", 2]
 LAST = 2  # the last of the epochs 0, 1, 2
@@ -39,7 +40,7 @@ def fitted(build: Build, *keys: Any) -> PromptTrainer:
 
 
 def features_of(trainer: PromptTrainer, split: str) -> tuple[np.ndarray, np.ndarray]:
-    own = trainer.split(split)
+    own = trainer.encoder.split(split)
     return own.features().double().numpy(), own.label.numpy()
 
 
@@ -51,7 +52,7 @@ def test_prediction_is_that_of_a_plain_pipeline_on_raw_features(build: Build) ->
     model = plain(0.5).fit(scaler.transform(val), y)
     pipeline = make_pipeline(scaler, model)
     alignment = Alignment(torch.from_numpy(test).float(), torch.zeros(2, test.shape[1]), torch.tensor(1.0))
-    logits = trainer.predict(alignment).detach()
+    logits = trainer.objective.predict(alignment).detach()
     expected = torch.from_numpy(pipeline.decision_function(test)).float()
     assert expected.std() > 0.5
     torch.testing.assert_close(logits[:, 1] - logits[:, 0], expected, rtol=0.02, atol=0.02)
@@ -68,7 +69,7 @@ def test_the_head_is_the_mean_over_balanced_subsets(build: Build, monkeypatch: p
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
     debiaser.g = np.array([0] * 30 + [1] * 20 + [2] * 9 + [3] * 5)
-    debiaser.context.val.label.copy_(torch.tensor([0] * 50 + [1] * 14))
+    debiaser.context.data.val.label.copy_(torch.tensor([0] * 50 + [1] * 14))
     subsets, draw = [], dfr.balanced_subset
 
     def recorded(g: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -82,7 +83,7 @@ def test_the_head_is_the_mean_over_balanced_subsets(build: Build, monkeypatch: p
         assert np.bincount(debiaser.g[subset]).tolist() == [5] * 4
     assert len({tuple(sorted(subset)) for subset in subsets[1:]}) == 3
     train, z = features_of(trainer, "train")[0], features_of(trainer, "val")[0]
-    scaler, y = StandardScaler().fit(train), debiaser.context.val.label.numpy()
+    scaler, y = StandardScaler().fit(train), debiaser.context.data.val.label.numpy()
     z = scaler.transform(z)
     models = [plain(0.3).fit(z[subset], y[subset]) for subset in subsets[1:]]
     a = np.mean([model.coef_[0] for model in models], axis=0) / scaler.scale_
@@ -147,17 +148,17 @@ def test_until_the_last_epoch_it_is_the_base_learner(build: Build) -> None:
     trainer, coop = build("DFR", *KEYS), build("CoOp", *KEYS)
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
-    batch = next(iter(trainer.loader("train")))
-    expected = coop.align(batch)
-    loss, _ = trainer.objective(trainer.align(batch), batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    expected = coop.encoder.align(batch)
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
     torch.testing.assert_close(loss, F.cross_entropy(expected.logits, batch["label"]), rtol=1e-6, atol=0)
     for mode in (True, False):
         debiaser.train(mode)
         debiaser.after_epoch(LAST - 1)
         assert not debiaser.fitted
-        assert torch.equal(trainer.predict(expected), expected.logits)
+        assert torch.equal(trainer.objective.predict(expected), expected.logits)
     debiaser.after_epoch(LAST)
-    assert debiaser.fitted and not torch.allclose(trainer.predict(expected), expected.logits, atol=1)
+    assert debiaser.fitted and not torch.allclose(trainer.objective.predict(expected), expected.logits, atol=1)
     assert torch.equal(debiaser.other_predictions(expected)["base learner"], expected.logits)
 
 
@@ -182,7 +183,7 @@ def test_the_same_seed_gives_the_same_head_another_one_not(build: Build) -> None
         debiaser = trainer.debiasers[0]
         debiaser.before_train()
         debiaser.g = np.array([0] * 40 + [1] * 24)
-        debiaser.context.val.label.copy_(torch.arange(64) % 2)
+        debiaser.context.data.val.label.copy_(torch.arange(64) % 2)
         debiaser.after_epoch(LAST)
         return debiaser.weight.detach()
 
@@ -191,10 +192,10 @@ def test_the_same_seed_gives_the_same_head_another_one_not(build: Build) -> None
 
 def test_needs_validation_images_of_every_class(build: Build) -> None:
     debiaser = build("DFR", *KEYS).debiasers[0]
-    debiaser.context.val.label[:] = 0
+    debiaser.context.data.val.label[:] = 0
     with pytest.raises(UserError, match="no image of 'diamond'"):
         debiaser.check()
-    debiaser.context.val = None
+    debiaser.context.data.val = None
     with pytest.raises(UserError, match="validation data, and the data set has none"):
         debiaser.check()
     with pytest.raises(UserError, match="TEST.FINAL_MODEL best_val"):
@@ -240,8 +241,8 @@ def test_the_head_is_in_the_checkpoint(run: Run, build: Build, tmp_path: Path) -
     assert loaded.debiasers[0].fitted
     for model in loaded.models():
         model.eval()
-    alignment = loaded.align(next(iter(loaded.loader("test"))))
-    assert not torch.allclose(loaded.predict(alignment), alignment.logits, atol=1)
+    alignment = loaded.encoder.align(next(iter(loaded.encoder.batches("test"))))
+    assert not torch.allclose(loaded.objective.predict(alignment), alignment.logits, atol=1)
 
 
 @pytest.mark.filterwarnings("error")

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from oodprompt.backbones import CLIP
 from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.engine import checkpoint
-from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features.encoder import Encoder
 from oodprompt.methods.contracts import Alignment, Step
 from oodprompt.methods.groups import Groups
 from oodprompt.methods.prompts import ContextPrompts
-from tests.test_resume import Arguments, weights
-from tests.trainers.conftest import NAMES, Build, Towers, assert_close, hand_written, make_learner, plain_text
-from tests.trainers.test_resampling import assert_resumes
+from tests.helpers.contexts import without_names
+from tests.helpers.resampling import assert_resumes
+from tests.helpers.runs import Arguments, Build, weights
+from tests.helpers.towers import NAMES, Towers, assert_close, hand_written, make_learner, plain_text
 
 Run = Callable[..., dict[str, Any]]
 METRICS = ("accuracy", "macro_f1", "worst_group_accuracy", "gap", "groups", "classes")
@@ -58,7 +59,7 @@ def some_step(ours: GroupPrompts, index: Sequence[int] = (0, 3, 4, 6, 7, 1), see
     z = F.normalize(torch.randn(len(index), 96, generator=g), dim=1)
     alignment = Alignment(z, F.normalize(torch.randn(4, 96, generator=g), dim=1), torch.tensor(6.0))
     i = torch.tensor(index)
-    return Step(alignment, ours.predict(alignment), ours.g[i] // ours.A, torch.full_like(i, -1), i)
+    return Step(alignment, ours.objective.predict(alignment), ours.g[i] // ours.A, torch.full_like(i, -1), i)
 
 
 def objective(ours: GroupPrompts, step: Step) -> Tensor:
@@ -115,7 +116,7 @@ def test_class_prediction_sums_or_takes_the_largest(towers: Towers) -> None:
     l = plain_group_logits(towers[1], "a photo of a", ours.ctx.detach(), some_step(ours))
     p = l.softmax(dim=1)
     expected = torch.stack([p[:, 2 * c] + p[:, 2 * c + 1] for c in range(4)], dim=1)
-    torch.testing.assert_close(ours.predict(alignment).softmax(dim=1), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.objective.predict(alignment).softmax(dim=1), expected, rtol=1e-4, atol=1e-6)
     expected = torch.stack([torch.maximum(l[:, 2 * c], l[:, 2 * c + 1]) for c in range(4)], dim=1)
     torch.testing.assert_close(largest.predict(alignment), expected, rtol=1e-4, atol=1e-5)
 
@@ -196,15 +197,15 @@ def test_impossible_keys_are_refused(towers: Towers, keys: dict[str, Any], named
 
 def test_engine_adds_up_to_the_group_cross_entropy(build: Build) -> None:
     trainer = build("GroupCoOp")
-    ours, batch = trainer.debiasers[0], next(iter(trainer.loader("train")))
+    ours, batch = trainer.debiasers[0], next(iter(trainer.encoder.batches("train")))
     ours.before_train()
-    count, a_hat = torch.zeros(4), trainer.pseudo.of(trainer.split("train"))
+    count, a_hat = torch.zeros(4), trainer.attributes.pseudo.of(trainer.encoder.split("train"))
     for datum, a in zip(trainer.dataset.train_x, a_hat, strict=True):
         count[2 * datum.label + a] += 1
     g = torch.tensor([2 * trainer.dataset.train_x[i].label + a_hat[i] for i in batch["index"]])
     logits = trainer.clip.logit_scale.exp() * batch["image_features"] @ ours.prompts.text_features().T
     expected = (80 / (4 * count[g]) * F.cross_entropy(logits, g, reduction="none")).mean()
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     loss, log = trainer.objective(alignment, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert "L_g" in log and count.min() > 0 and count.max() > 2 * count.min()
@@ -218,20 +219,19 @@ def test_true_groups_are_those_of_the_labels(build: Build) -> None:
     assert ours.A == 3 and ours.ctx.shape == (6, 4, 128)
     ours.before_train()
     assert ours.g.tolist() == [3 * datum.label + datum.attribute for datum in trainer.dataset.train_x]
-    context = trainer.build_context()
-    context.train.attribute[3] = -1
+    context = trainer.context
+    context.data.train.attribute[3] = -1
     with pytest.raises(UserError, match="TRAINER.GROUPS true: 1 of 80 images"):
         GroupPrompts(trainer.cfg, context)
 
 
 def test_pseudo_groups_need_names_and_no_features_before_training(build: Build, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "frozen_features_of", lambda *_: pytest.fail("features are asked for too early"))
+        patch.setattr(Encoder, "frozen_features_of", lambda *_: pytest.fail("features are asked for too early"))
         trainer = build("GroupCoOp", "DATASET.SHAPES.SCENES", "('water', 'land', 'snow')")
     assert trainer.debiasers[0].A == 3
-    trainer.dataset.attribute_names, trainer.dataset.attribute_prompts = (), []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
-        GroupPrompts(trainer.cfg, trainer.build_context())
+        GroupPrompts(trainer.cfg, without_names(trainer))
 
 
 def test_its_own_learning_rate(build: Build) -> None:
@@ -246,8 +246,8 @@ def test_its_own_learning_rate(build: Build) -> None:
 def test_prompts_of_the_base_take_no_part(build: Build, base: str) -> None:
     """They find a gradient of zero: ProGrad looks at it, and a loss scaler refuses an optimiser without any."""
     trainer = build("GroupCoOp", "--base", base, "OPTIM.WEIGHT_DECAY", 0, "OPTIM.WARMUP_EPOCH", -1)
-    trainer.scaler = torch.amp.GradScaler("cpu", enabled=True)
-    loader = trainer.loader("train")
+    trainer.trained.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    loader = trainer.encoder.batches("train")
     trainer.debiasers[0].before_train()
     trainer.num_batches, trainer.batch_idx, before = len(loader), 0, trainer.learner.ctx.detach().clone()
     own = trainer.debiasers[0].ctx.detach().clone()
@@ -276,10 +276,10 @@ def test_it_learns(build: Build) -> None:
 def test_stacks_with_weights_of_another(build: Build) -> None:
     trainer = build("GroupCoOp", "TRAINER.STACK", "('DebiasedPT',)", f"{SECTION}.BALANCE", False)
     ours, weighting = trainer.debiasers
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     for each in trainer.debiasers:
         each.before_train()
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     g = ours.g[batch["index"]]
     per_sample = F.cross_entropy(ours.group_logits(alignment).flatten(1), g, reduction="none")

@@ -14,17 +14,8 @@ from torch import Tensor
 
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import (
-    OVER,
-    Arguments,
-    Build,
-    Run,
-    assert_resumes,
-    assert_runs_over,
-    groups_of,
-    order_of,
-    without_labels,
-)
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, groups_of, order_of, without_labels
+from tests.helpers.runs import Arguments, Build, Run
 
 TRUE = ["TRAINER.GROUPS", "true"]
 
@@ -38,7 +29,7 @@ def start(build: Build, *keys: Any) -> PromptTrainer:
 
 def group_losses(trainer: PromptTrainer, batch: dict[str, Any]) -> dict[int, Tensor]:
     """The mean cross-entropy of every group that the batch has."""
-    logits, y = trainer.align(batch).logits, batch["label"]
+    logits, y = trainer.encoder.align(batch).logits, batch["label"]
     g = 2 * y + batch["attribute"]
     return {one: F.cross_entropy(logits[g == one], y[g == one]) for one in g.unique().tolist()}
 
@@ -49,12 +40,12 @@ def test_q_and_the_loss_are_the_algorithm(build: Build, step_size: float, adjust
     trainer = start(build, *keys, "DATALOADER.TRAIN_X.BATCH_SIZE", 6)
     N_g = np.bincount(groups_of(trainer))
     q, sizes, lacking = [0.25] * 4, [], 0
-    for batch in trainer.loader("train"):
+    for batch in trainer.encoder.batches("train"):
         l = {g: value.detach() for g, value in group_losses(trainer, batch).items()}
         lacking += len(l) < 4
         raised = [q[g] * math.exp(step_size * (float(l.get(g, 0)) + adjustment / N_g[g] ** 0.5)) for g in range(4)]
         q = [value / sum(raised) for value in raised]
-        loss, _ = trainer.objective(trainer.align(batch), batch)
+        loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
         torch.testing.assert_close(loss, sum(q[g] * l[g] for g in l), rtol=1e-5, atol=1e-6)
         own = trainer.debiasers[0].q
         torch.testing.assert_close(own, torch.tensor(q, dtype=torch.float64), rtol=1e-5, atol=0)
@@ -65,8 +56,8 @@ def test_q_and_the_loss_are_the_algorithm(build: Build, step_size: float, adjust
 
 def test_the_gradient_is_that_of_the_loss_with_q_held_fixed(build: Build) -> None:
     trainer = start(build, "TRAINER.GROUPDRO.STEP_SIZE", 1)
-    batch = next(iter(trainer.loader("train")))
-    loss, _ = trainer.objective(trainer.align(batch), batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
     (own,) = torch.autograd.grad(loss, trainer.learner.ctx)
     q = trainer.debiasers[0].q.float()
     plain = sum(q[g] * l for g, l in group_losses(trainer, batch).items())
@@ -75,10 +66,10 @@ def test_the_gradient_is_that_of_the_loss_with_q_held_fixed(build: Build) -> Non
 
 def test_without_steps_it_is_the_mean_over_groups(build: Build) -> None:
     trainer = start(build, "TRAINER.GROUPDRO.STEP_SIZE", 0, "DATALOADER.TRAIN_X.BATCH_SIZE", 40)
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     l = group_losses(trainer, batch)
     assert len(l) == 4
-    loss, _ = trainer.objective(trainer.align(batch), batch)
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
     torch.testing.assert_close(loss, sum(l.values()) / 4, rtol=1e-5, atol=1e-6)
 
 
@@ -86,8 +77,8 @@ def test_groups_without_training_images_take_no_part(build: Build) -> None:
     trainer = start(build, "DATASET.SHAPES.CORRELATION", 1, "TRAINER.GROUPDRO.STEP_SIZE", 1)
     debiaser = trainer.debiasers[0]
     assert debiaser.q.tolist() == [0.5, 0, 0, 0.5]
-    for batch in trainer.loader("train"):
-        loss, _ = trainer.objective(trainer.align(batch), batch)
+    for batch in trainer.encoder.batches("train"):
+        loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
         assert loss.isfinite()
     assert debiaser.q[1] == debiaser.q[2] == 0 and math.isclose(debiaser.q.sum().item(), 1, rel_tol=1e-12)
     assert all(set(values) == {"circle / water", "diamond / land"} for values in debiaser.by_group().values())
@@ -95,19 +86,19 @@ def test_groups_without_training_images_take_no_part(build: Build) -> None:
 
 def test_a_huge_loss_does_not_overflow(build: Build) -> None:
     trainer = start(build, "TRAINER.GROUPDRO.STEP_SIZE", 1e5)
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     for _ in range(3):
-        loss, _ = trainer.objective(trainer.align(batch), batch)
+        loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
     assert loss.isfinite() and trainer.debiasers[0].q.isfinite().all()
 
 
 def test_by_group_is_of_the_epoch(build: Build) -> None:
     trainer = start(build, "TRAINER.GROUPDRO.STEP_SIZE", 0.5)
-    debiaser, batches = trainer.debiasers[0], list(trainer.loader("train"))
+    debiaser, batches = trainer.debiasers[0], list(trainer.encoder.batches("train"))
     for epoch, own in enumerate((batches[:2], batches[2:4])):  # what came before an epoch is not in its mean
         debiaser.before_epoch(epoch)
         for batch in own:
-            trainer.objective(trainer.align(batch), batch)
+            trainer.objective(trainer.encoder.align(batch), batch)
     whole = {key: torch.cat([batch[key] for batch in own]) for key in ("image_features", "label", "attribute")}
     expected = group_losses(trainer, whole)
     values = debiaser.by_group()

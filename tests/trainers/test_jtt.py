@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oodprompt.engine.first_stage import outputs
 from oodprompt.errors import UserError
-from tests.trainers.test_resampling import OVER, Arguments, Build, Run, assert_resumes, assert_runs_over
+from oodprompt.features.encoder import evaluating
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over
+from tests.helpers.runs import Arguments, Build, Run
 
 FAST = ["OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1, "DATASET.SHAPES.CORRELATION", 0.9]
 
@@ -22,9 +23,10 @@ def test_the_error_set_is_that_of_a_plain_run(build: Build, run: Run, tmp_path: 
     run(base, "plain", *FAST, "OPTIM.MAX_EPOCH", epochs)
     plain = build(base, *FAST)
     plain.load_model(tmp_path / "plain", epochs)
-    _, logits = outputs(plain, "train", plain.learner, lambda alignment: alignment.logits)
+    with evaluating(plain.learner):
+        _, logits = plain.encoder.outputs("train", plain.learner, lambda alignment: alignment.logits)
     debiaser = build("JTT", "--base", base, *FAST, "TRAINER.JTT.FIRST_EPOCHS", epochs).debiasers[0]
-    _, alone = debiaser.context.fit_alone(epochs, None)
+    _, alone = debiaser.context.first_stage.fit(epochs, None)
     torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
     debiaser.before_train()
     label = torch.tensor([datum.label for datum in plain.dataset.train_x])
@@ -41,10 +43,10 @@ def test_the_error_set_weighs_more(build: Build, capsys: pytest.CaptureFixture[s
     size = int(debiaser.error.sum())
     assert f"the error set has {size:,} of 80 training images" in capsys.readouterr().out
     high, low = 80 * 7.5 / (size * 7.5 + 80 - size), 80 / (size * 7.5 + 80 - size)
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     w = torch.where(debiaser.error[batch["index"]], high, low)
     assert len(w.unique()) == 2
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     ce = F.cross_entropy(alignment.logits, batch["label"], reduction="none")
     loss, _ = trainer.objective(alignment, batch)
     torch.testing.assert_close(loss, (w * ce).mean(), rtol=1e-5, atol=1e-6)
@@ -53,20 +55,22 @@ def test_the_error_set_weighs_more(build: Build, capsys: pytest.CaptureFixture[s
 
 def test_nothing_wrong_leaves_all_weights_at_one(build: Build) -> None:
     debiaser = build("JTT").debiasers[0]
-    label = debiaser.context.train.label
-    debiaser.context.fit_alone = lambda epochs, choose: (None, F.one_hot(label).float())
+    label = debiaser.context.data.train.label
+    debiaser.context.first_stage.fit = lambda epochs, choose: (None, F.one_hot(label).float())
     debiaser.before_train()
     assert debiaser.done and torch.equal(debiaser.w, torch.ones(80))
 
 
 def test_no_attribute_is_read(build: Build) -> None:
     trainer = build("JTT", *FAST, "TRAINER.JTT.FIRST_EPOCHS", 1)
-    object.__setattr__(trainer.debiasers[0].context.train, "attribute", None)
+    object.__setattr__(trainer.debiasers[0].context.data.train, "attribute", None)
     trainer.debiasers[0].before_train()
-    batch = next(iter(trainer.loader("train")))
-    loss, _ = trainer.objective(trainer.align(batch), batch)
-    blind, _ = trainer.objective(trainer.align(batch), {**batch, "attribute": torch.full_like(batch["attribute"], -1)})
-    assert loss == blind and not trainer.pseudo.splits
+    batch = next(iter(trainer.encoder.batches("train")))
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
+    blind, _ = trainer.objective(
+        trainer.encoder.align(batch), {**batch, "attribute": torch.full_like(batch["attribute"], -1)}
+    )
+    assert loss == blind and not trainer.attributes.pseudo.splits
 
 
 @pytest.mark.parametrize(("key", "value"), [("FIRST_EPOCHS", 0), ("UP", 0), ("UP", "1e999")])

@@ -15,9 +15,9 @@ from torch import Tensor
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import PromptLearner
-from tests.trainers.conftest import (
+from tests.helpers.runs import Build
+from tests.helpers.towers import (
     CLASSES,
-    Build,
     Towers,
     assert_close,
     assert_is_plain,
@@ -187,11 +187,11 @@ def test_prograd_guides_the_objective_of_a_debiaser(build: Build, turn: int) -> 
     trainer: PromptTrainer = build("CoOpOOD", *keys)
     debiaser = trainer.debiasers[0]
     debiaser.steps += turn  # even: L_ce^u + L_c, odd: L_s + L_c
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     cases = set()
     for flip in (False, True):
         trainer.learner.zero_grad(), debiaser.zero_grad()
-        alignment = trainer.align(batch)
+        alignment = trainer.encoder.align(batch)
         loss, _ = trainer.objective(alignment, batch)
         debiaser.steps -= 1
         loss = -loss if flip else loss

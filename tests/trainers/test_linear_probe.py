@@ -9,15 +9,8 @@ from torch import Tensor
 
 from oodprompt.backbones import CLIP
 from oodprompt.errors import UserError
-from tests.trainers.conftest import (
-    Build,
-    Towers,
-    assert_is_plain,
-    bf16_deviation,
-    hand_written,
-    make_learner,
-    plain_image,
-)
+from tests.helpers.runs import Build
+from tests.helpers.towers import Towers, assert_is_plain, bf16_deviation, hand_written, make_learner, plain_image
 
 
 def learner(clip: CLIP, init: str) -> ClassVectors:

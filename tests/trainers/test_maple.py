@@ -12,8 +12,8 @@ from torch import Tensor
 
 from oodprompt.backbones import CLIP
 from oodprompt.errors import UserError
-from tests.trainers.conftest import (
-    Build,
+from tests.helpers.runs import Build
+from tests.helpers.towers import (
     Towers,
     assert_is_plain,
     bf16_deviation,

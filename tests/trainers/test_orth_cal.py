@@ -14,25 +14,19 @@ import torch.nn.functional as F
 from oodprompt.trainers.orth_cal import ProjectedText, calibrated
 from torch import Tensor
 
-from oodprompt.backbones import tokenize
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods import attributes
 from oodprompt.methods.attributes import span
 from oodprompt.methods.contracts import Alignment
-from tests.trainers.conftest import Build
+from tests.helpers.contexts import without_names
+from tests.helpers.runs import Build
+from tests.helpers.towers import text_of
 
 Run = Callable[..., dict[str, Any]]
 PLAIN = ["TRAINER.ORTHCAL.CALIBRATE", "False"]
 THREE = ["DATASET.SHAPES.SCENES", "('water', 'land', 'snow')"]
 METRICS = ("accuracy", "worst_group_accuracy", "gap", "groups", "classes")
-
-
-def text_of(trainer: PromptTrainer, prompts: Sequence[str]) -> np.ndarray:
-    """Normalised text features, one prompt at a time, in float64."""
-    with torch.no_grad():
-        rows = [trainer.clip.encode_text(tokenize(prompt))[0].double().numpy() for prompt in prompts]
-    return np.stack([row / np.linalg.norm(row) for row in rows])
 
 
 def attribute_text(trainer: PromptTrainer) -> np.ndarray:
@@ -129,15 +123,15 @@ def test_prediction_of_shared_and_of_image_conditioned_text(build: Build, by_ima
     for i, z in enumerate(alignment.image_features):
         text = alignment.text_features[i] if by_image else alignment.text_features
         rows.append(torch.stack([7 * z @ (P @ w) / (P @ w).norm() for w in text]))
-    torch.testing.assert_close(trainer.predict(alignment), torch.stack(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trainer.objective.predict(alignment), torch.stack(rows), rtol=1e-4, atol=1e-5)
     others = trainer.debiasers[0].other_predictions(alignment)
     assert others.keys() == {"without projection"} and torch.equal(others["without projection"], alignment.logits)
 
 
 def test_gradients_pass_through_the_projection(build: Build) -> None:
     trainer = build("OrthCal", "--base", "CoOp")
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
     w, P = alignment.text_features, trainer.debiasers[0].P
     projected = torch.stack([P @ w_c / (P @ w_c).norm() for w_c in w])
     logits = alignment.logit_scale * alignment.image_features @ projected.T
@@ -189,9 +183,8 @@ def test_dependent_prompts_count_once() -> None:
 
 def test_needs_names(build: Build) -> None:
     trainer = build("OrthCal")
-    trainer.dataset.attribute_names, trainer.dataset.attribute_prompts = (), []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
-        ProjectedText(trainer.cfg, trainer.build_context())
+        ProjectedText(trainer.cfg, without_names(trainer))
 
 
 def test_prompts_that_leave_nothing_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +217,9 @@ def test_two_predictions_do_not_stack(build: Build, other: str) -> None:
 
 def test_goes_with_weights_of_groups(build: Build) -> None:
     trainer = build("DebiasedPT", "--base", "CoOp", "TRAINER.STACK", "('OrthCal',)")
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     trainer.debiasers[0].before_train()
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     weights = trainer.debiasers[0].w[trainer.debiasers[0].g[batch["index"]]].float()
     text = F.normalize(alignment.text_features @ trainer.debiasers[1].P.T, dim=-1)

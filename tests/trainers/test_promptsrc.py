@@ -18,12 +18,13 @@ from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
 from oodprompt.methods.templates import PROMPTSRC_TEMPLATES
-from tests.trainers.conftest import (
-    Build,
+from tests.helpers.runs import Build
+from tests.helpers.towers import (
     Towers,
     assert_is_plain,
     bf16_deviation,
     deep_prompts,
+    gaussian,
     hand_written,
     make_learner,
     plain_image,
@@ -97,26 +98,26 @@ def test_the_frozen_features_come_from_the_same_views(build: Build) -> None:
     """The engine compares each image with itself in frozen CLIP, under the random transform of that step."""
     views = ["INPUT.TRANSFORMS", "('random_resized_crop', 'random_flip', 'normalize')"]
     trainer = build("PromptSRC", *views)
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     trainer.learner.train()
-    frozen = trainer.align(batch).frozen_image_features
+    frozen = trainer.encoder.align(batch).frozen_image_features
     expected = F.normalize(trainer.clip.encode_image(batch["img"]), dim=-1)
     torch.testing.assert_close(frozen, expected, rtol=1e-5, atol=1e-6)
     assert not frozen.requires_grad
     trainer.learner.eval()
-    assert trainer.align(batch).frozen_image_features is None  # evaluation does not pay for it
+    assert trainer.encoder.align(batch).frozen_image_features is None  # evaluation does not pay for it
 
 
 @pytest.mark.parametrize("depth", [9, 0])
 def test_the_objective_adds_the_regularisers(build: Build, depth: int) -> None:
     trainer = build("PromptSRC", "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", depth)
-    batch = next(iter(trainer.loader("train")))
+    batch = next(iter(trainer.encoder.batches("train")))
     trainer.learner.train()
     assert ("img" in batch) == (depth > 0)  # features that do not change are cached
-    alignment = trainer.align(batch)
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     s, z, w = alignment.logit_scale, alignment.image_features, alignment.text_features
-    z_clip, w_clip = trainer.frozen_features_of("train")[batch["index"]], trainer.learner.hand_written
+    z_clip, w_clip = trainer.encoder.frozen_features_of("train")[batch["index"]], trainer.learner.hand_written
     log_p, log_q = (s * z @ w.T).log_softmax(1), (s * z_clip @ w_clip.T).log_softmax(1)
     expected = F.cross_entropy(s * z @ w.T, batch["label"]) + (log_q.exp() * (log_q - log_p)).mean()
     expected = expected + 25 * (w - w_clip).abs().mean() + 10 * (z - z_clip).abs().mean()
@@ -130,11 +131,6 @@ def test_the_templates_are_sixty() -> None:
 
 
 # --- the average over epochs -----------------------------------------------------------------------------------
-
-
-def gaussian(epochs: int, mean: float, std: float) -> list[float]:
-    density = [math.exp(-(((e - mean) / std) ** 2) / 2) for e in range(1, epochs + 1)]
-    return [value / sum(density) for value in density]
 
 
 @pytest.mark.parametrize(("epochs", "mean", "std"), [(20, 15, 1), (50, 30, 30), (50, 45, 5), (1, 15, 1), (5, 2, 0.3)])

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from oodprompt import cli
 from oodprompt.backbones import tokenize
-from oodprompt.engine import discover
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Step
 from oodprompt.reports.discovery import read_discovery
-from tests.conftest import REPOSITORY
-from tests.trainers.test_resampling import assert_resumes
+from tests.helpers.resampling import assert_resumes
+from tests.helpers.runs import REPOSITORY
 
 Arguments = Callable[..., list[str]]
 Build = Callable[..., PromptTrainer]
@@ -153,11 +152,11 @@ def test_the_model_of_discovery_is_the_base_trained_alone(arguments: Arguments, 
 
 def test_step_is_the_formula_over_prompts(build: Build) -> None:
     trainer = prepared(build, "RaVL", "TRAINER.RAVL.LAMBDA", 0.7, "TRAINER.RAVL.TEMPERATURE", 0.1)
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
-    loss, log = trainer.objective(alignment, batch, trainer.step_regions(batch))
-    regions, assigned = discover.regions_of(trainer, "train"), trainer.discovered.found
-    features = discover.region_features(trainer, "train", trainer.learner)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
+    loss, log = trainer.objective(alignment, batch, trainer.region_features.of_step(batch))
+    regions, assigned = trainer.region_features.regions("train"), trainer.attributes.discovered.found
+    features = trainer.region_features.of("train", trainer.learner)
     L_R, L_A, text = [], [], alignment.text_features
     rows = [r for i in batch["index"].tolist() for r in range(len(regions.owner)) if regions.owner[r] == i]
     spurious = torch.isin(assigned.assignment["train"][rows], torch.tensor(assigned.clusters))
@@ -172,8 +171,8 @@ def test_step_is_the_formula_over_prompts(build: Build) -> None:
 def test_step_is_the_formula_over_the_image_tower(build: Build) -> None:
     trainer = prepared(build, "RaVL", *TOWER)
     assert trainer.base_name == "FineTune"
-    batch = next(iter(trainer.loader("train")))
-    loss, log = trainer.objective(trainer.align(batch), batch, trainer.step_regions(batch))
+    batch = next(iter(trainer.encoder.batches("train")))
+    loss, log = trainer.objective(trainer.encoder.align(batch), batch, trainer.region_features.of_step(batch))
     (gradient,) = torch.autograd.grad(loss, [trainer.learner.tower.conv1.weight], retain_graph=True)
     tower, clip = trainer.learner.tower, trainer.clip
     z = F.normalize(tower(batch["img"]), dim=-1)
@@ -181,9 +180,9 @@ def test_step_is_the_formula_over_the_image_tower(build: Build) -> None:
     t = F.normalize(clip.encode_text(tokenize(captions)), dim=-1)
     own = torch.arange(len(z))
     L_CL = (F.cross_entropy(z @ t.T / 0.07, own) + F.cross_entropy(t @ z.T / 0.07, own)) / 2
-    assigned = trainer.discovered.found
+    assigned = trainer.attributes.discovered.found
     rows = (4 * batch["index"].unsqueeze(1) + torch.arange(4)).flatten()
-    boxes = discover.regions_of(trainer, "train").boxes[:4]
+    boxes = trainer.region_features.regions("train").boxes[:4]
     f = F.normalize(trainer.learner.image_clip.region_features(batch["img"], [boxes] * len(z), "tokens"), dim=-1)
     spurious = torch.isin(assigned.assignment["train"][rows], torch.tensor(assigned.clusters))
     s = f @ trainer.learner.text_features.T / 0.07
@@ -214,8 +213,8 @@ def test_captions_and_labels_share_the_loss_of_fine_tuning(build: Build, share: 
     trainer.before_train()
     trainer.before_epoch()
     trainer.batch_idx = 0
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     ce = F.cross_entropy(alignment.logits, batch["label"])
     want = (1 - share) * ce
@@ -245,7 +244,7 @@ def test_others_take_what_was_found(found: Path, run: Callable[..., dict[str, An
 def test_presence_is_that_of_the_clusters(found: Path, build: Build) -> None:
     for count in (1, 3):
         trainer = build("RaVL", "DISCOVERY.FROM", found, "DISCOVERY.CLUSTERS", count)
-        split, attribute = trainer.split("train"), trainer.discovered
+        split, attribute = trainer.encoder.split("train"), trainer.attributes.discovered
         best = [c["index"] for c in read_discovery(found)["clusters"] if c["survives"]][:count]
         assigned = np.load(found / "discovery.npz")["assignment_train"].reshape(80, 4)
         present = np.isin(assigned, best).any(axis=1)
@@ -260,7 +259,7 @@ def test_presence_is_that_of_the_clusters(found: Path, build: Build) -> None:
 def test_train_regions_go_to_the_nearest_medoid(found: Path, build: Build) -> None:
     trainer = build("RaVL", "DISCOVERY.FROM", found)
     file = np.load(found / "discovery.npz")
-    features = discover.region_features(trainer, "train", trainer.learner).numpy()
+    features = trainer.region_features.of("train", trainer.learner).numpy()
     assert (features @ file["medoids"].T).argmax(axis=1).tolist() == file["assignment_train"].tolist()
 
 
@@ -330,8 +329,8 @@ def test_config_file_runs_by_itself() -> None:
 
 def test_mean_is_over_the_images_that_have_a_loss(build: Build) -> None:
     trainer = prepared(build, "RaVL")
-    debiaser, batch = trainer.debiasers[0], next(iter(trainer.loader("train")))
-    alignment, regions = trainer.align(batch), trainer.step_regions(batch)
+    debiaser, batch = trainer.debiasers[0], next(iter(trainer.encoder.batches("train")))
+    alignment, regions = trainer.encoder.align(batch), trainer.region_features.of_step(batch)
     debiaser.spurious = torch.zeros_like(debiaser.spurious)
     debiaser.spurious[regions.index[regions.image < 3]] = True  # three images have no other region
     step = Step(alignment, alignment.logits, batch["label"], batch["attribute"], batch["index"], regions)
@@ -345,4 +344,4 @@ def test_mean_is_over_the_images_that_have_a_loss(build: Build) -> None:
 def test_a_run_of_its_own_counts_as_many_clusters_as_it_is_told(build: Build) -> None:
     trainer = prepared(build, "RaVL", "DISCOVERY.CLUSTERS", 2)
     best = [c["index"] for c in read_discovery(trainer.output_dir)["clusters"] if c["survives"]]
-    assert len(best) > 2 and list(trainer.discovered.found.clusters) == best[:2]
+    assert len(best) > 2 and list(trainer.attributes.discovered.found.clusters) == best[:2]

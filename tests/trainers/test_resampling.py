@@ -3,89 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oodprompt.trainers.resampling import balanced_draws, balanced_subset
 
-from oodprompt import cli
-from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from oodprompt.methods.splits import Split
-from tests.conftest import interrupted_at
-from tests.test_resume import assert_same_outcome
+from tests.helpers.resampling import OVER, assert_resumes, assert_runs_over, groups_of, order_of, without_labels
+from tests.helpers.runs import Build, Run
 
 Arguments = Callable[..., list[str]]
-Build = Callable[..., PromptTrainer]
-Run = Callable[..., dict[str, Any]]
-
-TINY = [
-    *("DATASET.SHAPES.NUM_TRAIN", 40, "DATALOADER.TRAIN_X.BATCH_SIZE", 8, "OPTIM.MAX_EPOCH", 2),
-    *("OPTIM.LR", 0.02, "OPTIM.WARMUP_EPOCH", -1),
-]
-# Frozen features, an image tower that is trained, prompts that depend on the image; what resumes is pseudo over CoOp.
-OVER = [("CoOp", "true"), ("MaPLe", "pseudo"), ("CoCoOp", "true")]
-
-
-def assert_runs_over(run: Run, trainer: str, base: str, groups: str, *keys: Any) -> dict[str, Any]:
-    """A run of two short epochs over ``base`` ends, and reports what was asked for."""
-    results = run(trainer, "out", "--base", base, "TRAINER.GROUPS", groups, *TINY, *keys)
-    takes_groups = trainer not in ("AFR", "JTT")
-    assert (results["trainer"], results["base"]) == (trainer, base)
-    assert results["groups_by"] == (groups if takes_groups else None)
-    assert 0 <= results["worst_group_accuracy"] <= results["accuracy"] <= 1
-    return results
-
-
-def assert_resumes(
-    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, *keys: Any
-) -> None:
-    """A run that is interrupted in the middle of an epoch, then goes on, ends where the unbroken one ends.
-
-    The second half must not train a first learner again.
-    """
-    keys = (*TINY, "OPTIM.MAX_EPOCH", 3, *keys)
-    cli.run(arguments(trainer, "unbroken", *keys))
-
-    def again(*args: Any) -> None:
-        raise AssertionError("a resumed run trains the first learner again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "forward_backward", interrupted_at(1, 1))
-        with pytest.raises(KeyboardInterrupt):
-            cli.run(arguments(trainer, "broken", *keys))
-    with monkeypatch.context() as patch:
-        patch.setattr("oodprompt.engine.trainer.fit_alone", again)
-        patch.setattr("oodprompt.engine.discover.fit_alone", again)
-        cli.run(arguments(trainer, "broken", *keys))
-    assert "resuming after epoch 1 of 3" in (tmp_path / "broken" / "log.txt").read_text()
-    assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3,))
-
-
-def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, no image has an attribute label."""
-    split = PromptTrainer.split
-
-    def unlabelled(self: PromptTrainer, name: str) -> Split:
-        known = split(self, name)
-        return replace(known, attribute=torch.full_like(known.attribute, -1))
-
-    monkeypatch.setattr(PromptTrainer, "split", unlabelled)
-
-
-def order_of(trainer: PromptTrainer, epoch: int) -> np.ndarray:
-    """What the engine takes for the order of an epoch."""
-    batches = trainer.train_loader_x.batches
-    batches.epoch = epoch
-    return np.concatenate(batches.batches())
-
-
-def groups_of(trainer: PromptTrainer) -> np.ndarray:
-    return np.array([2 * datum.label + datum.attribute for datum in trainer.dataset.train_x])
 
 
 SMALL_BATCHES = ["TRAINER.GROUPS", "true", "DATALOADER.TRAIN_X.BATCH_SIZE", 4]
@@ -127,7 +56,7 @@ def test_subg_in_the_engine(build: Build, redraw: bool) -> None:
     assert not np.array_equal(orders[0], orders[1])
     same = [set(orders[0].tolist()) == set(order.tolist()) for order in orders[1:]]
     assert same == [not redraw] * 2
-    assert len(trainer.loader("train")) == len(orders[0]) // 4
+    assert len(trainer.encoder.batches("train")) == len(orders[0]) // 4
 
 
 def test_rwg_in_the_engine(build: Build) -> None:
@@ -142,8 +71,8 @@ def test_rwg_in_the_engine(build: Build) -> None:
 @pytest.mark.parametrize("name", ["SUBG", "RWG"])
 def test_the_loss_is_plain_cross_entropy(build: Build, name: str) -> None:
     trainer = build(name, *SMALL_BATCHES)
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
     loss, _ = trainer.objective(alignment, batch)
     assert torch.equal(loss, torch.nn.functional.cross_entropy(alignment.logits, batch["label"]))
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Alignment
-from tests.trainers.conftest import Build
-from tests.trainers.test_orth_cal import text_of
+from tests.helpers.contexts import without_names
+from tests.helpers.runs import Build
+from tests.helpers.towers import text_of
 
 Run = Callable[..., dict[str, Any]]
 HARMFUL = [("a photo of water.", "a photo of land."), ("the sea", "grass"), ("snow", "a desert")]
@@ -108,7 +109,7 @@ def test_prediction_compares_the_robust_feature(build: Build, by_image: bool) ->
     alignment = Alignment(features(), w, torch.tensor(7.0))
     z = trainer.debiasers[0].robust(features())
     expected = torch.stack([7 * (w[i] if by_image else w) @ z[i] for i in range(6)])
-    torch.testing.assert_close(trainer.predict(alignment), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trainer.objective.predict(alignment), expected, rtol=1e-4, atol=1e-5)
     assert (expected - alignment.logits).abs().max() > 1e-2
     others = trainer.debiasers[0].other_predictions(alignment)
     assert others.keys() == {"through raw z"} and torch.equal(others["through raw z"], alignment.logits)
@@ -116,8 +117,8 @@ def test_prediction_compares_the_robust_feature(build: Build, by_image: bool) ->
 
 def test_a_trained_base_learns_on_the_robust_feature(build: Build) -> None:
     trainer = build("RoboShot", "--base", "CoOp")
-    batch = next(iter(trainer.loader("train")))
-    alignment = trainer.align(batch)
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment = trainer.encoder.align(batch)
     z = trainer.debiasers[0].robust(batch["image_features"])
     expected = F.cross_entropy(alignment.logit_scale * z @ alignment.text_features.T, batch["label"])
     loss, _ = trainer.objective(alignment, batch)
@@ -152,8 +153,7 @@ def test_evaluation_of_a_trained_base_repeats_it(run: Run, tmp_path: Path) -> No
 def test_names_are_needed_only_without_harmful_insights(build: Build) -> None:
     for keys in ([], key("HARMFUL", HARMFUL)):
         trainer = build("RoboShot", *keys)
-        trainer.dataset.attribute_names, trainer.dataset.attribute_prompts = (), []
-        context = trainer.build_context()
+        context = without_names(trainer)
         if keys:
             assert RobustFeatures(trainer.cfg, context).V.shape == (128, 3)
         else:

@@ -17,7 +17,8 @@ from oodprompt.config.keys import get_cfg_default
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import class_text_features
 from oodprompt.methods.templates import PROMPTSRC_TEMPLATES, expand_templates
-from tests.trainers.conftest import CLASSES, NAMES, Build, Towers, make_learner
+from tests.helpers.runs import Build
+from tests.helpers.towers import CLASSES, NAMES, Towers, make_learner
 
 KEY = "TRAINER.ZEROSHOT.TEMPLATES"
 OWN = "a drawing of a {}."
@@ -104,4 +105,4 @@ def test_an_ensemble_goes_under_a_debiaser(build: Build) -> None:
     own = build("OrthCal")
     z = F.normalize(torch.randn(3, 128), dim=1)
     assert (trainer.learner(z).text_features - own.learner(z).text_features).abs().max() > 1e-4
-    assert trainer.predict(trainer.learner(z)).shape == (3, 2)
+    assert trainer.objective.predict(trainer.learner(z)).shape == (3, 2)

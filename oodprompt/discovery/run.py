@@ -1,0 +1,160 @@
+"""RaVL's discovery in a trained model, on labelled images of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from oodprompt.discovery import keys as _declares_the_keys  # noqa: F401
+from oodprompt.discovery.ravl import assign, discover
+from oodprompt.discovery.region_features import RegionFeatures
+from oodprompt.discovery.result import Discovery
+from oodprompt.errors import UserError, nearest
+from oodprompt.features.encoder import Encoder
+from oodprompt.methods.attributes import DiscoveredClusters
+from oodprompt.methods.contracts import Alignment, PromptLearner
+from oodprompt.regions.boxes import Regions
+
+
+@dataclass(frozen=True)
+class DiscoveryRun:
+    """What discovery found in a model, with what it looked at.
+
+    ``clusters`` that count as spurious, with the cluster of every region of the training and validation splits;
+    ``regions`` [r] of the images of ``split`` and their ``features`` [r, d]; ``label`` [n] and ``predicted`` [n] of the
+    images; ``planted`` [r] says which regions are known to be spurious (None: unknown).
+    """
+
+    discovery: Discovery
+    clusters: DiscoveredClusters
+    split: str
+    regions: Regions
+    features: Tensor
+    label: np.ndarray
+    predicted: np.ndarray
+    ks: range
+    planted: np.ndarray | None = None
+
+
+@torch.no_grad()
+def run_discovery(
+    cfg: CfgNode,
+    encoder: Encoder,
+    learner: PromptLearner,
+    predict: Callable[[Alignment], Tensor],
+    region_features: RegionFeatures,
+    where: str = "",
+) -> DiscoveryRun:
+    """Discovery in the model ``predict`` over ``learner``, by DISCOVERY.*.
+
+    ``where`` says where the result will be found, for later errors. Models must be in evaluation mode. ``UserError``
+    for unusable keys, and where the split has no images.
+    """
+    keys, split = cfg.DISCOVERY, cfg.DISCOVERY.SPLIT
+    data = _labelled_images(encoder, split)
+    regions, features = region_features.regions(split), region_features.of(split, learner)
+    label = np.array([datum.label for datum in data])
+    logits = encoder.outputs(split, learner, predict)[1]
+    ks = _numbers_of_clusters(keys, encoder.data.num_classes)
+    discovery = discover(
+        features,
+        regions.owner,
+        region_scores(encoder, learner, predict, features, keys.TEMPERATURE),
+        logits.softmax(dim=1),
+        label,
+        ks=ks,
+        threshold=keys.THRESHOLD,
+        both_signs=keys.BOTH_SIGNS,
+        seed=cfg.SEED,
+        show=encoder.show_progress,
+    )
+    clusters = _assigned(cfg, encoder, learner, discovery, region_features, where)
+    predicted = logits.argmax(dim=1).cpu().numpy()
+    planted = _planted(keys.PLANTED, regions, split)
+    return DiscoveryRun(discovery, clusters, split, regions, features, label, predicted, ks, planted)
+
+
+def _labelled_images(encoder: Encoder, split: str) -> list:
+    """The images that discovery looks at; ``UserError`` where there are none."""
+    if split not in ("val", "test"):
+        raise UserError(f"DISCOVERY.SPLIT: unknown split {split!r}: {nearest(split, ['val', 'test'])}")
+    data = encoder.data_of(split)
+    if not data:
+        raise UserError(f"DISCOVERY.SPLIT {split}: the data set has no such images; give labelled validation images")
+    return data
+
+
+def number_of_clusters(keys: CfgNode) -> int:
+    """How many clusters count as spurious."""
+    if keys.CLUSTERS < 1:
+        raise UserError(f"DISCOVERY.CLUSTERS: {keys.CLUSTERS} is not possible; give 1 or more")
+    return keys.CLUSTERS
+
+
+def _numbers_of_clusters(keys: CfgNode, classes: int) -> range:
+    """The numbers of clusters to try: DISCOVERY.K_RANGE, or 2 C to 5 C - 1 for C classes."""
+    ends = keys.K_RANGE
+    if not ends:
+        return range(2 * classes, 5 * classes)
+    if len(ends) != 2 or not all(isinstance(k, int) for k in ends) or not 2 <= ends[0] <= ends[1]:
+        raise UserError(f"DISCOVERY.K_RANGE: give the first and the last number of clusters, as (20, 49), not {ends}")
+    return range(ends[0], ends[1] + 1)
+
+
+@torch.no_grad()
+def region_scores(
+    encoder: Encoder,
+    learner: PromptLearner,
+    predict: Callable[[Alignment], Tensor],
+    features: Tensor,
+    temperature: float,
+) -> Tensor:
+    """softmax(<region, text> / temperature) [r, C], in parts: text may depend on the region.
+
+    Models must be in evaluation mode. ``UserError`` for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise UserError(f"DISCOVERY.TEMPERATURE: {temperature} is not possible; give a number above 0")
+    parts = []
+    for some in features.split(1000 if encoder.data.num_classes < 100 else 50):
+        alignment = encoder.align({"image_features": some}, learner)
+        parts.append((predict(alignment) / (alignment.logit_scale * temperature)).softmax(dim=1))
+    return torch.cat(parts)
+
+
+def _assigned(
+    cfg: CfgNode,
+    encoder: Encoder,
+    learner: PromptLearner,
+    discovery: Discovery,
+    region_features: RegionFeatures,
+    where: str,
+) -> DiscoveredClusters:
+    """The clusters that count; the cluster of every region of the other splits is that of the nearest medoid."""
+    own = cfg.DISCOVERY.SPLIT
+    of_medoids = torch.from_numpy(discovery.clustering.medoids).long()
+    medoids = region_features.of(own, learner)[of_medoids].cpu().numpy()
+    clusters = tuple(cluster.index for cluster in discovery.survivors[: number_of_clusters(cfg.DISCOVERY)])
+    assignment = {own: torch.from_numpy(discovery.clustering.assignment).long()}
+    for split in ("train", "val"):
+        if split not in assignment and clusters and encoder.data_of(split):
+            features = region_features.of(split, learner).cpu().numpy()
+            assignment[split] = torch.from_numpy(assign(features, medoids)).long()
+    owner = {split: region_features.regions(split).owner for split in assignment}
+    return DiscoveredClusters(clusters, assignment, owner, where)
+
+
+def _planted(name: str, regions: Regions, split: str) -> np.ndarray | None:
+    """Which regions are called ``name``, [r] bool; None without a name. ``UserError`` where none is."""
+    if not name:
+        return None
+    planted = np.array([of_region == name for of_region in regions.names])
+    if not planted.any():
+        known = sorted(set(regions.names))[:10] or "none: REGIONS.FILE names regions"
+        raise UserError(f"DISCOVERY.PLANTED: no region of {split} is called {name!r} (names: {known})")
+    return planted

@@ -1,0 +1,142 @@
+"""From the configuration to the parts of a run: precision, prompt learner, attributes, debiasers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP, load_backbone
+from oodprompt.data import seeding
+from oodprompt.data.dataset import DatasetBase
+from oodprompt.discovery.region_features import RegionFeatures
+from oodprompt.engine import checkpoint
+from oodprompt.engine.discovery import RunDiscovery
+from oodprompt.engine.first_stage import FirstStage
+from oodprompt.engine.loop import RunState
+from oodprompt.engine.objective import Objective
+from oodprompt.engine.optim import scales_losses
+from oodprompt.errors import UserError, nearest
+from oodprompt.features.encoder import Encoder
+from oodprompt.log import logger
+from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
+from oodprompt.methods.contracts import Alignment, Context, Debiaser, PromptLearner
+from oodprompt.methods.groups import AttributeSources
+from oodprompt.methods.splits import LabelledData
+
+_PRECISIONS = ("fp32", "bf16", "amp", "fp16")
+_NUMBER_OF_SPLIT = {"train": 0, "val": 1, "test": 2}  # part of the seed of PSEUDO_NOISE
+
+
+def precision_of(cfg: CfgNode, learner_type: type[PromptLearner], base_name: str, device: torch.device) -> str:
+    """The precision of the towers: TRAINER.PREC, else the learner's own key; fp32 on the CPU where that asks for fp16."""
+    own = not cfg.TRAINER.PREC
+    key = f"PREC of {base_name}" if own else "TRAINER.PREC"
+    choice = learner_type.precision(cfg) if own else cfg.TRAINER.PREC
+    if choice not in _PRECISIONS:
+        raise UserError(f"{key}: unknown precision {choice!r}: {nearest(choice, _PRECISIONS)}")
+    if scales_losses(choice) and device.type == "cpu":
+        logger.info(f"Precision {choice} needs a GPU; on the CPU this run computes in fp32")
+        return "fp32"
+    return choice
+
+
+def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
+    """The frozen backbone on ``device``. ``UserError`` where INPUT.SIZE is not what it takes."""
+    keys = cfg.MODEL.BACKBONE
+    logger.info(f"Loading CLIP (backbone: {keys.PATH or keys.NAME})")
+    clip = load_backbone(keys.NAME, keys.PATH).to(device)
+    takes = clip.visual.input_resolution
+    if tuple(cfg.INPUT.SIZE) != (takes, takes):
+        raise UserError(
+            f"INPUT.SIZE is {tuple(cfg.INPUT.SIZE)}, but the backbone takes {takes} x {takes} pixels: "
+            f'add INPUT.SIZE "({takes}, {takes})"'
+        )
+    clip.activation_limit = int(cfg.TRAIN.ACTIVATION_GIB * 2**30)
+    return clip
+
+
+def build_learner(
+    cfg: CfgNode, learner_type: type[PromptLearner], dataset: DatasetBase, clip: CLIP, base_name: str
+) -> PromptLearner:
+    """A prompt learner at its initial values, the same at every call; those of MODEL.INIT_WEIGHTS where it is given."""
+    seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, 0))
+    learner = learner_type(cfg, dataset.classnames, dataset.template, clip)
+    if cfg.MODEL.INIT_WEIGHTS:
+        path = Path(cfg.MODEL.INIT_WEIGHTS)
+        if not path.is_file():
+            raise UserError(f"MODEL.INIT_WEIGHTS: no file at {path}; give a checkpoint of {base_name}")
+        state_dict = checkpoint.load(path)["state_dict"]
+        checkpoint.check_towers(clip, state_dict, path)
+        checkpoint.load_weights(learner, state_dict, path, learner.not_loaded, learner.foreign)
+    return learner
+
+
+@dataclass(frozen=True)
+class Debiasing:
+    """The objective of a run, with its debiasers in their order, and what they were given."""
+
+    objective: Objective
+    context: Context
+    discovery: RunDiscovery
+
+
+def build_debiasing(
+    cfg: CfgNode,
+    types: Sequence[type[Debiaser]],
+    encoder: Encoder,
+    region_features: RegionFeatures,
+    state: RunState,
+    *,
+    build_learner: Callable[[CfgNode], PromptLearner],
+    models: Callable[[], Sequence[nn.Module]],
+    names: Sequence[str],
+    base_name: str,
+    writes: bool = True,
+) -> Debiasing:
+    """Debiasers at their own initial values, on the encoder's device, and the objective with them.
+
+    ``build_learner(cfg)`` makes another learner of the run's kind; ``models()`` are the run's models. ``names`` are the
+    trainers' names of the debiasers, ``base_name`` that of the learner. Only a process that ``writes`` writes files.
+    """
+
+    def predict(alignment: Alignment) -> Tensor:  # asked for when the objective is there
+        return objective.predict(alignment)
+
+    first_stage = FirstStage(cfg, encoder, build_learner, models, predict, base_name)
+    discovery = RunDiscovery(
+        cfg, encoder, region_features, first_stage, state, models, Path(cfg.OUTPUT_DIR), base_name, writes
+    )
+    attributes = _attributes(cfg, encoder, discovery.find)
+    context = Context(encoder.clip, encoder.learner, attributes.data, attributes, first_stage, encoder.autocast)
+    debiasers = []
+    for i, debiaser_type in enumerate(types, 1):
+        seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, i))
+        debiasers.append(debiaser_type(cfg, context).to(encoder.device))
+    objective = Objective(encoder.learner, debiasers, names, base_name)
+    return Debiasing(objective, context, discovery)
+
+
+def _attributes(cfg: CfgNode, encoder: Encoder, find: Callable[[], DiscoveredClusters]) -> AttributeSources:
+    """The sources of attributes of a run; ``find`` runs or reads discovery when it is asked for the first time."""
+    dataset = encoder.data.dataset
+    pseudo = PseudoAttributes(
+        encoder.clip,
+        dataset.attribute_names,
+        dataset.attribute_prompts,
+        cfg.TRAINER.PSEUDO_NOISE,
+        lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, _NUMBER_OF_SPLIT[split])),
+    )
+    data = LabelledData(
+        train=encoder.split("train"),
+        val=encoder.split("val") if encoder.data.val_loader else None,
+        classnames=encoder.learner.classnames,
+        attribute_names=dataset.attribute_names,
+    )
+    values = 1 + max(d.attribute for split in (dataset.train_x, dataset.val, dataset.test) for d in split)
+    return AttributeSources(cfg.TRAINER.GROUPS, data, values, pseudo, DiscoveredAttributes(find))

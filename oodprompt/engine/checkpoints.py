@@ -1,0 +1,229 @@
+"""The checkpoints of a run: which are written, which stay, and whether a folder's are those of this run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from oodprompt.backbones import CLIP
+from oodprompt.config import extensions
+from oodprompt.config.free_keys import FREE_WHEN_RESUMED
+from oodprompt.config.keys import leaves
+from oodprompt.data.dataset import DatasetBase, digest
+from oodprompt.engine import checkpoint
+from oodprompt.engine.evaluation import CRITERIA
+from oodprompt.engine.loop import RunState
+from oodprompt.engine.optim import TrainedModels
+from oodprompt.errors import UserError
+from oodprompt.files import write_atomically
+from oodprompt.log import logger
+from oodprompt.methods.contracts import PromptLearner
+
+_NOTED = ("MODEL.", "TRAINER.", "INPUT.")  # sections whose changed keys are noted when a model is evaluated
+
+
+class RunIdentity:
+    """What makes two runs the same run: the keys that change what is computed, the data, the batch of all processes."""
+
+    def __init__(self, cfg: CfgNode, dataset: DatasetBase, whole_batch: int) -> None:
+        self.config, self._dataset, self._root, self.whole_batch = leaves(cfg), dataset, cfg.DATASET.ROOT, whole_batch
+
+    @cached_property
+    def data(self) -> str:
+        """Digest of the training and validation data."""
+        return digest(self._root, self._dataset.train_x, self._dataset.val)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        config = {key: value for key, value in self.config.items() if key not in FREE_WHEN_RESUMED}
+        return {
+            "config": config,
+            "whole_batch": self.whole_batch,
+            "data": self.data,
+            "imports": extensions.digests(),
+        }
+
+    def changed_keys(self, old: dict[str, Any]) -> dict[str, str]:
+        """Key -> its values then and now, in words, of those that differ."""
+        new = self.config
+        return {key: f"{key} was {old[key]!r}, now {new[key]!r}" for key in old if key in new and old[key] != new[key]}
+
+    def check(self, facts: dict[str, Any], path: Path) -> None:
+        """``UserError`` where the checkpoint at ``path``, which holds ``facts``, is of another run."""
+        changed = [text for key, text in self.changed_keys(facts["config"]).items() if key not in FREE_WHEN_RESUMED]
+        if facts["whole_batch"] != self.whole_batch:
+            changed.append(f"images per step of all processes were {facts['whole_batch']}, now {self.whole_batch}")
+        if facts.get("data", self.data) != self.data:
+            changed.append("the training or validation data are others (images, labels or attributes)")
+        for name, was in facts.get("imports", {}).items():
+            if extensions.digests().get(name, was) != was:
+                logger.info(
+                    f"Note: {name} has changed since this run was trained; delete {path.parents[1]} to train anew"
+                )
+        if changed:
+            raise UserError(
+                f"{path} is of another run: {'; '.join(changed[:3])}"
+                + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+                + ". Choose another --output-dir, or delete the folder to train anew"
+            )
+
+
+class Checkpoints:
+    """Saves, prunes, resumes and loads the models of a run, in Dassl's layout under ``folder``.
+
+    ``keep_every``: epochs between checkpoints that are kept; 0: the newest alone. ``remedy`` says what to do where a
+    model is no longer finite.
+    """
+
+    def __init__(
+        self, folder: Path, trained: TrainedModels, identity: RunIdentity, keep_every: int = 0, remedy: str = ""
+    ) -> None:
+        self.folder, self.trained, self.identity = folder, trained, identity
+        self.keep_every, self.remedy = keep_every, remedy
+
+    def files(self, epoch: int | str | None) -> list[Path]:
+        """The files of all models after ``epoch`` epochs; of the best ones for None or a criterion."""
+        return [checkpoint.file_of(self.folder, name, epoch) for name in self.trained.models]
+
+    def newest_epoch(self, directory: str | Path) -> int | None:
+        """The newest epoch of which ``directory`` has all models; None if there is none."""
+        return checkpoint.newest_epoch(directory, list(self.trained.models))
+
+    def save(self, state: RunState, epoch: int, slots: Sequence[str | None] = ()) -> None:
+        """Write the checkpoint after ``epoch`` epochs; the previous one goes unless ``keep_every`` keeps it.
+
+        It is also written as the best one of every slot in ``slots``. All files of an epoch are written before any
+        pointer names them and before any older file goes, so that a kill at any moment leaves one whole checkpoint of
+        all models. ``UserError`` where a model is no longer finite.
+        """
+        self._check_finite(epoch)
+        engine = {
+            **self.identity.facts(),
+            "history": state.history,
+            "best": state.best,
+            "train_seconds": state.train_seconds,
+            "step_ms_median": state.step_ms_median,
+            "scaler": self.trained.scaler.state_dict(),
+        }
+        val_result = state.history[-1].get("val_accuracy")
+        for name, model in self.trained.models.items():
+            optim, sched = self.trained.optims[name], self.trained.scheds[name]
+            content = {
+                "state_dict": model.state_dict(),
+                "epoch": epoch,
+                "optimizer": optim.state_dict() if optim else None,
+                "scheduler": sched.state_dict() if sched else None,
+                "val_result": None if val_result is None else 100 * val_result,
+                "oodprompt": engine,
+            }
+            checkpoint.save(content, checkpoint.file_of(self.folder, name, epoch))
+            for slot in slots:
+                checkpoint.save(content, checkpoint.file_of(self.folder, name, slot))
+        previous = self.newest_epoch(self.folder)
+        for file in self.files(epoch):
+            checkpoint.write_pointer(file)
+        kept = previous is not None and self.keep_every > 0 and previous % self.keep_every == 0
+        if previous is not None and previous < epoch and not kept:
+            for file in self.files(previous):
+                file.unlink(missing_ok=True)
+
+    def _check_finite(self, epoch: int) -> None:
+        for name, model in self.trained.models.items():
+            for key, value in model.state_dict().items():
+                if not torch.isfinite(value).all():
+                    raise UserError(
+                        f"{name}.{key} is no longer finite after epoch {epoch}; this epoch is not saved, the one before "
+                        f"it is. {self.remedy}"
+                    )
+
+    def resume(self, directory: str | Path, state: RunState, is_main_process: bool = True) -> int:
+        """Load the newest whole checkpoint under ``directory``; returns the number of finished epochs (0: none).
+
+        ``UserError`` when that checkpoint is of another run.
+        """
+        epoch = self.newest_epoch(directory)
+        if epoch is None:
+            return 0
+        engine: dict[str, Any] = {}
+        for name, model in self.trained.models.items():
+            path = checkpoint.file_of(directory, name, epoch)
+            content = checkpoint.load(path)
+            if "oodprompt" not in content:
+                raise UserError(
+                    f"{path} was not written by OODPrompt; evaluate it with --eval-only --model-dir {directory}"
+                )
+            engine = content["oodprompt"]
+            self.identity.check(engine, path)
+            checkpoint.load_weights(model, content["state_dict"], path)
+            optim, sched = self.trained.optims[name], self.trained.scheds[name]
+            if optim is not None and sched is not None:
+                optim.load_state_dict(content["optimizer"])
+                sched.load_state_dict(content["scheduler"])
+        state.history, state.best = engine["history"], engine["best"]
+        state.train_seconds, state.loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
+        self.trained.scaler.load_state_dict(engine["scaler"])
+        logger.info(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {state.max_epoch}")
+        if Path(directory).resolve() != self.folder.resolve() and is_main_process:
+            self._take_over(Path(directory), epoch)
+        return epoch
+
+    def _take_over(self, directory: Path, epoch: int) -> None:
+        """Copy the newest and the best checkpoints of the run that is resumed into this run's folder."""
+        for name in self.trained.models:
+            for source in (checkpoint.file_of(directory, name, e) for e in (epoch, None, *CRITERIA)):
+                if source.is_file():
+                    write_atomically(self.folder / name / source.name, source.read_bytes())
+        for file in self.files(epoch):
+            checkpoint.write_pointer(file)
+
+    def load_slot(self, slot: int | str | None) -> None:
+        """Load all models of this run as they were after an epoch, or the best ones of a slot."""
+        for name, model in self.trained.models.items():
+            path = checkpoint.file_of(self.folder, name, slot)
+            checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
+
+    def load_trained(
+        self,
+        directory: str | Path,
+        epoch: int | None,
+        state: RunState,
+        clip: CLIP,
+        trainer_name: str,
+    ) -> str:
+        """Load every trained model from ``directory``, trained by us or by upstream.
+
+        The one of ``epoch`` is loaded, else the best, else the newest. Returns the path of the first file; "" where
+        nothing is trained. ``UserError`` where a file does not fit its model, or was trained with other towers than
+        those of ``clip``.
+        """
+        first = ""
+        for name, model in self.trained.models.items():
+            if self.trained.optims[name] is None:
+                continue
+            if not (Path(directory) / name).is_dir():
+                raise UserError(
+                    f"--model-dir: {directory} has no folder {name}, which {trainer_name} needs; "
+                    "was it trained with another --trainer, --base or TRAINER.STACK?"
+                )
+            path = checkpoint.file_of(directory, name, epoch)
+            if epoch is None and not path.is_file():
+                path = checkpoint.file_of(directory, name, checkpoint.newest_epoch(directory, [name]))
+            content = checkpoint.load(path)
+            if isinstance(model, PromptLearner):
+                checkpoint.check_towers(clip, content["state_dict"], path)
+            skip, foreign = getattr(model, "not_loaded", ()), getattr(model, "foreign", "")
+            checkpoint.load_weights(model, content["state_dict"], path, skip, foreign)
+            first = first or str(path)
+            if engine := content.get("oodprompt"):
+                if not state.history:  # not the best model of this very run
+                    state.train_seconds, state.loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
+                for key, text in self.identity.changed_keys(engine["config"]).items():
+                    if key.startswith(_NOTED):
+                        logger.info(f"Note: {text}")
+            logger.info(f"Loaded {name} from {path} (epoch {content['epoch']})")
+        return first

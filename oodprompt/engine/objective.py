@@ -1,0 +1,136 @@
+"""The objective: a prompt learner and its debiasers, summed up to one loss and one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oodprompt.data.distributed import gather_rows
+from oodprompt.data.loading import Batch
+from oodprompt.data.sampling import EpochOrder
+from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Alignment, Debiaser, PromptLearner, Step, StepRegions
+
+
+class Objective:
+    """loss = mean(weight * (ce_weight CE(prediction, y) + per-sample losses)) + penalties.
+
+    ``debiasers`` are added in their order; ``names`` are their trainers' names and ``base_name`` that of the learner,
+    for messages. Raises ``UserError`` for a stack that cannot be: two predictions, two orders of images, or two
+    debiasers that both make up for the sizes of groups.
+    """
+
+    def __init__(
+        self,
+        learner: PromptLearner,
+        debiasers: Sequence[Debiaser] = (),
+        names: Sequence[str] = (),
+        base_name: str = "",
+    ) -> None:
+        self.learner, self.debiasers, self.names, self.base_name = learner, list(debiasers), list(names), base_name
+        predicting = {n: d for n, d in self._named() if d.predicts}
+        ordering = {n: d for n, d in self._named() if d.epoch_order is not None}
+        self.predictor = _only_one(predicting, "replace the prediction")
+        chooser = _only_one(ordering, "choose the images of an epoch")
+        self.epoch_order: EpochOrder | None = chooser.epoch_order if chooser is not None else None
+        self._refuse_two_corrections()
+
+    def _named(self) -> list[tuple[str, Debiaser]]:
+        return list(zip(self.names, self.debiasers, strict=True))
+
+    def _refuse_two_corrections(self) -> None:
+        """``UserError`` where two debiasers make up for the sizes of groups, which turns the imbalance round."""
+        ways = {name: d.group_correction for name, d in self._named() if d.group_correction}
+        weighing = [name for name, way in ways.items() if way in ("size", "batch")]
+        drawing = [name for name, way in ways.items() if way in ("size", "sampler")]
+        names = weighing if len(weighing) > 1 else drawing if "sampler" in ways.values() else []
+        if len(names) > 1:
+            raise UserError(
+                f"TRAINER.STACK: {' and '.join(names)} each make up for the sizes of groups, and both together turn the "
+                "imbalance round; leave one out (GroupCoOp stays with TRAINER.GROUPCOOP.BALANCE False)"
+            )
+
+    @property
+    def takes_regions(self) -> bool:
+        """Whether steps need the regions of the images."""
+        return any(debiaser.takes_regions for debiaser in self.debiasers)
+
+    def check(self) -> None:
+        """Debiasers refuse what cannot be, ahead of any long work."""
+        for debiaser in self.debiasers:
+            debiaser.check()
+
+    def before_train(self) -> None:
+        """Debiasers get ready for training."""
+        for debiaser in self.debiasers:
+            debiaser.before_train()
+
+    def before_epoch(self, epoch: int) -> None:
+        for debiaser in self.debiasers:
+            debiaser.before_epoch(epoch)
+
+    def after_epoch(self, epoch: int) -> None:
+        for debiaser in self.debiasers:
+            debiaser.after_epoch(epoch)
+
+    def by_group(self) -> dict[str, dict[str, float]]:
+        """What debiasers draw by epoch: name of a quantity -> name of a group -> its value."""
+        return {name: values for debiaser in self.debiasers for name, values in debiaser.by_group().items()}
+
+    def predict(self, alignment: Alignment) -> Tensor:
+        """Logits [B, C]: the predicting debiaser's, else the alignment's."""
+        return self.predictor.predict(alignment) if self.predictor else alignment.logits
+
+    def predictions(self, alignment: Alignment) -> dict[str, Tensor]:
+        """Logits [B, C] by name: the prediction under "", and what debiasers predict otherwise."""
+        found = {"": self.predict(alignment)}
+        for debiaser in self.debiasers:
+            found.update(debiaser.other_predictions(alignment))
+        return found
+
+    def __call__(
+        self, alignment: Alignment, batch: Batch, regions: StepRegions | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and scalars to print. ``alignment`` and ``regions`` are those of all processes, ``batch`` the own."""
+        for debiaser in self.debiasers:
+            debiaser.before_step()
+        device = alignment.image_features.device
+        label, attribute, index = (
+            gather_rows(batch[key].to(device, non_blocking=True)) for key in ("label", "attribute", "index")
+        )
+        logits = self.predict(alignment)
+        step = Step(alignment, logits, label, attribute, index, regions)
+        per_sample = self.learner.ce_weight * F.cross_entropy(logits, label, reduction="none")
+        weights = torch.ones_like(per_sample)
+        penalties = [p for p in [self.learner.penalty(alignment)] if p is not None]
+        log: dict[str, Tensor] = {}
+        for debiaser in self.debiasers:
+            contribution = debiaser.contribute(step)
+            if contribution.per_sample_loss is not None:
+                per_sample = per_sample + contribution.per_sample_loss
+            if contribution.sample_weights is not None:
+                self._check_weighed(debiaser)
+                weights = weights * contribution.sample_weights
+            if contribution.penalty is not None:
+                penalties.append(contribution.penalty)
+            log.update(contribution.log)
+        loss = (weights * per_sample).mean() + sum(penalties)
+        accuracy = 100 * (logits.argmax(1) == label).float().mean()
+        return loss, {"loss": loss.detach(), "acc": accuracy, **{k: v.detach() for k, v in log.items()}}
+
+    def _check_weighed(self, debiaser: Debiaser) -> None:
+        if not self.learner.ce_weight:
+            raise UserError(
+                f"{debiaser.model_name} weighs the cross-entropy of images, which has no part in the loss of "
+                f"{self.base_name}; give it one, as with TRAINER.FINETUNE.CAPTIONS 0.8"
+            )
+
+
+def _only_one(having: dict[str, Debiaser], does: str) -> Debiaser | None:
+    """The one debiaser of ``having``, if any; ``UserError`` where several each do what ``does`` says."""
+    if len(having) > 1:
+        raise UserError(f"TRAINER.STACK: {' and '.join(having)} each {does}; only one of a stack can")
+    return next(iter(having.values()), None)

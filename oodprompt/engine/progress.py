@@ -1,0 +1,86 @@
+"""What is seen of a training as it goes on: a bar, lines, and TensorBoard scalars."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from oodprompt.engine.loop import RunState, StepReport
+from oodprompt.log import logger
+
+_RECENT = 50  # steps whose mean time tells the time left
+
+
+class Progress:
+    """Shows the steps of a run whose epochs have ``num_batches`` steps.
+
+    ``print_freq``: steps between lines; 0: none. ``shows``: whether this process shows anything. ``folder``: where
+    TensorBoard's files go; None: nowhere.
+    """
+
+    def __init__(
+        self, title: str, state: RunState, num_batches: int, print_freq: int, shows: bool, folder: Path | None
+    ) -> None:
+        self.state, self.num_batches, self.print_freq = state, num_batches, print_freq
+        done = state.start_epoch * num_batches
+        self._writer = SummaryWriter(str(folder), purge_step=done if state.start_epoch else None) if folder else None
+        left = num_batches if state.start_epoch < state.max_epoch else 0
+        self._bar = tqdm(
+            total=state.max_epoch * left,
+            initial=state.start_epoch * left,
+            desc=title,
+            unit="step",
+            disable=None if shows else True,
+            leave=False,
+        )
+
+    def after_step(self, report: StepReport, learning_rate: float) -> None:
+        self._bar.update()
+        due = self.print_freq > 0 and ((report.number + 1) % self.print_freq == 0 or self.num_batches < self.print_freq)
+        if due:
+            self._print(report, learning_rate)
+
+    def _print(self, report: StepReport, learning_rate: float) -> None:
+        state, now = self.state, report.now
+        seconds = statistics.fmean(state.step_seconds[-_RECENT:])
+        left = self.num_batches * (state.max_epoch - state.epoch) - report.number - 1
+        values = " ".join(f"{key} {float(now[key]):.4f} ({float(report.means[key]):.4f})" for key in now)
+        logger.info(
+            f"epoch [{state.epoch + 1}/{state.max_epoch}] batch [{report.number + 1}/{self.num_batches}] "
+            f"time {state.step_seconds[-1]:.3f} ({seconds:.3f}) data {report.data_seconds:.3f} {values} "
+            f"lr {learning_rate:.4e} eta {datetime.timedelta(seconds=int(seconds * left))}"
+        )
+        step = state.epoch * self.num_batches + report.number
+        for key, value in now.items():
+            self.write_scalar(f"train/{key}", float(value), step)
+        self.write_scalar("train/lr", learning_rate, step)
+
+    def after_epoch(self, row: dict[str, Any], means: dict[str, float]) -> None:
+        """Write the epoch's scalars; print its line where steps have none. ``row`` as ``epoch_row`` makes it."""
+        last_step = row["epoch"] * self.num_batches - 1
+        for key, value in row.items():
+            if key.startswith("val_") and value is not None:
+                self.write_scalar(f"val/{key.removeprefix('val_')}", value, last_step)
+        for key, value in means.items():
+            self.write_scalar(f"train_epoch/{key}", value, last_step)
+        if self.print_freq <= 0:
+            numbers = {k: v for k, v in row.items() if k not in ("epoch", "by_group") and v is not None}
+            words = " ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+            logger.info(f"epoch [{row['epoch']}/{self.state.max_epoch}] {words}")
+
+    def write_scalar(self, tag: str, value: float, step: int) -> None:
+        """Add a value to TensorBoard's curve ``tag``."""
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, step)
+
+    def close_bar(self) -> None:
+        self._bar.close()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

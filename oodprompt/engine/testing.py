@@ -1,0 +1,93 @@
+"""Evaluating the model of a run as it stands: on a split, or on images that are in none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from oodprompt.config.registry import EVALUATOR_REGISTRY
+from oodprompt.engine import checkpoint
+from oodprompt.engine.evaluation import Evaluation, evaluate, report_other_predictions
+from oodprompt.engine.objective import Objective
+from oodprompt.engine.optim import TrainedModels
+from oodprompt.engine.selection import Selection
+from oodprompt.features.encoder import Encoder
+from oodprompt.log import logger
+from oodprompt.methods.attributes import PseudoAttributes
+from oodprompt.reports.results import selections_table, write_results
+
+
+class Testing:
+    """Evaluates ``objective`` over ``encoder`` with the evaluator of TEST.EVALUATOR; ``evaluator`` is the last one used."""
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        trained: TrainedModels,
+        encoder: Encoder,
+        objective: Objective,
+        pseudo: PseudoAttributes,
+        selection: Selection,
+    ) -> None:
+        self.cfg, self.trained, self.encoder, self.objective = cfg, trained, encoder, objective
+        self.pseudo, self.selection = pseudo, selection
+        self.evaluator = self._new_evaluator()
+
+    def _new_evaluator(self) -> Any:
+        make = EVALUATOR_REGISTRY.get(self.cfg.TEST.EVALUATOR, "TEST.EVALUATOR")
+        return make(self.cfg, self.encoder.data.dataset)
+
+    @property
+    def watches_pseudo_groups(self) -> bool:
+        """Whether validation is also by pseudo-groups: where a choice may rest on them, or a debiaser already does."""
+        return len(self.pseudo.prompts) > 1 and (self.selection.is_on or "train" in self.pseudo.splits)
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, Any]:
+        """Metrics of a split; other predictions of the debiasers under ``other_predictions``."""
+        self.trained.set_mode(training=False)
+        by_pseudo = split == "val" and self.watches_pseudo_groups
+        pseudo = self.pseudo.of(self.encoder.split(split)) if by_pseudo else None
+        return evaluate(
+            self.encoder.batches(split),
+            lambda batch: self.objective.predictions(self.encoder.align(batch)),
+            Evaluation(self.evaluator, self._new_evaluator, pseudo),
+            self.encoder.data_of("train"),
+            self.encoder.device,
+        )
+
+    @torch.no_grad()
+    def classify(self, paths: Sequence[str | Path]) -> Tensor:
+        """Probabilities [N, C] of the classes for images that are in no split, by the test transform."""
+        self.trained.set_mode(training=False)
+        return self.encoder.probabilities(paths, self.objective.predict)
+
+    def tested_split(self) -> str:
+        """TEST.SPLIT, or test where there are no validation data."""
+        if self.cfg.TEST.SPLIT == "val" and self.encoder.data.val_loader is None:
+            logger.info("There are no validation data: the test split is evaluated")
+            return "test"
+        return self.cfg.TEST.SPLIT
+
+    def write(self, metrics: dict[str, Any], results: dict[str, Any], folder: Path, has_curves: bool) -> None:
+        """Report the metrics of a test and write its files; ``results`` is the content of results.json.
+
+        ``has_curves``: whether the run has drawn its training curves.
+        """
+        self.evaluator.report(metrics)
+        report_other_predictions(metrics)
+        if results["selections"]:
+            logger.info(selections_table(results["selections"]))
+        files = write_results(results, folder)
+        if self.cfg.TEST.COMPUTE_CMAT:
+            files.append(folder / "cmat.pt")
+            checkpoint.save(self.evaluator.confusion_matrix(), files[-1])
+        if has_curves:
+            files.append(folder / "training.png")
+            files += [p for p in [folder / "groups_by_epoch.png"] if p.is_file()]
+        logger.info("Wrote " + ", ".join(str(file) for file in files))

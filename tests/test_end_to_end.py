@@ -21,12 +21,14 @@ from oodprompt.config import extensions
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
+from tests.helpers.forks import Forks
 from tests.helpers.runs import CONFIG, REPOSITORY
 
 Run = Callable[..., dict[str, Any]]
 Arguments = Callable[..., list[str]]
 
 
+@pytest.mark.pictures
 def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> None:
     results = run("CoOpOOD", "run", "TEST.COMPUTE_CMAT", True, "TEST.PER_CLASS_RESULT", True)
     folder = tmp_path / "run"
@@ -249,12 +251,12 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: Any, capsys: Any) -
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_the_documented_command_names_everything_itself(tmp_path: Path) -> None:
+def test_the_documented_command_names_everything_itself(tmp_path: Path, forks: Forks) -> None:
     """configs/.../tiny_shapes.yaml with no other flag than the trainer, from another working directory's output."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), "--trainer", "CoOpOOD", "--config-file"]
+    command = ["train.py", "--trainer", "CoOpOOD", "--config-file"]
     command += [str(REPOSITORY / "configs/trainers/CoOpOOD/tiny_shapes.yaml"), "OPTIM.MAX_EPOCH", "1"]
     command += ["DATASET.SHAPES.NUM_TRAIN", "40", "DATASET.SHAPES.NUM_VAL", "8", "DATASET.SHAPES.NUM_TEST", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = forks.run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output/ShapesOnScenes/CoOpOOD-CoOp/tiny_shapes/seed1/results.json").is_file()
 

@@ -358,7 +358,7 @@ def test_kept_images_are_read_once_and_the_same(
 ) -> None:
     cfg = make_cfg(DATALOADER__IMAGE_CACHE_MIB=mib, DATALOADER__TRAIN_X__BATCH_SIZE=22)
     plain, keeping = (DataManager(cfg).train_loader_x for _ in range(2))
-    keeping.keep_images()
+    keeping.cache_images()
     first = batches_of(keeping)
     read: list[str] = []
     monkeypatch.setattr("oodprompt.data.loading.read_image", lambda path: (read.append(path), read_image(path))[1])
@@ -370,7 +370,7 @@ def test_kept_images_are_read_once_and_the_same(
 
 def test_workers_keep_no_images(make_cfg: MakeCfg) -> None:
     loader = DataManager(make_cfg(DATALOADER__NUM_WORKERS=1)).train_loader_x
-    loader.keep_images()
+    loader.cache_images()
     assert loader.dataset.room == 0
 
 

@@ -353,7 +353,7 @@ def test_auto_of_a_trainer(split: str, build: Callable[..., PromptTrainer], tmp_
 
 @pytest.mark.parametrize("first", ["loader", "frozen"])
 def test_frozen_train_features_from_files(first: str, build: Callable[..., PromptTrainer], tmp_path: Path) -> None:
-    memory = build("CoOp").frozen_features_of("train")
+    memory = build("CoOp").encoder.frozen_features_of("train")
     disk = build("CoOp", "DATALOADER.FEATURE_CACHE", "disk", "DATALOADER.CACHE_DIR", tmp_path / "cache")
     if first == "loader":
         disk.encoder.batches("train")

@@ -79,9 +79,9 @@ def test_contributions_of_a_stack_add_up(build: Callable[..., PromptTrainer]) ->
     keys = ["TRAINER.COOPOOD.PHASES", "joint", "TRAINER.COOPOOD.ALPHA", 0.7, "TRAINER.COOPOOD.BETA", 0.3]
     alone = build("CoOpOOD", *keys)
     stacked = build("CoOpOOD", *keys, "TRAINER.STACK", "('Reweighting',)")
-    batch = next(iter(alone.loader("train")))
-    alignment = alone.align(batch)
-    step = Step(alignment, alone.predict(alignment), batch["label"], batch["attribute"], batch["index"])
+    batch = next(iter(alone.encoder.batches("train")))
+    alignment = alone.encoder.align(batch)
+    step = Step(alignment, alone.objective.predict(alignment), batch["label"], batch["attribute"], batch["index"])
     theirs = alone.debiasers[0].contribute(step)
     w = 1.0 + batch["label"].float()
     per_sample = F.cross_entropy(step.logits, batch["label"], reduction="none") + theirs.per_sample_loss

@@ -158,7 +158,7 @@ def test_uniform_start_is_coop(build: Build) -> None:
     assert torch.equal(ours.debiasers[0].w, torch.ones(4, dtype=torch.float64))
     torch.testing.assert_close(
         ours.objective(ours.encoder.align(batch), batch)[0],
-        coop.objective(coop.align(batch), batch)[0],
+        coop.objective(coop.encoder.align(batch), batch)[0],
         rtol=1e-6,
         atol=1e-7,
     )
@@ -187,9 +187,9 @@ def test_true_groups_and_wrong_pseudo_groups(build: Build) -> None:
     again = build("DebiasedPT", "TRAINER.PSEUDO_NOISE", 0.25)
     start(again)
     assert torch.equal(again.debiasers[0].g, noisy.debiasers[0].g)
-    blind, _ = noisy.objective(noisy.align(batch := next(iter(noisy.loader("train")))), batch)
+    blind, _ = noisy.objective(noisy.encoder.align(batch := next(iter(noisy.encoder.batches("train")))), batch)
     unknown = {**batch, "attribute": torch.full_like(batch["attribute"], -1)}
-    assert noisy.objective(noisy.align(batch), unknown)[0] == blind
+    assert noisy.objective(noisy.encoder.align(batch), unknown)[0] == blind
 
 
 @pytest.mark.parametrize("measure", ["epoch", "pass", "step", "held_out"])

@@ -149,7 +149,7 @@ def test_until_the_last_epoch_it_is_the_base_learner(build: Build) -> None:
     debiaser = trainer.debiasers[0]
     debiaser.before_train()
     batch = next(iter(trainer.encoder.batches("train")))
-    expected = coop.align(batch)
+    expected = coop.encoder.align(batch)
     loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
     torch.testing.assert_close(loss, F.cross_entropy(expected.logits, batch["label"]), rtol=1e-6, atol=0)
     for mode in (True, False):

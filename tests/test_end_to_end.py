@@ -123,7 +123,7 @@ def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, t
     trainer.epoch = 2
     trainer.before_epoch()
     trainer.run_epoch()  # written to TensorBoard, but stopped before its checkpoint
-    trainer._writer.close()
+    trainer.progress.close()
     cli.run(flags)
     events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
     for tag in ("train_epoch/loss", "train_epoch/acc", "val/accuracy", "val/worst_group_accuracy"):
@@ -139,7 +139,7 @@ def test_the_file_at_path_is_named_as_the_backbone(run: Run, tmp_path: Path) -> 
 
 def test_several_views_are_cached(build: Callable[..., PromptTrainer]) -> None:
     keys = ["INPUT.TRANSFORMS", "('random_flip', 'normalize')"]
-    assert build("CoOp", *keys).views == 0
+    assert build("CoOp", *keys).encoder.views == 0
     trainer = build("CoOp", *keys, "INPUT.VIEWS", 3)
     views = trainer.encoder.batches("train").features
     assert views.shape[0] == 3 and not torch.equal(views[0], views[1])

@@ -129,6 +129,7 @@ def test_agreement_with_labels() -> None:
     assert unknown["accuracy"] is None and not unknown["groups"] and unknown["counts"] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.pictures
 def test_report_lies_with_the_run(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     results = run("DebiasedPT", "one", "OPTIM.MAX_EPOCH", 1, "TRAINER.PSEUDO_NOISE", 0.2)
     report = json.loads((tmp_path / "one" / "pseudo_attributes.json").read_text())

@@ -22,6 +22,7 @@ from oodprompt import cli
 from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
+from oodprompt.log import show_messages
 from tests.helpers.forks import Forks
 from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, interrupted_at, load_script  # noqa: F401
 from tests.helpers.small_data import TINY, MakeCfg, MakeData
@@ -30,6 +31,12 @@ from tests.helpers.small_data import TINY, MakeCfg, MakeData
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _messages() -> None:
+    """Messages go to standard output, where ``capsys`` finds them, also of what no command of ours runs."""
+    show_messages()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -143,7 +144,7 @@ def number_attributes(cfg: CfgNode, where: Path, values: Iterable[str]) -> tuple
         )
     elif names and values:
         renamed = ", ".join(f"{value} is called {name}" for value, name in zip(values, names, strict=True))
-        print(f"Attribute values by DATASET.ATTRIBUTE_NAMES: {renamed}"[:300])
+        logger.info(f"Attribute values by DATASET.ATTRIBUTE_NAMES: {renamed}"[:300])
     return {value: i for i, value in enumerate(values)}, names or tuple(values)
 
 
@@ -162,7 +163,7 @@ def split_off_validation(cfg: CfgNode, name: str, train: Sequence[Datum]) -> tup
     for label in sorted(by_label):
         indices = by_label[label]
         chosen.update(draw.sample(indices, min(round(share * len(indices)), len(indices) - 1)))
-    print(
+    logger.info(
         f"{name} has no validation images: {len(chosen):,} of {len(train):,} training images are set aside "
         f"(DATASET.VAL_PERCENT {share:g}, the same for every SEED)"
     )

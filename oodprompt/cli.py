@@ -188,7 +188,7 @@ def print_list() -> None:
     """Registered trainers, data sets and backbones, one line each."""
     from oodprompt.backbones import BACKBONES
     from oodprompt.config.extensions import register_all
-    from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
+    from oodprompt.config.registry import DATASET_REGISTRY, GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
 
     register_all()
 
@@ -200,6 +200,7 @@ def print_list() -> None:
         "Prompt learners (--trainer, --base)": {n: line(t) for n, t in trainers if t.learner_class},
         "Debiasers (--trainer, TRAINER.STACK)": {n: line(t) for n, t in trainers if t.debiaser_class},
         "Data sets (DATASET.NAME)": {n: line(d) for n, d in DATASET_REGISTRY.items()},
+        "Sources of groups (TRAINER.GROUPS)": {n: line(s) for n, s in GROUP_SOURCE_REGISTRY.items()},
         "Backbones (--backbone)": BACKBONES,
     }
     for title, entries in sections.items():

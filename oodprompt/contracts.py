@@ -6,9 +6,20 @@ from oodprompt.methods.contracts import (
     Context,
     Contribution,
     Debiaser,
+    GroupSource,
     PromptLearner,
     Step,
     StepRegions,
 )
 
-__all__ = ["TOWERS", "Alignment", "Context", "Contribution", "Debiaser", "PromptLearner", "Step", "StepRegions"]
+__all__ = [
+    "TOWERS",
+    "Alignment",
+    "Context",
+    "Contribution",
+    "Debiaser",
+    "GroupSource",
+    "PromptLearner",
+    "Step",
+    "StepRegions",
+]

@@ -47,6 +47,7 @@ def _messages() -> None:
     show_messages()
 
 
+@pytest.fixture(scope="session", autouse=True)
 def _embedded_weights_are_unpacked_once() -> Iterator[None]:
     """Every CLIP still gets tensors of its own."""
     read, tiny = weights.read_state_dict, weights.TINY

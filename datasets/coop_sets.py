@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import logger
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 
@@ -19,7 +20,9 @@ def note_few_shot(cfg: CfgNode, folder: Path) -> None:
     """Say so where upstream has kept a few-shot sample, which is not read: a pickle with another machine's paths."""
     name = f"split_fewshot/shot_{cfg.DATASET.NUM_SHOTS}-seed_{cfg.SEED}.pkl"
     if (folder / name).is_file():
-        print(f"Note: {folder / name} is not read; the {cfg.DATASET.NUM_SHOTS} images per class are drawn here")
+        logger.warning(
+            f"Note: {folder / name} is not read; the {cfg.DATASET.NUM_SHOTS} images per class are drawn here"
+        )
 
 
 class CoOpDataset(FilesDataset):

@@ -22,6 +22,7 @@ from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
 from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import logger
 
 _DOMAINBED = "https://github.com/facebookresearch/DomainBed"
 _DASSL = "https://github.com/KaiyangZhou/Dassl.pytorch/blob/master/DATASETS.md"
@@ -64,7 +65,7 @@ class DomainsDataset(FilesDataset):
             for split, domains in (("train", sources), ("val", sources), ("test", targets))
         )
         check_names(name, train, val, test)
-        print(f"{name}: training on {', '.join(sources)}; testing on {', '.join(targets)}")
+        logger.info(f"{name}: training on {', '.join(sources)}; testing on {', '.join(targets)}")
         if not val:
             train, val = split_off_validation(cfg, name, train)
         super().__init__(cfg, train, val, test)

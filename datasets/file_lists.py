@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.images import IMAGE_SUFFIXES
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 Splits = tuple[list[Datum], list[Datum], list[Datum]]
 
@@ -142,7 +143,7 @@ def number_attributes(cfg: CfgNode, where: Path, values: Iterable[str]) -> tuple
         )
     elif names and values:
         renamed = ", ".join(f"{value} is called {name}" for value, name in zip(values, names, strict=True))
-        print(f"Attribute values by DATASET.ATTRIBUTE_NAMES: {renamed}"[:300])
+        logger.info(f"Attribute values by DATASET.ATTRIBUTE_NAMES: {renamed}"[:300])
     return {value: i for i, value in enumerate(values)}, names or tuple(values)
 
 
@@ -161,7 +162,7 @@ def split_off_validation(cfg: CfgNode, name: str, train: Sequence[Datum]) -> tup
     for label in sorted(by_label):
         indices = by_label[label]
         chosen.update(draw.sample(indices, min(round(share * len(indices)), len(indices) - 1)))
-    print(
+    logger.info(
         f"{name} has no validation images: {len(chosen):,} of {len(train):,} training images are set aside "
         f"(DATASET.VAL_PERCENT {share:g}, the same for every SEED)"
     )

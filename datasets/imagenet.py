@@ -13,6 +13,7 @@ from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
 from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 
 class ClassFolders(FilesDataset):
@@ -108,7 +109,7 @@ class ImageNetTest(ClassFolders):
             lacking = next(key for key in names if key not in labels)
             raise self.missing(f"no folder {lacking} in {folder}, one of {len(names) - len(labels)} classes that lack")
         data = self.read(folder, names, labels)
-        print(
+        logger.warning(
             f"{type(self).__name__} is for testing only: its test images stand in for training images; train on ImageNet "
             "and give --eval-only --model-dir"
         )

@@ -1,4 +1,4 @@
-"""The two contracts, for methods of others: a prompt learner and a debiaser (``oodprompt.methods.contracts``)."""
+"""What methods of others build on: prompt learners, debiasers, sources of groups (``oodprompt.methods``)."""
 
 from oodprompt.methods.contracts import (
     TOWERS,
@@ -6,9 +6,25 @@ from oodprompt.methods.contracts import (
     Context,
     Contribution,
     Debiaser,
+    GroupSource,
     PromptLearner,
     Step,
     StepRegions,
 )
+from oodprompt.methods.groups import Groups, per_group
+from oodprompt.methods.splits import Split
 
-__all__ = ["TOWERS", "Alignment", "Context", "Contribution", "Debiaser", "PromptLearner", "Step", "StepRegions"]
+__all__ = [
+    "TOWERS",
+    "Alignment",
+    "Context",
+    "Contribution",
+    "Debiaser",
+    "GroupSource",
+    "Groups",
+    "PromptLearner",
+    "Split",
+    "Step",
+    "StepRegions",
+    "per_group",
+]

@@ -9,7 +9,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import os
 import platform
 import re
@@ -232,7 +231,7 @@ def data_sets(root: str, seconds: float = _SECONDS) -> Section:
             absent.append(name)
             continue
         try:
-            with _at_most(end - time.monotonic()), contextlib.redirect_stdout(io.StringIO()):
+            with _at_most(end - time.monotonic()):
                 data = cls(cfg)
             counts = " / ".join(f"{len(split):,}" for split in (data.train_x, data.val, data.test))
             lines.append(f"{name}: {counts} images to train, validate, test; {data.num_classes} classes")

@@ -5,7 +5,7 @@ import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is imported, below: see oodprompt.cli.main
 
-from oodprompt.engine.predict import main
+from oodprompt.predict import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from oodprompt import cli
+from oodprompt.backbones import weights
 from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
-from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, interrupted_at, load_script  # noqa: F401
+from oodprompt.log import show_messages
+from tests.helpers.forks import Forks
+from tests.helpers.runs import (  # noqa: F401
+    CONFIG,
+    REPOSITORY,
+    SMALL,
+    command_line,
+    interrupted_at,
+    load_script,
+    no_pictures,
+)
 from tests.helpers.small_data import TINY, MakeCfg, MakeData
 
 
@@ -30,19 +41,65 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _messages() -> None:
+    """Messages go to standard output, where ``capsys`` finds them, also of what no command of ours runs."""
+    show_messages()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _embedded_weights_are_unpacked_once() -> Iterator[None]:
+    """Every CLIP still gets tensors of its own."""
+    read, tiny = weights.read_state_dict, weights.TINY
+    tensors: dict[str, torch.Tensor] = {}
+
+    def kept(file: Path) -> dict[str, torch.Tensor]:
+        if file != tiny:
+            return read(file)
+        if not tensors:
+            tensors.update(read(file))
+        return {name: value.clone() for name, value in tensors.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "read_state_dict", kept)
+        yield
+
+
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for the rendered images of all tests."""
-    return tmp_path_factory.mktemp("data")
+def data_root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """One folder for the rendered images of all tests, also of those in other processes of the same session."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "data"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts programs in processes of their own, which are there at once."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture
-def arguments(data_root: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The command line of a small run: ``arguments(trainer, output name, *more)``."""
+def undrawn() -> Iterator[None]:
+    """Pictures are empty files."""
+    with no_pictures():
+        yield
+
+
+@pytest.fixture
+def arguments(data_root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., list[str]]:
+    """The command line of a small run: ``arguments(trainer, output name, *more)``.
+
+    Runs in this process draw no pictures, but in tests with the mark ``pictures``.
+    """
+    if request.node.get_closest_marker("pictures") is None:
+        request.getfixturevalue("undrawn")
 
     def build(trainer: str, name: str, *more: Any) -> list[str]:
-        flags = ["--trainer", trainer, "--config-file", CONFIG, "--root", str(data_root)]
-        return [*flags, "--output-dir", str(tmp_path / name), *SMALL, *map(str, more)]
+        return command_line(data_root, tmp_path / name, trainer, *more)
 
     return build
 

@@ -1,17 +1,14 @@
 """``python train.py`` as users and scripts meet it: exit status, one clear line on stderr, the output folder.
 
-Importing torch takes seconds, so one process imports the engine and forks a child for every command line; the child
-runs ``train.py`` as a script, and its own exit status and streams are what the tests see.
+Every command line has a process of its own, whose exit status and streams are what the tests see.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -19,15 +16,13 @@ import pytest
 import yaml
 
 from oodprompt.config.keys import get_cfg_default, leaves, merge_file
+from tests.helpers.forks import Done, Forks
+from tests.helpers.runs import REPOSITORY
 
-ROOT = Path(__file__).parents[1]
-
-_FORKS = """
-import gc, json, os, runpy, sys
-from pathlib import Path
+# A data set that train.py --list knows in the processes of this file alone.
+_BIRDS = """
 from oodprompt.datasets.metadata import read_metadata
 from oodprompt.engine import DATASET_REGISTRY, DatasetBase
-import oodprompt.trainers
 
 @DATASET_REGISTRY.register()
 class ListedBirds(DatasetBase):
@@ -35,23 +30,6 @@ class ListedBirds(DatasetBase):
     def __init__(self, cfg):
         folder = self.root(cfg) / "birds"
         super().__init__(cfg, *read_metadata(folder / "metadata.csv", folder, ("landbird", "waterbird")))
-
-gc.freeze()
-folder = Path(sys.argv[1])
-for name, argv in json.loads(sys.stdin.read()).items():
-    pid = os.fork()
-    if pid == 0:
-        for number, stream in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
-        sys.argv = ["train.py", *argv]
-        try:
-            runpy.run_path("train.py", run_name="__main__")
-        except SystemExit as stop:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stop.code)  # taking torch down would take each child two seconds
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    (folder / f"{name}.status").write_text(str(status))
 """
 
 _TINY = {
@@ -107,30 +85,18 @@ def _commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cli")
 
 
 @pytest.fixture(scope="module")
-def ran(folder: Path) -> dict[str, Result]:
+def ran(folder: Path, forks: Forks) -> dict[str, Done]:
     """The result of every command line, by name."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    commands = _commands(folder)
-    forks = [sys.executable, "-c", _FORKS, str(folder)]
-    subprocess.run(forks, cwd=ROOT, env=env, input=json.dumps(commands), text=True, check=True, timeout=300)
-
-    def text(name: str, suffix: str) -> str:
-        return (folder / f"{name}.{suffix}").read_text()
-
-    return {n: Result(int(text(n, "status")), text(n, "out"), text(n, "err")) for n in commands}
+    return {
+        name: forks.wait(forks.start(["train.py", *words], first=_BIRDS))[0]
+        for name, words in _commands(folder).items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -158,25 +124,25 @@ def ran(folder: Path) -> dict[str, Result]:
         "model_dir": "--model-dir: there is no folder .*gone",
     }.items(),
 )
-def test_users_errors_are_one_line(ran: dict[str, Result], name: str, words: str) -> None:
+def test_users_errors_are_one_line(ran: dict[str, Done], name: str, words: str) -> None:
     result = ran[name]
-    assert result.status == 2, result.err
-    assert re.fullmatch(r"error: .+\n", result.err), result.err
-    assert re.search(words.replace("?", r"\?"), result.err), result.err
-    assert "Traceback" not in result.out + result.err
+    assert result.returncode == 2, result.stderr
+    assert re.fullmatch(r"error: .+\n", result.stderr), result.stderr
+    assert re.search(words.replace("?", r"\?"), result.stderr), result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_list_names_everything(ran: dict[str, Result]) -> None:
+def test_list_names_everything(ran: dict[str, Done]) -> None:
     result = ran["list"]
-    assert (result.status, result.err) == (0, "")
-    lines = {line.split()[0]: line.split()[1:] for line in result.out.splitlines() if line.startswith("  ")}
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.startswith("  ")}
     assert {"CoOp", "CoOpOOD", "ZeroshotCLIP", "ShapesOnScenes", "tiny", "ViT-B/16"} <= lines.keys()
     assert all(lines.values()), "every name has its line of description"
 
 
-def test_output_folder_of_a_run(ran: dict[str, Result], folder: Path) -> None:
+def test_output_folder_of_a_run(ran: dict[str, Done], folder: Path) -> None:
     result, out = ran["train"], folder / "run"
-    assert result.status == 0, result.err
+    assert result.returncode == 0, result.stderr
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     files = {file for file in files if not file.startswith("tensorboard/events.out.tfevents")}
     assert files == {
@@ -191,14 +157,14 @@ def test_output_folder_of_a_run(ran: dict[str, Result], folder: Path) -> None:
         "prompt_learner/model.pth.tar-2",
     }
     log = (out / "log.txt").read_text()
-    assert log == result.out
+    assert log == result.stdout
     accuracy = json.loads((out / "results.json").read_text())["accuracy"]
     after = log.split("Finish training\n")[1]  # what CoOp's parse_test_res.py looks at
     assert re.findall(r"\* accuracy: ([\.\deE+-]+)%", after) == [f"{100 * accuracy:.1f}"]
 
 
-def test_results_have_the_keys_that_scripts_rely_on(ran: dict[str, Result], folder: Path) -> None:
-    assert ran["train"].status == 0
+def test_results_have_the_keys_that_scripts_rely_on(ran: dict[str, Done], folder: Path) -> None:
+    assert ran["train"].returncode == 0
     results = json.loads((folder / "run" / "results.json").read_text())
     example = {
         "trainer": "CoOp",
@@ -234,8 +200,8 @@ def test_results_have_the_keys_that_scripts_rely_on(ran: dict[str, Result], fold
     assert Path(results["checkpoint"]) == folder / "run" / "prompt_learner" / "model.pth.tar-2"
 
 
-def test_written_config_is_the_whole_one(ran: dict[str, Result], folder: Path) -> None:
-    assert ran["train"].status == 0
+def test_written_config_is_the_whole_one(ran: dict[str, Done], folder: Path) -> None:
+    assert ran["train"].returncode == 0
     cfg = get_cfg_default()
     merge_file(cfg, folder / "run" / "config.yaml")
     assert (cfg.SEED, cfg.TRAINER.NAME, cfg.OPTIM.MAX_EPOCH, cfg.INPUT.SIZE) == (0, "CoOp", 2, (48, 48))
@@ -243,8 +209,8 @@ def test_written_config_is_the_whole_one(ran: dict[str, Result], folder: Path) -
     assert set(leaves(cfg)) == set(leaves(get_cfg_default()))
 
 
-def test_evaluation_of_the_run_gives_its_result(ran: dict[str, Result], folder: Path) -> None:
-    assert ran["eval"].status == 0, ran["eval"].err
+def test_evaluation_of_the_run_gives_its_result(ran: dict[str, Done], folder: Path) -> None:
+    assert ran["eval"].returncode == 0, ran["eval"].stderr
     first, again = (json.loads((folder / name / "results.json").read_text()) for name in ("run", "eval"))
     same = ("accuracy", "macro_f1", "groups", "classes", "checkpoint")
     assert {key: first[key] for key in same} == {key: again[key] for key in same}
@@ -253,7 +219,7 @@ def test_evaluation_of_the_run_gives_its_result(ran: dict[str, Result], folder: 
 def test_a_fresh_process_says_the_same() -> None:
     """Without the fork: nothing that importing prints may join the one line."""
     argv = [sys.executable, "train.py", "--trainer", "CoOpODD"]
-    done = subprocess.run(argv, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: --trainer: unknown trainer 'CoOpODD': did you mean 'CoOpOOD'\?.*\n", done.stderr)
 
@@ -261,6 +227,6 @@ def test_a_fresh_process_says_the_same() -> None:
 def test_importing_the_package_is_light() -> None:
     code = "import sys, oodprompt; print(sorted({'torch', 'numpy', 'yacs', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "[]\n", done.stderr

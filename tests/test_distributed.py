@@ -13,6 +13,7 @@ import torch
 from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
+from tests.helpers.forks import Forks
 from tests.helpers.runs import torchrun, weights
 
 AUGMENTED = [
@@ -85,8 +86,8 @@ FAST = [
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_gradients_through_gathered_rows_are_those_of_one_process(processes: int) -> None:
-    torchrun(processes, [], "tests/helpers/gather_gradients.py")
+def test_gradients_through_gathered_rows_are_those_of_one_process(processes: int, forks: Forks) -> None:
+    forks.together(processes, ["tests/helpers/gather_gradients.py"])
 
 
 def test_best_model_of_the_only_epoch_is_loaded_by_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -102,12 +103,12 @@ def test_several_processes_need_a_seed(arguments: Callable[..., list[str]], monk
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one_with_the_summed_batch(
-    case: str, arguments: Callable[..., list[str]], tmp_path: Path
+    case: str, arguments: Callable[..., list[str]], tmp_path: Path, forks: Forks
 ) -> None:
     trainer, *keys = CASES[case]
     keys += ["TEST.FINAL_MODEL", "best_val", "DATASET.SHAPES.NUM_TEST", "20", "DATALOADER.TEST.BATCH_SIZE", "19"]
-    torchrun(1, arguments(trainer, "one", *keys, "DATALOADER.TRAIN_X.BATCH_SIZE", 32))
-    torchrun(2, arguments(trainer, "two", *keys, "DATALOADER.TRAIN_X.BATCH_SIZE", 16))
+    forks.together(1, ["train.py", *arguments(trainer, "one", *keys, "DATALOADER.TRAIN_X.BATCH_SIZE", 32)])
+    forks.together(2, ["train.py", *arguments(trainer, "two", *keys, "DATALOADER.TRAIN_X.BATCH_SIZE", 16)])
     for name in ("prompt_learner", "coopood")[: 1 if trainer == "CoOp" else 2]:
         one, two = (checkpoint.load(checkpoint.file_of(tmp_path / d, name, 3))["state_dict"] for d in ("one", "two"))
         for key in one:
@@ -119,15 +120,14 @@ def test_two_processes_equal_one_with_the_summed_batch(
 
 @pytest.mark.parametrize("cases", [LEARNERS, DEBIASERS], ids=["learners", "debiasers"])
 def test_every_method_on_two_processes_equals_one_with_the_summed_batch(
-    cases: dict[str, list[Any]], arguments: Callable[..., list[str]], tmp_path: Path
+    cases: dict[str, list[Any]], arguments: Callable[..., list[str]], tmp_path: Path, forks: Forks
 ) -> None:
-    """All in one process group, which takes longer to start than they take to train."""
     alone, together = (
         [arguments(trainer, f"{batch}/{name}", *FAST, batch, *keys) for name, (trainer, *keys) in cases.items()]
         for batch in (16, 8)
     )
     (tmp_path / "runs.json").write_text(json.dumps(together))
-    torchrun(2, [str(tmp_path / "runs.json")], "tests/helpers/run_many.py")
+    forks.together(2, ["tests/helpers/run_many.py", str(tmp_path / "runs.json")])
     problems = []
     for name, command in zip(cases, alone, strict=True):
         cli.run(command)

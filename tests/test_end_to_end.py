@@ -21,12 +21,14 @@ from oodprompt.config import extensions
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
+from tests.helpers.forks import Forks
 from tests.helpers.runs import CONFIG, REPOSITORY
 
 Run = Callable[..., dict[str, Any]]
 Arguments = Callable[..., list[str]]
 
 
+@pytest.mark.pictures
 def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> None:
     results = run("CoOpOOD", "run", "TEST.COMPUTE_CMAT", True, "TEST.PER_CLASS_RESULT", True)
     folder = tmp_path / "run"
@@ -121,7 +123,7 @@ def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, t
     trainer.epoch = 2
     trainer.before_epoch()
     trainer.run_epoch()  # written to TensorBoard, but stopped before its checkpoint
-    trainer._writer.close()
+    trainer.progress.close()
     cli.run(flags)
     events = EventAccumulator(str(tmp_path / "board" / "tensorboard")).Reload()
     for tag in ("train_epoch/loss", "train_epoch/acc", "val/accuracy", "val/worst_group_accuracy"):
@@ -137,7 +139,7 @@ def test_the_file_at_path_is_named_as_the_backbone(run: Run, tmp_path: Path) -> 
 
 def test_several_views_are_cached(build: Callable[..., PromptTrainer]) -> None:
     keys = ["INPUT.TRANSFORMS", "('random_flip', 'normalize')"]
-    assert build("CoOp", *keys).views == 0
+    assert build("CoOp", *keys).encoder.views == 0
     trainer = build("CoOp", *keys, "INPUT.VIEWS", 3)
     views = trainer.encoder.batches("train").features
     assert views.shape[0] == 3 and not torch.equal(views[0], views[1])
@@ -250,12 +252,12 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: Any, capsys: Any) -
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_the_documented_command_names_everything_itself(tmp_path: Path) -> None:
+def test_the_documented_command_names_everything_itself(tmp_path: Path, forks: Forks) -> None:
     """configs/.../tiny_shapes.yaml with no other flag than the trainer, from another working directory's output."""
-    command = [sys.executable, str(REPOSITORY / "train.py"), "--trainer", "CoOpOOD", "--config-file"]
+    command = ["train.py", "--trainer", "CoOpOOD", "--config-file"]
     command += [str(REPOSITORY / "configs/trainers/CoOpOOD/tiny_shapes.yaml"), "OPTIM.MAX_EPOCH", "1"]
     command += ["DATASET.SHAPES.NUM_TRAIN", "40", "DATASET.SHAPES.NUM_VAL", "8", "DATASET.SHAPES.NUM_TEST", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = forks.run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output/ShapesOnScenes/CoOpOOD-CoOp/tiny_shapes/seed1/results.json").is_file()
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,8 @@ from oodprompt import cli
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.helpers.runs import METRICS, REPOSITORY, Arguments, assert_same_outcome, interrupted_at
+from tests.helpers.forks import Forks
+from tests.helpers.runs import METRICS, Arguments, assert_same_outcome, interrupted_at
 
 # Images are read and transformed at random at every step; CoOpOOD has parameters and state of its own.
 KEYS = [
@@ -29,31 +28,23 @@ KEYS = [
 ]
 
 
-def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments, tmp_path: Path) -> None:
+def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments, tmp_path: Path, forks: Forks) -> None:
     cli.run(arguments("CoOpOOD", "unbroken", *KEYS))
-    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments("CoOpOOD", "killed", *KEYS)]
     # A slow image reader holds the process inside an epoch, so that the kill falls there and not between epochs.
     slow = (
-        "import runpy, sys, time, torch; torch.set_num_threads(1)\n"
-        "from oodprompt.data import loading as data\n"
-        "read = data.read_image\n"
+        "import time\nfrom oodprompt.data import loading\nread = loading.read_image\n"
         "def slowly(path):\n    time.sleep(0.01)\n    return read(path)\n"
-        "data.read_image = slowly\n"
-        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "loading.read_image = slowly\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *command[1:]],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = forks.start(["train.py", *arguments("CoOpOOD", "killed", *KEYS)], first=slow)
     pointer = tmp_path / "killed" / "coopood" / "checkpoint"
     deadline = time.time() + 120
     while not (pointer.is_file() and pointer.read_text().strip() >= "model.pth.tar-2"):
-        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        assert forks.ended(process) is None and time.time() < deadline, "the run ended before it could be killed"
         time.sleep(0.01)
     time.sleep(0.3)  # an epoch takes 0.8 s of waiting alone
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert forks.wait(process)[0].returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "results.json").exists()
     cli.run(arguments("CoOpOOD", "killed", *KEYS))
     assert_same_outcome(tmp_path / "unbroken", tmp_path / "killed")

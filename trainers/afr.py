@@ -32,6 +32,7 @@ from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.seeding import HELD_OUT, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, PromptLearner, Step
 from oodprompt.methods.groups import per_group
 
@@ -90,7 +91,7 @@ class FeatureReweighting(Debiaser):
                 own.copy_(start)
             self.theta_fit.copy_(flat(fitted))
         self.done.fill_(True)
-        print(
+        logger.info(
             f"AFR: {int(H.sum()):,} of {len(H):,} training images are held out; the first training is right on "
             f"{(logits[H].argmax(dim=1) == y[H]).float().mean():.1%} of them, weights up to {self.mu.max():.3g}"
         )

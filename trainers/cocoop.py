@@ -21,6 +21,7 @@ from oodprompt.config.defaults import precision_key
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.prompts import NO_CONTEXT, ContextPrompts, context_of, words_or_flag
 
@@ -56,7 +57,7 @@ class ConditionalContextLearner(PromptLearner):
                 linear2=nn.Linear(width // 16, clip.shape.text_width),
             )
         )
-        print(f'Initial context: "{words}", {len(context)} tokens, shifted by the image')
+        logger.info(f'Initial context: "{words}", {len(context)} tokens, shifted by the image')
 
     def forward(self, image_features: Tensor) -> Alignment:
         context = self.ctx + self.meta_net(image_features).unsqueeze(1)  # [B, M, e]

@@ -20,6 +20,7 @@ from oodprompt.config.defaults import precision_key
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.prompts import INIT_STD, NO_CONTEXT, ContextPrompts, context_of, words_or_flag
 
@@ -61,7 +62,7 @@ class ContextLearner(PromptLearner):
             known = bool(keys.CTX_INIT)
             context = context.repeat(count, 1, 1) if known else INIT_STD * torch.randn(count, *context.shape)
         self.prompts = ContextPrompts(self, clip, self.classnames, words, context, keys.CLASS_TOKEN_POSITION)
-        print(f'Initial context: "{words}", {context.shape[-2]} tokens{", one per class" if keys.CSC else ""}')
+        logger.info(f'Initial context: "{words}", {context.shape[-2]} tokens{", one per class" if keys.CSC else ""}')
 
     def start(self, cfg: CfgNode, template: str) -> tuple[str, Tensor]:
         """The text ahead of the class name and the initial context vectors [M, e]."""

@@ -39,6 +39,7 @@ from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.seeding import HEAD, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
 
 declare(
@@ -97,7 +98,7 @@ class LastLayer(Debiaser):
         val = self.context.data.val
         self.g = self.context.attributes.groups(val).index.cpu().numpy()
         if self.cfg.TEST.SPLIT == "val":
-            print("Note: DFR fits its last layer on validation data, so results on them are too good")
+            logger.warning("Note: DFR fits its last layer on validation data, so results on them are too good")
 
     def predict(self, alignment: Alignment) -> Tensor:
         if self.training or not self.fitted:
@@ -122,7 +123,7 @@ class LastLayer(Debiaser):
         scaler = StandardScaler().fit(train)
         z = scaler.transform(val)
         c, worst = choose_c(z, y, self.g, self.keys.C, rng)
-        print(
+        logger.info(
             f"DFR: C {c:g}, with {worst:.1%} of the worst group right on the half of the validation images not fitted"
         )
         heads = [

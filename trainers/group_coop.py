@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
 from oodprompt.methods.prompts import INIT_STD, NO_CONTEXT, ContextPrompts, given_words, initial_context, words_or_flag
 
@@ -86,7 +87,7 @@ class GroupPrompts(Debiaser):
         ctx = start.cpu() + keys.NOISE * noise if words else INIT_STD * noise
         self.prompts = ContextPrompts(self, context.clip, names, ahead, ctx)
         self._latest: tuple[Alignment | None, Tensor | None] = None, None
-        print(f'Initial context: "{ahead}", {n_ctx} tokens, one for each of {len(names)} groups')
+        logger.info(f'Initial context: "{ahead}", {n_ctx} tokens, one for each of {len(names)} groups')
 
     @classmethod
     def learning_rate(cls, cfg: CfgNode) -> float:

@@ -20,6 +20,7 @@ from oodprompt.config.defaults import precision_key
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
 from oodprompt.methods.prompts import (
     NO_CONTEXT,
@@ -73,7 +74,7 @@ class VLPromptLearner(PromptLearner):
         self.text_encoder = TowerPrompts(keys.N_CTX_TEXT, clip.shape.text_width, depth, enters=False)
         self.image_encoder = visual_prompts(clip, name, keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)
         self.trains_image_tower = keys.PROMPT_DEPTH_VISION > 0
-        print(
+        logger.info(
             f'Initial context: "{words}", {keys.N_CTX_TEXT} tokens in {depth} blocks; {keys.N_CTX_VISION} visual '
             f"prompts in {self.image_encoder.depth} blocks"
         )

@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 
 declare(
@@ -50,7 +51,7 @@ class ErrorSet(Debiaser):
             _, logits = self.context.first_stage.fit(self.keys.FIRST_EPOCHS, None)
             self.error = logits.argmax(dim=1) != self.context.data.train.label
             self.done.fill_(True)
-        print(
+        logger.info(
             f"JTT: the error set has {int(self.error.sum()):,} of {len(self.error):,} training images "
             f"({self.error.float().mean():.1%}), which weigh {self.keys.UP:g} times as much as others"
         )

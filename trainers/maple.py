@@ -24,6 +24,7 @@ from oodprompt.config.defaults import precision_key
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
 from oodprompt.methods.prompts import (
     INIT_STD,
@@ -80,7 +81,7 @@ class MultiModalPromptLearner(PromptLearner):
         layer = nn.Linear(e, width)  # all deep projections start from the same values
         self.prompt_learner.compound_prompt_projections = nn.ModuleList(copy.deepcopy(layer) for _ in range(depth - 1))
         text, image = (min(depth, layers) for layers in (clip.shape.text_layers, clip.shape.vision_layers))
-        print(f'Initial context: "{words}", {keys.N_CTX} tokens; prompts in {text} text and {image} image blocks')
+        logger.info(f'Initial context: "{words}", {keys.N_CTX} tokens; prompts in {text} text and {image} image blocks')
 
     def visual_prompts(self) -> tuple[Any, ...]:
         own = self.prompt_learner

@@ -34,6 +34,7 @@ from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.transforms import is_random
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, Contribution, Debiaser, Step
 
 declare(
@@ -80,7 +81,9 @@ class RegionAware(Debiaser):
 
     def before_train(self) -> None:
         self.spurious = self.context.attributes.discovered.spurious(self.context.data.train)
-        print(f"RaVL: {int(self.spurious.sum()):,} of {len(self.spurious):,} regions of training images are spurious")
+        logger.info(
+            f"RaVL: {int(self.spurious.sum()):,} of {len(self.spurious):,} regions of training images are spurious"
+        )
 
     def contribute(self, step: Step) -> Contribution:
         text, regions = step.alignment.text_features, step.regions

@@ -22,6 +22,7 @@ from oodprompt.config.keys import declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.seeding import SUBSET, derive_seed
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, Debiaser
 
 declare(
@@ -59,7 +60,7 @@ class _Balanced(Debiaser):
 
     def before_train(self) -> None:
         length = len(self.epoch_order(0, np.random.default_rng(0)))
-        print(
+        logger.info(
             f"{self.model_name.upper()}: epochs of {length:,} of {len(self.group):,} training images, "
             f"{len(np.unique(self.group))} groups with equal shares"
         )

@@ -20,6 +20,7 @@ from oodprompt.config.defaults import precision_key
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
 from oodprompt.methods.prompts import class_text_features, given_words, visual_prompts, words_or_flag
 
@@ -51,7 +52,7 @@ class VisualPromptLearner(PromptLearner):
         self.image_encoder = visual_prompts(clip, "VPT", keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)
         words = f"{given_words(keys, 'TRAINER.VPT')} {{}}.".strip()
         self.register_buffer("text", class_text_features(clip, self.classnames, [words]), persistent=False)
-        print(f'Fixed prompts "{words}", {keys.N_CTX_VISION} visual prompts in {self.image_encoder.depth} blocks')
+        logger.info(f'Fixed prompts "{words}", {keys.N_CTX_VISION} visual prompts in {self.image_encoder.depth} blocks')
 
     def visual_prompts(self) -> tuple[Any, ...]:
         return self.image_encoder.VPT, self.image_encoder.deep()

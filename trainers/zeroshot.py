@@ -21,6 +21,7 @@ from oodprompt.backbones import CLIP
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.prompts import class_text_features
 from oodprompt.methods.templates import IMAGENET_SELECT, expand_templates
@@ -52,7 +53,7 @@ class FixedPrompts(PromptLearner):
         templates = templates or self.default_templates(cfg, template)
         prompts = [templates[0].replace("{}", name) for name in self.classnames]
         more = f", and {len(templates) - 1} more templates" if len(templates) > 1 else ""
-        print(f"Prompts: {prompts[:4]}{' ...' if len(prompts) > 4 else ''}{more}")
+        logger.info(f"Prompts: {prompts[:4]}{' ...' if len(prompts) > 4 else ''}{more}")
         features = torch.stack([class_text_features(clip, self.classnames, [template]) for template in templates])
         ensemble = F.normalize(features.mean(dim=0), dim=-1) if len(templates) > 1 else features[0]
         self.register_buffer("text_features", ensemble)

@@ -286,10 +286,9 @@ declare(
         "STACK": ((), "Debiasers to add to the trainer's own."),
         "GROUPS": Key(
             "pseudo",
-            "Groups (class, attribute) of methods that take groups: true (attribute labels of the data set), pseudo "
-            "(what zero-shot CLIP sees of the named attribute; no labels) or regions (whether an image has a region that "
-            "discovery found in the base trained alone; neither labels nor names).",
-            choices=("pseudo", "true", "regions"),
+            "Registered source of the groups (class, attribute) of methods that take groups: true (attribute labels of "
+            "the data set), pseudo (what zero-shot CLIP sees of the named attribute; no labels), regions (whether an image "
+            "has a region that discovery found in the base trained alone; neither labels nor names), or one of your own.",
             parse=lambda value: str(value).lower() if isinstance(value, bool) else value,
         ),
         "PSEUDO_NOISE": Key(

@@ -1,8 +1,7 @@
-"""Names for trainers, data sets and evaluators, as Dassl keeps them."""
+"""Names for trainers, data sets, evaluators and sources of groups, as Dassl keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from oodprompt.errors import UserError, nearest
@@ -15,14 +14,17 @@ class Registry:
         self.kind = kind
         self._objects: dict[str, Any] = {}
 
-    def register(self, obj: Any = None, force: bool = False) -> Any:
-        """Register ``obj``, or return a decorator that does. A taken name raises ``KeyError`` unless ``force``."""
+    def register(self, obj: Any = None, force: bool = False, name: str = "") -> Any:
+        """Register ``obj`` under ``name``, or return a decorator that does.
+
+        A taken name raises ``KeyError`` unless ``force``.
+        """
 
         def add(obj: Any) -> Any:
-            name = obj.__name__
-            if name in self._objects and not force:
-                raise KeyError(f"a {self.kind} named {name!r} is already registered; use register(force=True)")
-            self._objects[name] = obj
+            key = name or obj.__name__
+            if key in self._objects and not force:
+                raise KeyError(f"a {self.kind} named {key!r} is already registered; use register(force=True)")
+            self._objects[key] = obj
             return obj
 
         return add if obj is None else add(obj)
@@ -38,10 +40,11 @@ class Registry:
     def registered_names(self) -> list[str]:
         return sorted(self._objects)
 
-    def items(self) -> list[tuple[str, Callable]]:
+    def items(self) -> list[tuple[str, Any]]:
         return sorted(self._objects.items())
 
 
 TRAINER_REGISTRY = Registry("trainer")
 DATASET_REGISTRY = Registry("data set")
 EVALUATOR_REGISTRY = Registry("evaluator")
+GROUP_SOURCE_REGISTRY = Registry("source of groups")

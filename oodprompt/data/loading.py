@@ -21,6 +21,7 @@ from oodprompt.data.images import read_image
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import build_transform
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 Batch = dict[str, Any]
 
@@ -135,7 +136,7 @@ class DataManager:
         self.rank, self.num_processes = rank, num_processes
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
-            print("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
+            logger.warning("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
         self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
         self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)
         self.val_loader = self.loader(self.dataset.val) if self.dataset.val else None

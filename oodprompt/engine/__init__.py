@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from oodprompt.config.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, TRAINER_REGISTRY
+from oodprompt.config.registry import DATASET_REGISTRY, EVALUATOR_REGISTRY, GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
 
 if TYPE_CHECKING:
     from oodprompt.data.dataset import DatasetBase, Datum
@@ -23,6 +23,7 @@ _PLACES = {
 __all__ = [
     "DATASET_REGISTRY",
     "EVALUATOR_REGISTRY",
+    "GROUP_SOURCE_REGISTRY",
     "TRAINER_REGISTRY",
     "DatasetBase",
     "Datum",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
+from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.discovery.region_features import RegionFeatures
@@ -24,9 +25,10 @@ from oodprompt.engine.optim import scales_losses
 from oodprompt.errors import UserError, nearest
 from oodprompt.features.encoder import Encoder
 from oodprompt.log import logger
+from oodprompt.methods import sources as _registers_our_sources  # noqa: F401
 from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
 from oodprompt.methods.contracts import Alignment, Context, Debiaser, PromptLearner
-from oodprompt.methods.groups import AttributeSources
+from oodprompt.methods.groups import AttributeSources, SourceOfGroups
 from oodprompt.methods.splits import LabelledData
 
 _PRECISIONS = ("fp32", "bf16", "amp", "fp16")
@@ -112,7 +114,8 @@ def build_debiasing(
     discovery = RunDiscovery(
         cfg, encoder, region_features, first_stage, state, models, Path(cfg.OUTPUT_DIR), base_name, writes
     )
-    attributes = _attributes(cfg, encoder, discovery.find)
+    source_type = GROUP_SOURCE_REGISTRY.get(cfg.TRAINER.GROUPS, "TRAINER.GROUPS")
+    attributes = _attributes(cfg, encoder, discovery.find, lambda: source_type(cfg, context))
     context = Context(encoder.clip, encoder.learner, attributes.data, attributes, first_stage, encoder.autocast)
     debiasers = []
     for i, debiaser_type in enumerate(types, 1):
@@ -122,8 +125,13 @@ def build_debiasing(
     return Debiasing(objective, context, discovery)
 
 
-def _attributes(cfg: CfgNode, encoder: Encoder, find: Callable[[], DiscoveredClusters]) -> AttributeSources:
-    """The sources of attributes of a run; ``find`` runs or reads discovery when it is asked for the first time."""
+def _attributes(
+    cfg: CfgNode,
+    encoder: Encoder,
+    find: Callable[[], DiscoveredClusters],
+    build_source: Callable[[], SourceOfGroups],
+) -> AttributeSources:
+    """The attributes of a run; ``find`` runs or reads discovery when it is asked for the first time."""
     dataset = encoder.data.dataset
     pseudo = PseudoAttributes(
         encoder.clip,
@@ -137,6 +145,6 @@ def _attributes(cfg: CfgNode, encoder: Encoder, find: Callable[[], DiscoveredClu
         val=encoder.split("val") if encoder.data.val_loader else None,
         classnames=encoder.learner.classnames,
         attribute_names=dataset.attribute_names,
+        num_attribute_values=1 + max(d.attribute for s in (dataset.train_x, dataset.val, dataset.test) for d in s),
     )
-    values = 1 + max(d.attribute for split in (dataset.train_x, dataset.val, dataset.test) for d in split)
-    return AttributeSources(cfg.TRAINER.GROUPS, data, values, pseudo, DiscoveredAttributes(find))
+    return AttributeSources(cfg.TRAINER.GROUPS, data, pseudo, DiscoveredAttributes(find), build_source)

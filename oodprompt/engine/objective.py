@@ -12,6 +12,7 @@ from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch
 from oodprompt.data.sampling import EpochOrder
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, Debiaser, PromptLearner, Step, StepRegions
 
 
@@ -57,6 +58,12 @@ class Objective:
     def takes_regions(self) -> bool:
         """Whether steps need the regions of the images."""
         return any(debiaser.takes_regions for debiaser in self.debiasers)
+
+    def note_what_does_nothing(self) -> None:
+        """Say so where nothing is trained and debiasers only change training."""
+        names = [name for name, debiaser in self._named() if not debiaser.predicts]
+        if names:
+            logger.info(f"Note: nothing is trained over {self.base_name}, so {', '.join(names)} changes nothing")
 
     def check(self) -> None:
         """Debiasers refuse what cannot be, ahead of any long work."""

@@ -11,9 +11,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from oodprompt.engine.loop import RunState, StepReport
+from oodprompt.features.encoder import Encoder
 from oodprompt.log import logger
 
 _RECENT = 50  # steps whose mean time tells the time left
+
+
+def announce(encoder: Encoder, num_processes: int) -> None:
+    """Say what computes, and whether image features are kept."""
+    views = encoder.views
+    cached = f"cache of {views} view{'s' if views > 1 else ''}" if views else "computed at every step"
+    logger.info(f"Device: {encoder.device}, {num_processes} process(es), precision {encoder.precision}")
+    logger.info(f"Image features: {cached}")
 
 
 class Progress:

@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones.weights import check_name
 from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
-from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.config.registry import GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.discovery.region_features import RegionFeatures
@@ -33,7 +33,7 @@ from oodprompt.engine.dassl_names import DasslNames
 from oodprompt.engine.evaluation import epoch_row
 from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, remedy
 from oodprompt.engine.optim import TrainedModels
-from oodprompt.engine.progress import Progress
+from oodprompt.engine.progress import Progress, announce
 from oodprompt.engine.results import PseudoAttributeReport, refuse_other_results, results_of
 from oodprompt.engine.selection import Selection
 from oodprompt.engine.testing import Testing
@@ -80,6 +80,7 @@ class PromptTrainer(DasslNames):
     def check_cfg(self, cfg: CfgNode) -> None:
         """Refuse values that would fail later."""
         check_values(cfg)
+        GROUP_SOURCE_REGISTRY.get(cfg.TRAINER.GROUPS, "TRAINER.GROUPS")
         if not cfg.MODEL.BACKBONE.PATH:
             check_name(cfg.MODEL.BACKBONE.NAME)
 
@@ -166,7 +167,9 @@ class PromptTrainer(DasslNames):
         if self.cfg.RESUME and not self.start_epoch:
             raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
         self.save_config()
-        self._announce()
+        announce(self.encoder, self.state.num_processes)
+        if not self.trainable:
+            self.objective.note_what_does_nothing()
         self.time_start = time.time()
         if self.trainable and self.dataset.test_only:
             raise UserError(
@@ -185,15 +188,6 @@ class PromptTrainer(DasslNames):
             self.state.is_main_process,
             self.output_dir / "tensorboard" if writes else None,
         )
-
-    def _announce(self) -> None:
-        views = self.encoder.views
-        cached = f"cache of {views} view{'s' if views > 1 else ''}" if views else "computed at every step"
-        logger.info(f"Device: {self.device}, {self.state.num_processes} process(es), precision {self.precision}")
-        logger.info(f"Image features: {cached}")
-        names = [name for name, d in zip(self.debiaser_names, self.debiasers, strict=True) if not d.predicts]
-        if names and not self.trainable:
-            logger.info(f"Note: nothing is trained over {self.base_name}, so {', '.join(names)} changes nothing")
 
     def _prepare_training(self) -> None:
         """What is refused is refused first; then features are computed and debiasers get ready."""

@@ -33,6 +33,7 @@ from oodprompt.config.keys import leaves
 from oodprompt.data.dataset import Datum
 from oodprompt.data.transforms import is_random
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 Views = Tensor | Sequence[np.ndarray]  # V views [N, d] of a split: on the compute device, or memory-mapped files
 
@@ -45,11 +46,11 @@ _PATIENCE = 60.0
 class FeatureCache:
     """Where views of CLIP's image features are kept: in memory, or in files that later runs read.
 
-    ``precision`` is the one they are computed in, on ``device``; ``say`` prints a line of the main process.
+    ``precision`` is the one they are computed in, on ``device``; ``say`` shows a line.
     """
 
     def __init__(
-        self, cfg: CfgNode, clip: CLIP, precision: str, device: torch.device, say: Callable[[str], None] = print
+        self, cfg: CfgNode, clip: CLIP, precision: str, device: torch.device, say: Callable[[str], None] = logger.info
     ) -> None:
         self.cfg, self.clip, self.precision, self.device, self.say = cfg, clip, precision, device, say
         self.folder = Path(cfg.DATALOADER.CACHE_DIR or "~/.cache/oodprompt/features").expanduser()

@@ -22,7 +22,6 @@ from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.features import views
 from oodprompt.features.cache import FeatureCache
-from oodprompt.log import logger
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
@@ -52,7 +51,7 @@ class Encoder:
     ) -> None:
         self.cfg, self.clip, self.data, self.learner = cfg, clip, data, learner
         self.device, self.precision, self.show_progress = device, precision, show_progress
-        self.cache = FeatureCache(cfg, clip, precision, device, logger.info)
+        self.cache = FeatureCache(cfg, clip, precision, device)
         self._learner_cache = self.cache if learner.encodes_as_clip else None
         self._kept: dict[str, views.FeatureLoader] = {}
         self._frozen: dict[str, Tensor] = {}

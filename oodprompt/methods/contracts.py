@@ -205,6 +205,28 @@ class Context:
         return not self.learner.trains_image_tower
 
 
+class GroupSource:
+    """Base of sources of groups: which value of an attribute each image has. A group is a pair (class, value).
+
+    It is built when a method asks for groups, from the configuration and the debiasers' ``Context``. ``names`` are those
+    of the values, by number; a value beyond them is called by its number.
+    """
+
+    names: Sequence[str] = ()
+
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        """A source whose names depend on the data sets ``self.names`` here."""
+        self.cfg, self.context = cfg, context
+
+    def num_values(self, split: Split) -> int:
+        """A, the number of values. ``UserError`` where the source cannot tell them; must ask for no image features."""
+        return len(self.names)
+
+    def of(self, split: Split) -> Tensor:
+        """The value of every image of the split, [N], from 0 to A - 1, on the device of ``split.label``."""
+        raise NotImplementedError(f"{type(self).__name__} must define of")
+
+
 class Debiaser(nn.Module):
     """Base of debiasers. Its parameters (trained with their own rate) and buffers are in its checkpoint.
 

@@ -1,13 +1,15 @@
-"""Groups (class, attribute) of a split: by the data set's attribute labels, by pseudo-attributes, or by what discovery finds."""
+"""Groups (class, attribute) of a split, and what a source of groups must say."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from oodprompt.errors import UserError
 from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
 from oodprompt.methods.splits import LabelledData, Split
 
@@ -25,56 +27,61 @@ class Groups:
         return torch.bincount(self.index, minlength=len(self.names))
 
 
-class AttributeSources:
-    """The sources of attributes that a run offers, and the groups that ``choice`` (TRAINER.GROUPS) makes of them.
+class SourceOfGroups(Protocol):
+    """Says which value of an attribute each image has; a group is a pair (class, value).
 
-    ``choice`` is the data set's attribute labels ("true"), pseudo-attributes ("pseudo") or the presence of discovered
-    regions ("regions"). ``values`` is the number of attribute values in all splits of the data set. ``groups_by`` says
-    which source gave groups so far; None: nobody asked.
+    ``names`` of the values, by number; a value beyond them is called by its number.
+    """
+
+    names: Sequence[str]
+
+    def num_values(self, split: Split) -> int:
+        """A, the number of values. ``UserError`` where the source cannot tell them; asks for no image features."""
+
+    def of(self, split: Split) -> Tensor:
+        """The value of every image of the split, [N], from 0 to A - 1."""
+
+
+class AttributeSources:
+    """The attributes that a run offers, and the groups that the source ``choice`` (TRAINER.GROUPS) makes.
+
+    ``build_source()`` builds that source when groups are asked for. ``groups_by`` says which source gave groups so far;
+    None: nobody asked.
     """
 
     def __init__(
         self,
         choice: str,
         data: LabelledData,
-        values: int,
         pseudo: PseudoAttributes,
         discovered: DiscoveredAttributes,
+        build_source: Callable[[], SourceOfGroups],
     ) -> None:
-        self.choice, self.data, self.values, self.pseudo, self.discovered = choice, data, values, pseudo, discovered
+        self.choice, self.data, self.pseudo, self.discovered = choice, data, pseudo, discovered
+        self._build_source = build_source
         self.groups_by: str | None = None
 
+    @cached_property
+    def source(self) -> SourceOfGroups:
+        """The source of groups."""
+        return self._build_source()
+
     def groups(self, split: Split) -> Groups:
-        """The groups of a split. ``UserError`` as ``check_groups``, and where nothing is discovered."""
+        """The groups of a split. ``UserError`` as ``check_groups``, and where a source finds nothing."""
         self.groups_by = self.choice
-        values = self._num_values(split)
-        source = self.discovered if self.choice == "regions" else self.pseudo
-        attribute = split.attribute if self.choice == "true" else source.of(split)
+        source, values = self.source, self.source.num_values(split)
+        attribute = source.of(split)
         named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
         names = tuple(f"{c} / {a}" for c in self.data.classnames for a in named)
         return Groups(split.label * values + attribute, names)
 
     def num_groups(self) -> int:
         """G = C A of the training split, without asking for image features. ``UserError`` as ``check_groups``."""
-        return len(self.data.classnames) * self._num_values(self.data.train)
+        return len(self.data.classnames) * self.source.num_values(self.data.train)
 
     def check_groups(self, split: Split) -> None:
         """``UserError`` where names or attribute labels are missing; asks for no features."""
-        self._num_values(split)
-
-    def _num_values(self, split: Split) -> int:
-        """A, the number of attribute values by the choice."""
-        if self.choice == "pseudo":
-            return len(self.pseudo.text)
-        if self.choice == "regions":
-            return 2
-        unknown = int((split.attribute < 0).sum())
-        if unknown:
-            raise UserError(
-                f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
-                "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
-            )
-        return max(len(self.pseudo.names), self.values)
+        self.source.num_values(split)
 
 
 def per_group(values: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

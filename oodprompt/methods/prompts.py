@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, encode, tokenize
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 INIT_STD = 0.02  # of random context vectors, in every method
 NO_CONTEXT = "{key}: {value} context vectors are not possible; give 1 or more"
@@ -218,5 +219,5 @@ def need_vit(clip: CLIP, trainer: str) -> None:
 def depth_within(depth: int, layers: int, where: str) -> int:
     """``depth`` where the tower has that many blocks, else all of them (upstream leaves such prompts unused)."""
     if depth > layers:
-        print(f"{where}: prompts in {depth} blocks are asked for, this CLIP has {layers}")
+        logger.warning(f"{where}: prompts in {depth} blocks are asked for, this CLIP has {layers}")
     return min(depth, layers)

@@ -28,9 +28,13 @@ class Split:
 
 @dataclass
 class LabelledData:
-    """What debiasers know of the data: the splits (``val`` is None without validation data) and all names."""
+    """What debiasers know of the data: the splits (``val`` is None without validation data) and all names.
+
+    ``num_attribute_values``: how many values the data set's attribute labels have in all splits.
+    """
 
     train: Split
     val: Split | None
     classnames: Sequence[str]
     attribute_names: Sequence[str]
+    num_attribute_values: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +17,7 @@ from oodprompt.config import extensions, keys
 from oodprompt.config.extensions import register_all
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.errors import UserError
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.forks import Forks
 
 FILE = """
 from helper_of_mine import NAME
@@ -62,12 +62,10 @@ def test_a_file_registers_its_method_and_keys_once(
     assert "Of my own." in capsys.readouterr().out
 
 
-def test_processes_started_from_here_know_it(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_started_from_here_know_it(mine: Path, monkeypatch: pytest.MonkeyPatch, forks: Forks) -> None:
     monkeypatch.chdir(mine.parent)
     extensions.add(["mine.py"])
-    shown = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), "--list"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    shown = forks.run(["train.py", "--list"], environment=os.environ)
     assert "Of my own." in shown.stdout, shown.stderr
 
 

@@ -13,6 +13,8 @@ from oodprompt import cli
 from tests.helpers.trees import celeba, csv_file, metashift, nicopp, urbancars, waterbirds
 from tests.helpers.trees.writing import arguments, put
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 FOLDERS = [
     f"{s}/{c}/{a}/{i}.jpg"
     for s in ("train", "val", "test")

@@ -16,6 +16,8 @@ from tests.helpers.runs import REPOSITORY
 from tests.helpers.trees import coop_sets, domains, imagenet
 from tests.helpers.trees.writing import arguments, put, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LOCATIONS = tuple(f"location_{number}" for number in (38, 43, 46, 100))
 # yaml file: the data set's name, what makes its tree, and its groups of testing: (class, domain) -> images
 DOMAINS: dict[str, tuple[str, Callable[[Path], Any], dict[tuple[str, str], int]]] = {

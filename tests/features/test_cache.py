@@ -25,7 +25,7 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.features.cache import FeatureCache
 from oodprompt.features.views import extract, rows_of, whole
-from tests.helpers.runs import torchrun
+from tests.helpers.forks import Forks
 from tests.helpers.small_data import RANDOM, MakeCfg, MakeData
 
 WIDTH = 128  # of tiny's features
@@ -118,12 +118,16 @@ def test_evaluation_alone_reads_what_training_wrote(
 
 
 def test_two_processes_write_what_one_reads(
-    arguments: Callable[..., list[str]], run: Callable[..., dict[str, Any]], tmp_path: Path, encoded: list[int]
+    arguments: Callable[..., list[str]],
+    run: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    encoded: list[int],
+    forks: Forks,
 ) -> None:
     where = ("DATALOADER.FEATURE_CACHE", "disk", "DATALOADER.CACHE_DIR", tmp_path / "cache", "OPTIM.MAX_EPOCH", 1)
-    torchrun(2, arguments("CoOp", "two", *where, "DATALOADER.TRAIN_X.BATCH_SIZE", 8))
+    forks.together(2, ["train.py", *arguments("CoOp", "two", *where, "DATALOADER.TRAIN_X.BATCH_SIZE", 8)])
     written = (tmp_path / "two" / "log.txt").read_text()
-    torchrun(2, arguments("CoOp", "again", *where, "DATALOADER.TRAIN_X.BATCH_SIZE", 8))
+    forks.together(2, ["train.py", *arguments("CoOp", "again", *where, "DATALOADER.TRAIN_X.BATCH_SIZE", 8)])
     read = (tmp_path / "again" / "log.txt").read_text()
     for split in ("train", "test"):
         assert f"{split} written to" in written and f"{split} read from" in read

@@ -15,5 +15,8 @@ def without_names(trainer: PromptTrainer) -> Context:
     context = trainer.context
     data, known = replace(context.data, attribute_names=()), context.attributes
     nameless = PseudoAttributes(context.clip, (), [])
-    attributes = AttributeSources(known.choice, data, known.values, nameless, known.discovered)
-    return replace(context, data=data, attributes=attributes)
+    attributes = AttributeSources(
+        known.choice, data, nameless, known.discovered, lambda: type(known.source)(trainer.cfg, changed)
+    )
+    changed = replace(context, data=data, attributes=attributes)
+    return changed

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_distributed.py: gradients through ``gather_rows`` are those of one process."""
+"""Run in several processes by test_distributed.py: gradients through ``gather_rows`` are those of one process."""
 
 from __future__ import annotations
 

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from oodprompt.backbones import load_backbone, tokenize
+from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.engine.evaluation import attribute_metrics
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
 from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
+from oodprompt.methods.contracts import GroupSource
 from oodprompt.methods.groups import AttributeSources, Groups, per_group
 from oodprompt.methods.splits import LabelledData, Split
 from oodprompt.reports.curves import group_curves
@@ -71,9 +73,12 @@ def test_noise_moves_that_share_and_keeps_the_values() -> None:
 
 def groups_of(split: Split, choice: str, values: int, seen: PseudoAttributes, found: DiscoveredAttributes) -> Groups:
     """The groups of a split of two classes."""
-    return AttributeSources(choice, LabelledData(split, None, ["a", "b"], seen.names), values, seen, found).groups(
-        split
+    data = LabelledData(split, None, ["a", "b"], seen.names, values)
+    attributes = AttributeSources(
+        choice, data, seen, found, lambda: GROUP_SOURCE_REGISTRY.get(choice, "TRAINER.GROUPS")({}, context)
     )
+    context = SimpleNamespace(data=data, attributes=attributes)
+    return attributes.groups(split)
 
 
 def test_groups_of_both_kinds() -> None:
@@ -124,6 +129,7 @@ def test_agreement_with_labels() -> None:
     assert unknown["accuracy"] is None and not unknown["groups"] and unknown["counts"] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.pictures
 def test_report_lies_with_the_run(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     results = run("DebiasedPT", "one", "OPTIM.MAX_EPOCH", 1, "TRAINER.PSEUDO_NOISE", 0.2)
     report = json.loads((tmp_path / "one" / "pseudo_attributes.json").read_text())
@@ -298,3 +304,21 @@ def test_pictures_by_group() -> None:
     many = {"epoch": 1, "by_group": {"share": {f"g{i}": i for i in range(30)}}}
     assert [line.get_label() for line in group_curves([many]).axes[0].get_lines()][0] == "g29"
     assert len(group_curves([many]).axes[0].get_lines()) == 12
+
+
+def test_a_source_of_groups_of_ones_own(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parity(GroupSource):
+        names = ("even", "odd")
+
+        def of(self, split: Split) -> torch.Tensor:
+            return torch.arange(len(split.label)) % 2
+
+    monkeypatch.setattr(GROUP_SOURCE_REGISTRY, "_objects", dict(GROUP_SOURCE_REGISTRY._objects))
+    GROUP_SOURCE_REGISTRY.register(Parity, name="parity")
+    results = run("GroupDRO", "own", "OPTIM.MAX_EPOCH", 1, "TRAINER.GROUPS", "parity")
+    assert results["groups_by"] == "parity"
+
+
+def test_an_unknown_source_is_refused_before_anything_is_read(build: Callable[..., PromptTrainer]) -> None:
+    with pytest.raises(UserError, match="TRAINER.GROUPS: unknown source of groups 'treu': did you mean 'true'"):
+        build("CoOp", "TRAINER.GROUPS", "treu", "DATASET.ROOT", "/nowhere")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from oodprompt.backbones import load_backbone
 from oodprompt.engine import TRAINER_REGISTRY, PromptTrainer
 from oodprompt.errors import UserError
 from tests.helpers.foreign import CLASSES, Make, Nothing
+from tests.helpers.forks import Forks
 from tests.helpers.runs import REPOSITORY
 
 
@@ -71,17 +71,17 @@ def test_methods_of_others_come_with_their_keys(make: Make, theirs: dict[str, ty
         del keys._KEYS["TRAINER.LATER.POWER"], importlib.import_module("dassl.config").defaults._C.TRAINER["LATER"]
 
 
-def test_an_imported_file_is_registered_with_dassl(tmp_path: Path) -> None:
+def test_an_imported_file_is_registered_with_dassl(tmp_path: Path, forks: Forks) -> None:
     page = (REPOSITORY / "docs" / "your_method.md").read_text().split("## A debiaser")[1]
     (tmp_path / "my_debiaser.py").write_text(page.split("```python\n")[1].split("```")[0])
-    code = (
+    stand_in = REPOSITORY / "tests" / "plugin" / "stand_in"
+    (tmp_path / "program.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(stand_in)!r})\n"
         "import oodprompt.plugin, dassl.engine as e, dassl.config as c\n"
         "print('RareFirst' in e.TRAINER_REGISTRY.registered_names(), c.get_cfg_default().TRAINER.RAREFIRST.POWER)\n"
         "print('GroupDRO' in e.TRAINER_REGISTRY.registered_names())"
     )
-    environment = {**os.environ, "OODPROMPT_IMPORT": "my_debiaser.py"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests" / "plugin" / "stand_in"), str(REPOSITORY)])
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    shown = forks.run([str(tmp_path / "program.py")], tmp_path, {"OODPROMPT_IMPORT": "my_debiaser.py"})
     assert shown.stdout == "True 1.0\nFalse\n", shown.stderr
 
 

@@ -1,0 +1,65 @@
+"""Sources of groups (TRAINER.GROUPS): attribute labels, pseudo-attributes, discovered regions.
+
+A source of your own is a ``GroupSource`` in a file that ``--import`` names (CONTRIBUTING.md).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from yacs.config import CfgNode
+
+from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
+from oodprompt.errors import UserError
+from oodprompt.methods.contracts import Context, GroupSource
+from oodprompt.methods.splits import Split
+
+
+@GROUP_SOURCE_REGISTRY.register(name="true")
+class AttributeLabels(GroupSource):
+    """The data set's attribute labels."""
+
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__(cfg, context)
+        self.names = tuple(context.data.attribute_names)
+
+    def num_values(self, split: Split) -> int:
+        unknown = int((split.attribute < 0).sum())
+        if unknown:
+            raise UserError(
+                f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
+                "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
+            )
+        return max(len(self.names), self.context.data.num_attribute_values)
+
+    def of(self, split: Split) -> Tensor:
+        return split.attribute
+
+
+@GROUP_SOURCE_REGISTRY.register(name="pseudo")
+class ZeroShotAttributes(GroupSource):
+    """What zero-shot CLIP sees of the named attribute; no labels."""
+
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__(cfg, context)
+        self.names = context.attributes.pseudo.names
+
+    def num_values(self, split: Split) -> int:
+        return len(self.context.attributes.pseudo.text)
+
+    def of(self, split: Split) -> Tensor:
+        return self.context.attributes.pseudo.of(split)
+
+
+@GROUP_SOURCE_REGISTRY.register(name="regions")
+class DiscoveredRegions(GroupSource):
+    """Whether an image has a region that discovery found; neither labels nor names."""
+
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__(cfg, context)
+        self.names = context.attributes.discovered.names
+
+    def num_values(self, split: Split) -> int:
+        return len(self.names)
+
+    def of(self, split: Split) -> Tensor:
+        return self.context.attributes.discovered.of(split)

@@ -1,0 +1,50 @@
+"""Messages: bare lines on standard output, and only where they are wanted."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oodprompt.log import logger, show_messages
+from tests.helpers.runs import REPOSITORY
+
+# Rooms whose words are messages: a command, and who builds a model in Python, decide whether they are shown.
+SILENT = ["trainers", "datasets", *(f"oodprompt/{room}" for room in ("backbones", "config", "data", "discovery"))]
+SILENT += [f"oodprompt/{room}" for room in ("engine", "features", "methods", "regions")]
+
+
+def test_messages_are_bare_lines_once(capsys: pytest.CaptureFixture[str]) -> None:
+    show_messages()
+    show_messages()
+    logger.info("* accuracy: 85.3%")
+    logger.warning("Note: 100% of it")
+    assert capsys.readouterr().out == "* accuracy: 85.3%\nNote: 100% of it\n"
+
+
+def test_a_library_shows_nothing_by_itself() -> None:
+    code = "from oodprompt.methods.prompts import depth_within; depth_within(9, 3, 'tower')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_users_own_handler_gets_messages_with_their_weight(caplog: pytest.LogCaptureFixture) -> None:
+    from oodprompt.methods.prompts import depth_within
+
+    with caplog.at_level(logging.WARNING, logger="oodprompt"):
+        depth_within(9, 3, "IVLP, text tower")
+    assert caplog.messages == ["IVLP, text tower: prompts in 9 blocks are asked for, this CLIP has 3"]
+
+
+@pytest.mark.parametrize("room", SILENT)
+def test_no_room_prints(room: str) -> None:
+    def printing(path: Path) -> list[int]:
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+    files = sorted((REPOSITORY / room).rglob("*.py"))
+    assert files and {str(path): lines for path in files if (lines := printing(path))} == {}

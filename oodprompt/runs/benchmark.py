@@ -31,8 +31,10 @@ DESCRIPTION = """Train many runs and tabulate them: ``python scripts/benchmark.p
     python scripts/benchmark.py --trainers CoOp CoOpOOD DebiasedPT --bases CoOp MaPLe --datasets waterbirds celeba \\
         --seeds 1 2 3 --root DATA --config-file CoOp=configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml ... --gpus 0 1
 
-GRID.yaml says what is trained (its entries: below). Its runs are in ``OUT/[<setting>/]<method>/seed<N>``. By flags, debiasers go over every base, prompt learners stand alone, and
-``CoOpOOD+DebiasedPT`` is a stack; runs are in ``OUT/<data set>/<method>/seed<N>``. What a run prints is in ``train.log`` there.
+GRID.yaml says what is trained (its entries: below). Its runs are in ``OUT/[<setting>/]<method>/seed<N>``. By flags,
+debiasers go over every base, prompt learners stand alone, and ``CoOpOOD+DebiasedPT`` is a stack. Those runs are in
+``OUT/<data set>/<method>/seed<N>``. What a run prints is in ``train.log`` there.
+
 Rerun the same command to skip what is finished and resume what is not. Ends in tables, which are also written into OUT.
 """
 # Keys that --opts cannot change, and what does.

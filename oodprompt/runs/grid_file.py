@@ -2,7 +2,7 @@
 
     config: configs/trainers/DebiasedPT/tiny_shapes.yaml
     common: TRAIN.VAL_FREQ 0                     # optional, added to every command line
-    seeds: [1, 2, 3]                             # optional; --seeds goes first
+    seeds: [1, 2, 3]                             # optional; --seeds wins over it
     settings:                                    # optional; columns of the tables
       "0.95": DATASET.SHAPES.CORRELATION 0.95
       "0.5": DATASET.SHAPES.CORRELATION 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from oodprompt.errors import UserError, nearest
@@ -41,7 +40,7 @@ class Registry:
     def registered_names(self) -> list[str]:
         return sorted(self._objects)
 
-    def items(self) -> list[tuple[str, Callable]]:
+    def items(self) -> list[tuple[str, Any]]:
         return sorted(self._objects.items())
 
 

@@ -6,10 +6,11 @@ A source of your own is a ``GroupSource`` in a file that ``--import`` names (CON
 from __future__ import annotations
 
 from torch import Tensor
+from yacs.config import CfgNode
 
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.errors import UserError
-from oodprompt.methods.contracts import GroupSource
+from oodprompt.methods.contracts import Context, GroupSource
 from oodprompt.methods.splits import Split
 
 
@@ -17,9 +18,9 @@ from oodprompt.methods.splits import Split
 class AttributeLabels(GroupSource):
     """The data set's attribute labels."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.context.data.attribute_names)
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__(cfg, context)
+        self.names = tuple(context.data.attribute_names)
 
     def num_values(self, split: Split) -> int:
         unknown = int((split.attribute < 0).sum())
@@ -38,9 +39,9 @@ class AttributeLabels(GroupSource):
 class ZeroShotAttributes(GroupSource):
     """What zero-shot CLIP sees of the named attribute; no labels."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.context.attributes.pseudo.names
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__(cfg, context)
+        self.names = context.attributes.pseudo.names
 
     def num_values(self, split: Split) -> int:
         return len(self.context.attributes.pseudo.text)
@@ -53,9 +54,9 @@ class ZeroShotAttributes(GroupSource):
 class DiscoveredRegions(GroupSource):
     """Whether an image has a region that discovery found; neither labels nor names."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.context.attributes.discovered.names
+    def __init__(self, cfg: CfgNode, context: Context) -> None:
+        super().__init__(cfg, context)
+        self.names = context.attributes.discovered.names
 
     def num_values(self, split: Split) -> int:
         return len(self.names)

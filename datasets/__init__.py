@@ -1,31 +1,7 @@
-"""One file per data set or family of data sets; importing this package registers them all."""
+"""One file per data set or family of data sets; importing this package imports every file of the folder, which registers them."""
 
-from oodprompt.datasets import (
-    celeba,
-    coop_sets,
-    csv_file,
-    domains,
-    folders,
-    imagenet,
-    metashift,
-    nicopp,
-    shapes_on_scenes,
-    spawrious,
-    urbancars,
-    waterbirds,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "celeba",
-    "coop_sets",
-    "csv_file",
-    "domains",
-    "folders",
-    "imagenet",
-    "metashift",
-    "nicopp",
-    "shapes_on_scenes",
-    "spawrious",
-    "urbancars",
-    "waterbirds",
-]
+for _file in iter_modules(__path__):
+    import_module(f"oodprompt.datasets.{_file.name}")

@@ -12,10 +12,9 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from oodprompt.data.dataset import DatasetBase, Datum
+from oodprompt.data.images import IMAGE_SUFFIXES
 from oodprompt.errors import UserError
 from oodprompt.log import logger
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 Splits = tuple[list[Datum], list[Datum], list[Datum]]
 

@@ -1,4 +1,4 @@
-"""The two contracts, for methods of others: a prompt learner and a debiaser (``oodprompt.methods.contracts``)."""
+"""What methods of others build on: prompt learners, debiasers, sources of groups (``oodprompt.methods``)."""
 
 from oodprompt.methods.contracts import (
     TOWERS,
@@ -11,6 +11,8 @@ from oodprompt.methods.contracts import (
     Step,
     StepRegions,
 )
+from oodprompt.methods.groups import Groups, per_group
+from oodprompt.methods.splits import Split
 
 __all__ = [
     "TOWERS",
@@ -19,7 +21,10 @@ __all__ = [
     "Contribution",
     "Debiaser",
     "GroupSource",
+    "Groups",
     "PromptLearner",
+    "Split",
     "Step",
     "StepRegions",
+    "per_group",
 ]

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import oodprompt
-from oodprompt.cli import Parser, exit_status
 from oodprompt.errors import UserError
+from oodprompt.terminal import Parser, exit_status
 
 _SECONDS = 3.0  # for reading data sets, and again for digests of weights
 _LOW_GIB = 2.0

@@ -15,11 +15,13 @@ import os
 import sys
 from pathlib import Path
 
-from oodprompt.cli import Parser, exit_status
 from oodprompt.config import extensions
+from oodprompt.log import show_messages
+from oodprompt.terminal import Parser, exit_status
 
 
 def run(argv: list[str] | None = None) -> None:
+    show_messages()
     parser = Parser(description=__doc__)
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
     parser.add_argument("--load-epoch", type=int, help="epoch to look at; else the best model, else the last")
@@ -30,14 +32,14 @@ def run(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     extensions.add(args.imports)
 
-    from oodprompt.engine import discover, load_run
+    from oodprompt.engine import load_run
     from oodprompt.reports.results import method_title
 
     out = args.output_dir or args.model_dir
     trainer = load_run(args.model_dir, args.load_epoch, args.opts, root=args.root, output_dir=str(out))
     cfg = trainer.cfg
     title = method_title({"trainer": cfg.TRAINER.NAME, "base": trainer.base_name, "stack": cfg.TRAINER.STACK})
-    discover.run(trainer, trainer.learner, trainer.predict, title, out)
+    trainer.discovery.discover(trainer.learner, trainer.objective.predict, title, out)
 
 
 if __name__ == "__main__":

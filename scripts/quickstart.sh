@@ -6,26 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-out="${1:-output/quickstart}" seeds="${2:-1}"
-config=configs/trainers/CoOpOOD/tiny_shapes.yaml
-
-run() { # name, then the command line
-  local name="$1"
-  shift
-  echo "Training $name ..."
-  for seed in $seeds; do
-    "$PY" train.py --config-file "$config" --seed "$seed" --output-dir "$out/$name/seed$seed" "$@" >/dev/null
-  done
-}
-
+out="${1:-output/quickstart}"
+read -ra seeds <<<"${2:-1}"
 began=$SECONDS
-run ZeroshotCLIP --trainer ZeroshotCLIP
-run CoOp --trainer CoOp
-run CoOpOOD --trainer CoOpOOD
-run CoOpOOD-anchored --trainer CoOpOOD TRAINER.COOPOOD.ANCHOR attributes
-run DebiasedPT --trainer DebiasedPT
-run CoOpOOD+DebiasedPT --trainer CoOpOOD --config-file configs/trainers/CoOpOOD/debiased_tiny_shapes.yaml
-"$PY" scripts/compare.py "$out" ZeroshotCLIP CoOp CoOpOOD CoOpOOD-anchored DebiasedPT CoOpOOD+DebiasedPT
+"$PY" scripts/benchmark.py scripts/grids/quickstart.yaml --out "$out" --seeds "${seeds[@]}"
 echo
 echo "Pictures of each run: $out/<method>/seed*/groups.png and, where something is trained, training.png; tables: results.md; everything printed: log.txt"
 echo "Took $((SECONDS - began)) s after installation."

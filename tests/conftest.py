@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from yacs.config import CfgNode
 
@@ -19,12 +18,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from oodprompt import cli
+from oodprompt.backbones import weights
 from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.log import show_messages
 from tests.helpers.forks import Forks
-from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, interrupted_at, load_script  # noqa: F401
+from tests.helpers.runs import (  # noqa: F401
+    CONFIG,
+    REPOSITORY,
+    SMALL,
+    command_line,
+    interrupted_at,
+    load_script,
+    no_pictures,
+)
 from tests.helpers.small_data import TINY, MakeCfg, MakeData
 
 
@@ -37,6 +45,24 @@ def _few_threads() -> None:
 def _messages() -> None:
     """Messages go to standard output, where ``capsys`` finds them, also of what no command of ours runs."""
     show_messages()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _embedded_weights_are_unpacked_once() -> Iterator[None]:
+    """Every CLIP still gets tensors of its own."""
+    read, tiny = weights.read_state_dict, weights.TINY
+    tensors: dict[str, torch.Tensor] = {}
+
+    def kept(file: Path) -> dict[str, torch.Tensor]:
+        if file != tiny:
+            return read(file)
+        if not tensors:
+            tensors.update(read(file))
+        return {name: value.clone() for name, value in tensors.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "read_state_dict", kept)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +83,10 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are empty files: drawing them takes longer than a small run."""
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: file.write(b"not drawn"))
+def undrawn() -> Iterator[None]:
+    """Pictures are empty files."""
+    with no_pictures():
+        yield
 
 
 @pytest.fixture
@@ -72,8 +99,7 @@ def arguments(data_root: Path, tmp_path: Path, request: pytest.FixtureRequest) -
         request.getfixturevalue("undrawn")
 
     def build(trainer: str, name: str, *more: Any) -> list[str]:
-        flags = ["--trainer", trainer, "--config-file", CONFIG, "--root", str(data_root)]
-        return [*flags, "--output-dir", str(tmp_path / name), *SMALL, *map(str, more)]
+        return command_line(data_root, tmp_path / name, trainer, *more)
 
     return build
 

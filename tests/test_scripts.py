@@ -1,129 +1,127 @@
-"""The shell scripts: arguments of theirs do not reach the installer, a current environment is used as it is."""
+"""The shell scripts: those of trainers print command lines that train.py takes; a current environment is used as it is."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import statistics
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
-from oodprompt.errors import UserError
-from tests.helpers.runs import CONFIG, REPOSITORY, SMALL, load_script
+from oodprompt.engine.arguments import build_parser, setup_cfg
+from tests.helpers.runs import REPOSITORY
 
-GRID = {
-    "config": CONFIG,
-    "common": " ".join(map(str, SMALL)) + " OPTIM.MAX_EPOCH 1 TRAIN.VAL_FREQ 0",
-    "settings": {"0.8": "DATASET.SHAPES.CORRELATION 0.8", "0.5": "DATASET.SHAPES.CORRELATION 0.5"},
-    "methods": {"CoOp": "--trainer CoOp", "two": "--trainer DebiasedPT OPTIM.MAX_EPOCH 2"},
+# --- of trainers -------------------------------------------------------------------------------------------------
+
+TRAINERS = {"coopood": "CoOpOOD", "debiasedpt": "DebiasedPT", "ravl": "RaVL"}
+DEFAULT = "vit_b16_ep50_ctxv1"
+PLACES = {
+    "main": f"waterbirds/{{t}}/{DEFAULT}_16shots/nctx4_cscFalse_ctpend",
+    "base2new_train": f"base2new/train_base/waterbirds/shots_16/{{t}}/{DEFAULT}",
+    "base2new_test": f"base2new/test_new/waterbirds/shots_16/{{t}}/{DEFAULT}",
+    "xd_train": f"waterbirds/{{t}}/{DEFAULT}_16shots",
+    "xd_test": f"evaluation/{{t}}/{DEFAULT}_16shots/waterbirds",
+    "dg": f"dg/waterbirds/{{t}}/{DEFAULT}/sketch_photo",
+    "groups": f"groups/waterbirds/{{t}}/{DEFAULT}",
 }
 
 
-@pytest.fixture(scope="module")
-def grid() -> ModuleType:
-    return load_script("scripts/grid.py")
+def script(name: str, *arguments: Any, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(REPOSITORY / "scripts" / f"{name}.sh"), *map(str, arguments)]
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd="/")
 
 
-def write_grid(path: Path, **entries: Any) -> Path:
-    path.write_text(yaml.safe_dump({**GRID, **entries}))
-    return path
-
-
-def run_grid(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "grid.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
-def test_grid_trains_what_is_missing_and_tabulates(data_root: Path, tmp_path: Path) -> None:
-    file, out = write_grid(tmp_path / "grid.yaml"), tmp_path / "out"
-    where = ["--seeds", 1, 2, "--root", data_root, "--out", out, "--jobs", 2]
-    done = run_grid(file, *where)
+def parsed(done: subprocess.CompletedProcess[str]) -> tuple[Any, Any]:
+    """The printed command, as train.py understands it: its arguments and its config."""
     assert done.returncode == 0, done.stderr
-    runs = {path.parent.relative_to(out): json.loads(path.read_text()) for path in out.glob("*/*/*/results.json")}
-    assert set(map(str, runs)) == {f"{s}/{m}/seed{k}" for s in ("0.8", "0.5") for m in ("CoOp", "two") for k in (1, 2)}
-    worst = [100 * runs[Path(f"0.5/two/seed{k}")]["worst_group_accuracy"] for k in (1, 2)]
-    table = (out / "table.md").read_text()
-    assert f"{statistics.fmean(worst):.1f} ± {statistics.stdev(worst):.1f}" in table and "Worst-group" in done.stdout
-    for folder, results in runs.items():
-        keys = (out / folder / "config.yaml").read_text()
-        assert f"CORRELATION: {folder.parts[0]}" in keys and results["seed"] == int(folder.name[-1])
-        assert f"MAX_EPOCH: {2 if 'two' in folder.parts else 1}" in keys  # what a method says comes last
-        assert results["split"] == "test"
-    assert (out / "table.png").stat().st_size > 5000
-    times = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/results.json")}
-    (out / "0.5" / "CoOp" / "seed2" / "results.json").unlink()
-    assert run_grid(file, *where).returncode == 0
-    again = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/results.json")}
-    assert [str(p.relative_to(out)) for p in again if again[p] != times[p]] == ["0.5/CoOp/seed2/results.json"]
+    words = shlex.split(done.stdout)
+    assert words[:2] == [sys.executable, "train.py"]
+    args = build_parser().parse_intermixed_args(words[2:])
+    for name in ("config_file", "dataset_config_file"):
+        setattr(args, name, str(REPOSITORY / getattr(args, name)))
+    return args, setup_cfg(args)
 
 
-def test_runs_of_another_grid_are_not_taken_for_this_one(data_root: Path, tmp_path: Path) -> None:
-    where = ["--seeds", 1, "--root", data_root, "--out", tmp_path / "out"]
-    one = {"settings": {"0.8": "DATASET.SHAPES.CORRELATION 0.8"}, "methods": {"M": "--trainer ZeroshotCLIP"}}
-    assert run_grid(write_grid(tmp_path / "a.yaml", **one), *where).returncode == 0
-    assert run_grid(tmp_path / "a.yaml", *where).returncode == 0
-    done = run_grid(write_grid(tmp_path / "b.yaml", **one | {"methods": {"M": "--trainer OrthCal"}}), *where)
-    assert done.returncode == 2 and "TRAINER.NAME was 'ZeroshotCLIP', is now 'OrthCal'" in done.stderr
-    methods = {"A B": "--trainer ZeroshotCLIP", "A_B": "--trainer OrthCal"}
-    done = run_grid(write_grid(tmp_path / "c.yaml", **one | {"methods": methods}), *where)
-    assert done.returncode == 2 and "two methods of the grid go to the folder" in done.stderr
+@pytest.mark.parametrize("folder", TRAINERS)
+def test_shell_scripts_print_commands_of_train_py(folder: str) -> None:
+    for kind, place in PLACES.items():
+        file = REPOSITORY / "scripts" / folder / f"{kind}.sh"
+        assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
+        domains = ["sketch photo", "art cartoon"] if kind == "dg" else []
+        done = script(
+            f"{folder}/{kind}", "waterbirds", 3, *domains, "--dry-run", "OPTIM.LR", "0.5", DATA="/my data", OUTPUT="/o"
+        )
+        args, cfg = parsed(done)
+        assert (TRAINERS[folder], "", 3) == (cfg.TRAINER.NAME, cfg.TRAINER.BASE, cfg.SEED)
+        assert (cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.OPTIM.LR) == ("Waterbirds", "/my data", 0.5)
+        assert f"/o/{place.format(t=TRAINERS[folder])}/seed3" == cfg.OUTPUT_DIR
+        assert (-1 if kind in ("dg", "groups", "xd_test") else 16) == cfg.DATASET.NUM_SHOTS
+        half = {"base2new_train": "base", "base2new_test": "new"}
+        assert half.get(kind, "all") == cfg.DATASET.SUBSAMPLE_CLASSES
+        assert args.eval_only == kind.endswith("_test")
+        models = {"base2new_test": PLACES["base2new_train"], "xd_test": "imagenet/{t}/" + f"{DEFAULT}_16shots"}
+        model = models.get(kind, "").format(t=TRAINERS[folder])
+        assert args.model_dir == (f"/o/{model}/seed3" if model else "")
+        if kind == "dg":
+            assert tuple(cfg.DATASET.TARGET_DOMAINS) == ("sketch", "photo")
+            assert tuple(cfg.DATASET.SOURCE_DOMAINS) == ("art", "cartoon")
 
 
-def test_ranked_grid_reads_validation_data_and_puts_the_best_first(data_root: Path, tmp_path: Path) -> None:
-    methods = {"CoOp": {"args": "--trainer CoOp", "keys": {"OPTIM.LR": [0.002, 0.5], "OPTIM.WARMUP_EPOCH": [-1]}}}
-    file, out = write_grid(tmp_path / "sweep.yaml", methods=methods, rank=True), tmp_path / "out"
-    done = run_grid(file, "--seeds", 3, "--root", data_root, "--out", out)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(path.read_text()) for path in out.glob("*/*/*/results.json")]
-    assert len(rows) == 4 and {row["split"] for row in rows} == {"val"}
-    lines = [line for line in (out / "table.md").read_text().splitlines() if line.startswith("| OPTIM.LR")]
-    values = [[float(cell) for cell in line.split("|")[2:-1]] for line in lines]
-    assert len(values) == 2 and values[0][0] + values[0][2] >= values[1][0] + values[1][2]
-
-
-def test_failing_runs_are_named_and_the_others_kept(data_root: Path, tmp_path: Path) -> None:
-    file = write_grid(tmp_path / "grid.yaml", methods={"good": "--trainer CoOp", "bad": "--trainer CoOpp"})
-    done = run_grid(file, "--seeds", 1, "--root", data_root, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "2 of 4 runs failed" in done.stderr and "CoOpp" in done.stderr
-    assert len(list(tmp_path.glob("out/*/good/seed1/results.json"))) == 2
+def test_shell_scripts_take_variables() -> None:
+    own = {"DATA": "/d", "OUTPUT": "/o", "BASE": "MaPLe", "CFG": "vit_b16_c2_ep5_batch4_2ctx", "SHOTS": "4"}
+    args, cfg = parsed(script("coopood/main", "waterbirds", 1, "--dry-run", **own))
+    assert cfg.OUTPUT_DIR == "/o/waterbirds/CoOpOOD-MaPLe/vit_b16_c2_ep5_batch4_2ctx_4shots/seed1"
+    assert args.config_file.endswith("configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml")
+    assert (cfg.TRAINER.BASE, cfg.DATASET.NUM_SHOTS) == ("MaPLe", 4)
+    args, cfg = parsed(script("ravl/xd_test", "waterbirds", 1, "--dry-run", **own, SOURCE="celeba", LOADEP="5"))
+    assert args.load_epoch == 5 and "/o/celeba/RaVL-MaPLe/" in args.model_dir
+    _, cfg = parsed(script("ravl/main", "waterbirds", 1, "--dry-run", DATA="/d", NCTX="8", CSC="True", CTP="front"))
+    keys = cfg.TRAINER.COOP
+    assert (keys.N_CTX, keys.CSC, keys.CLASS_TOKEN_POSITION) == (8, True, "front")
+    assert cfg.OUTPUT_DIR.endswith(f"{DEFAULT}_16shots/nctx8_cscTrue_ctpfront/seed1")
+    _, cfg = parsed(script("debiasedpt/groups", "waterbirds", 1, "--dry-run", DATA="d", OUTPUT="o", SHOTS="2"))
+    assert cfg.DATASET.ROOT == "//d" and f"//o/groups/waterbirds/DebiasedPT/{DEFAULT}_2shots/seed1" == cfg.OUTPUT_DIR
 
 
 @pytest.mark.parametrize(
-    ("entries", "message"),
+    ("name", "arguments", "variables", "message"),
     [
-        ({"settings": 3}, "mappings settings and methods"),
-        ({"method": {}}, "unknown entry 'method'.*did you mean 'methods'"),
-        ({"methods": {"CoOp": ["--trainer", "CoOp"]}}, r"methods\.CoOp must be a command line"),
-        ({"settings": {}}, "mappings settings and methods"),
-        ({"config": None}, "config must name a config file"),
-        ({"settings": {"a": 5}}, r"settings\.a must be a piece of a command line, not 5"),
-        ({"methods": {"CoOp": "--trainer 'CoOp"}}, r"methods\.CoOp: No closing quotation"),
-        ({"rank": True, "methods": {"a": {"args": "", "keys": {"OPTIM.LR": 0.1}}}}, r"methods\.a\.keys must be KEY:"),
-        ({"rank": True, "methods": {"a": {"args": "", "keys": None}}}, r"methods\.a\.keys must be KEY:"),
-        ({"methods": {"CoOp": {"args": "--trainer CoOp", "keys": {}}}}, r"methods\.CoOp must be a command line"),
+        ("coopood/main", ["waterbirds"], {"DATA": "/d"}, "usage: DATA=FOLDER bash"),
+        ("coopood/main", ["waterbirds", 1], {}, "DATA is not set"),
+        ("ravl/dg", ["pacs", 1, "photo"], {"DATA": "/d"}, "'TARGET ...' 'SOURCE ...'"),
+        ("ravl/dg", ["pacs", 1, "photo", " "], {"DATA": "/d"}, "domains to test on and domains to train on"),
+        ("ravl/groups", ["pacs", 1, "--base", "MaPLe"], {"DATA": "/d"}, "BASE=NAME in front"),
     ],
 )
-def test_grids_that_make_no_sense(grid: ModuleType, tmp_path: Path, entries: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        grid.read_grid(write_grid(tmp_path / "grid.yaml", **entries))
-    (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="not valid yaml"):
-        grid.read_grid(tmp_path / "broken.yaml")
-    with pytest.raises(UserError, match="no grid file"):
-        grid.read_grid(tmp_path / "missing.yaml")
+def test_shell_scripts_say_what_is_missing(
+    name: str, arguments: list[Any], variables: dict[str, str], message: str
+) -> None:
+    done = script(name, *arguments, **variables)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
-@pytest.mark.parametrize("name", ["sweep", "table", "noise"])
-def test_grids_of_the_repository_are_read(grid: ModuleType, name: str) -> None:
-    content = grid.read_grid(REPOSITORY / "scripts" / "debiasers" / f"{name}.yaml")
-    folders = [m.folder for m in content["methods"]]
-    assert len(set(folders)) == len(folders) > 5 and (REPOSITORY / content["config"]).is_file()
+def test_shell_script_runs_and_goes_on(data_root: Path, tmp_path: Path) -> None:
+    """The command is started with its words as they are; what train.py's status is, is the script's."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 3\n')
+    python.chmod(0o755)
+    variables = {"DATA": str(data_root), "OUTPUT": str(tmp_path / "o"), "PYTHON": str(python)}
+    done = script("coopood/groups", "shapes_on_scenes", 1, "DATASET.ATTRIBUTE_NAMES", "('a b',)", **variables)
+    assert done.returncode == 3 and done.stdout.splitlines()[:2] == [
+        f"Output: {tmp_path}/o/groups/shapes_on_scenes/CoOpOOD/{DEFAULT}/seed1",
+        "train.py",
+    ]
+    assert done.stdout.splitlines()[-2:] == ["DATASET.ATTRIBUTE_NAMES", "('a b',)"]
+    (tmp_path / "o" / "groups" / "shapes_on_scenes" / "CoOpOOD" / DEFAULT / "seed1").mkdir(parents=True)
+    assert "is there: going on with it" in script("coopood/groups", "shapes_on_scenes", 1, **variables).stdout
+
+
+# --- the environment ---------------------------------------------------------------------------------------------
 
 
 def environment(venv: Path, stamp: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,51 +1,7 @@
-"""Methods, one per file; importing this package registers them."""
+"""Methods, one per file; importing this package imports every file of the folder, which registers them."""
 
-from oodprompt.trainers import (
-    afr,
-    cocoop,
-    coop,
-    coop_ood,
-    debiased_pt,
-    dfr,
-    finetune,
-    group_coop,
-    group_dro,
-    ivlp,
-    jtt,
-    kgcoop,
-    linear_probe,
-    maple,
-    orth_cal,
-    prograd,
-    promptsrc,
-    ravl,
-    resampling,
-    roboshot,
-    vpt,
-    zeroshot,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "afr",
-    "cocoop",
-    "coop",
-    "coop_ood",
-    "debiased_pt",
-    "dfr",
-    "finetune",
-    "group_coop",
-    "group_dro",
-    "ivlp",
-    "jtt",
-    "kgcoop",
-    "linear_probe",
-    "maple",
-    "orth_cal",
-    "prograd",
-    "promptsrc",
-    "ravl",
-    "resampling",
-    "roboshot",
-    "vpt",
-    "zeroshot",
-]
+for _file in iter_modules(__path__):
+    import_module(f"oodprompt.trainers.{_file.name}")

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from oodprompt.data.dataset import Datum
 from oodprompt.errors import UserError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
 
 def read_image(path: str) -> Image.Image:
     """The image at ``path`` in RGB; ``UserError`` names a missing, truncated or foreign file."""

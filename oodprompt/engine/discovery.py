@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ class RunDiscovery:
     def _clusters_file(self, found: DiscoveryRun) -> bytes:
         """The bytes of ``discovery.npz``: survivors, features of their medoids, the cluster of every region."""
         assignment, clustering = found.clusters.assignment, found.discovery.clustering
-        arrays = {f"assignment_{name}": value.numpy() for name, value in assignment.items()}
+        arrays: dict[str, Any] = {f"assignment_{name}": value.numpy() for name, value in assignment.items()}
         arrays |= {f"digest_{name}": np.array(digest(self.region_features.regions(name))) for name in assignment}
         buffer = io.BytesIO()
         np.savez(

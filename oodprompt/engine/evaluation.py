@@ -34,9 +34,11 @@ def epoch_row(
     that debiasers keep, to which accuracy by group is added.
     """
     row: dict[str, Any] = {"epoch": epoch, "lr": learning_rate, **means}
-    for key in CRITERIA if validation else ():
-        if validation[key] is not None or key != "worst_pseudo_group_accuracy":
-            row[f"val_{key}"] = validation[key]
+    if validation is not None:
+        known = {key: validation[key] for key in CRITERIA}
+        if known["worst_pseudo_group_accuracy"] is None:
+            del known["worst_pseudo_group_accuracy"]
+        row.update({f"val_{key}": value for key, value in known.items()})
     if by_group:
         if validation and validation["groups"]:
             accuracies = {f"{g['class']} / {g['attribute']}": g["accuracy"] for g in validation["groups"]}
@@ -132,7 +134,7 @@ class Evaluation:
     def __init__(self, evaluator: Any, another: Callable[[], Any], pseudo: Tensor | None = None) -> None:
         evaluator.reset()
         self._evaluators, self._another, self._pseudo = {"": evaluator}, another, pseudo
-        self._by_pseudo_group = another() if pseudo is not None else None
+        self._by_pseudo_group: Any = another() if pseudo is not None else None
 
     def process(self, predictions: dict[str, Tensor], label: Tensor, attribute: Tensor, index: Tensor) -> None:
         """``predictions``: logits [B, C] by name, the one that counts under ""; label, attribute, index [B]."""

@@ -74,19 +74,19 @@ def fit_epoch(
         data_seconds = time.time() - end
         scalars = step(number, batch)
         for key, value in scalars.items():
-            sums[key] = sums.get(key, 0.0) + value.detach()
+            sums[key] = value.detach() + sums.get(key, 0.0)
         samples += 1
         state.step_seconds.append(time.time() - end)
         if after_step is not None:
             means = {key: value / samples for key, value in sums.items()}
             after_step(StepReport(number, scalars, means, data_seconds))
         end = time.time()
-    means = {key: float(value) / samples for key, value in sums.items()}  # waits for all queued work
+    totals = {key: float(value) / samples for key, value in sums.items()}  # waits for all queued work
     seconds = time.time() - began
     state.train_seconds += seconds
     if queues_work:
         state.step_seconds[-samples:] = [seconds / samples] * samples
-    return means
+    return totals
 
 
 def remedy(cfg: CfgNode, precision: str) -> str:

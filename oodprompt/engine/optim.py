@@ -24,19 +24,19 @@ def build_optimizer(
     ``lr * BASE_LR_MULT``.
     """
     lr = optim_cfg.LR if lr is None else lr
-    params = _staged(params, optim_cfg, lr) if optim_cfg.STAGED_LR else _trained(params)
-    common = {"lr": lr, "weight_decay": optim_cfg.WEIGHT_DECAY}
-    betas = {"betas": (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2)}
-    momentum = {"momentum": optim_cfg.MOMENTUM}
-    makers = {
+    trained: Any = _staged(params, optim_cfg, lr) if optim_cfg.STAGED_LR else _trained(params)
+    common: dict[str, Any] = {"lr": lr, "weight_decay": optim_cfg.WEIGHT_DECAY}
+    of_adam = {**common, "betas": (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2)}
+    with_momentum = {**common, "momentum": optim_cfg.MOMENTUM}
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(
-            params, **common, **momentum, dampening=optim_cfg.SGD_DAMPNING, nesterov=optim_cfg.SGD_NESTEROV
+            trained, **with_momentum, dampening=optim_cfg.SGD_DAMPNING, nesterov=optim_cfg.SGD_NESTEROV
         ),
-        "adam": lambda: torch.optim.Adam(params, **common, **betas),
-        "amsgrad": lambda: torch.optim.Adam(params, **common, **betas, amsgrad=True),
-        "adamw": lambda: torch.optim.AdamW(params, **common, **betas),
-        "radam": lambda: torch.optim.RAdam(params, **common, **betas),
-        "rmsprop": lambda: torch.optim.RMSprop(params, **common, **momentum, alpha=optim_cfg.RMSPROP_ALPHA),
+        "adam": lambda: torch.optim.Adam(trained, **of_adam),
+        "amsgrad": lambda: torch.optim.Adam(trained, **of_adam, amsgrad=True),
+        "adamw": lambda: torch.optim.AdamW(trained, **of_adam),
+        "radam": lambda: torch.optim.RAdam(trained, **of_adam),
+        "rmsprop": lambda: torch.optim.RMSprop(trained, **with_momentum, alpha=optim_cfg.RMSPROP_ALPHA),
     }
     if optim_cfg.NAME not in makers:
         raise UserError(f"OPTIM.NAME: unknown optimiser {optim_cfg.NAME!r}: {nearest(optim_cfg.NAME, makers)}")
@@ -54,7 +54,8 @@ def _trained(params: nn.Module | Iterable[nn.Parameter]) -> list[nn.Parameter]:
 def _staged(params: nn.Module | Iterable[nn.Parameter], optim_cfg: CfgNode, lr: float) -> list[dict[str, Any]]:
     if not isinstance(params, nn.Module):
         raise UserError("OPTIM.STAGED_LR needs parts with names, but this model gives a list of parameters")
-    new, base = [], []
+    new: list[nn.Parameter] = []
+    base: list[nn.Parameter] = []
     for name, p in params.named_parameters():
         if p.requires_grad:
             (new if name.split(".")[0] in optim_cfg.NEW_LAYERS else base).append(p)

@@ -216,6 +216,7 @@ class GroupSource:
     names: Sequence[str] = ()
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
+        """A source whose names depend on the data sets ``self.names`` here."""
         self.cfg, self.context = cfg, context
 
     def num_values(self, split: Split) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
-from oodprompt.methods.contracts import Debiaser, PromptLearner
+
+if TYPE_CHECKING:  # names resolve without PyTorch, which the contracts take
+    from oodprompt.methods.contracts import Debiaser, PromptLearner
 
 
 def resolve_methods(cfg: CfgNode) -> tuple[str, type[PromptLearner], list[type[Debiaser]]]:

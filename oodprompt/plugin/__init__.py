@@ -37,7 +37,10 @@ if _spec is None or _spec.origin is None:  # a mere folder of that name is none
 
 from oodprompt.config.extensions import register_all
 from oodprompt.config.registry import TRAINER_REGISTRY
+from oodprompt.log import show_messages
 from oodprompt.plugin.repair import repair_dassl
+
+show_messages()
 
 if os.environ.get("OODPROMPT_REPAIR", "1") != "0":
     repair_dassl()

@@ -7,8 +7,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from oodprompt.cli import exit_status
 from oodprompt.errors import UserError
+from oodprompt.terminal import exit_status
 
 
 def run() -> None:

@@ -77,7 +77,7 @@ class Watch:
     Raises ``UserError`` that names what the model of the trainer ``name`` lacks, with the adapter to write.
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: Any, name: str) -> None:  # an nn.Module with the three parts
         self.model, self.name = model, name
         self.image: list[Any] = []
         self.text: list[Any] = []

@@ -87,6 +87,7 @@ class _Loaders(DataManager):
         self.cfg, self.dataset, self.rank, self.num_processes = cfg, data, 0, 1
         self.num_classes, self.lab2cname = data.num_classes, data.lab2cname
         self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
+        self.train_loader_x = self.loader(data.train_x)  # in the split's order; Dassl trains with loaders of its own
         self.val_loader = self.loader(data.val) if data.val else None
         self.test_loader = self.loader(data.test)
 

@@ -22,7 +22,8 @@ class _OurDataset(DasslDataset):
     ours: type[DatasetBase]
 
     def __init__(self, cfg: CfgNode) -> None:
-        data = self.ours(cfg)
+        build: Any = self.ours  # registered data sets are built from the configuration alone
+        data = build(cfg)
         super().__init__(train_x=data.train_x, val=data.val or None, test=data.test)
         self.template = data.template
         self.attribute_names, self.attribute_prompts = data.attribute_names, data.attribute_prompts

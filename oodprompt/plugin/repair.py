@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch.optim import Optimizer, lr_scheduler
+from torch.torch_version import TorchVersion
 
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
@@ -74,7 +75,8 @@ def _stand_in_for_gdown() -> bool:
     def download(*args: Any, **kwargs: Any) -> NoReturn:
         raise UserError("this data set downloads itself with gdown, which is not installed: pip install gdown")
 
-    _stand_in("gdown", "Stands in for a package that is not installed.").download = download
+    module: Any = _stand_in("gdown", "Stands in for a package that is not installed.")
+    module.download = download
     return True
 
 
@@ -101,8 +103,8 @@ def _mend_load_checkpoint() -> bool:
     These are loaded, so that a run resumes; whatever else a file holds is left out, and no code of a file is run.
     ``val_result``, which a last-step checkpoint leaves empty, becomes NaN, which ``TrainerBase.load_model`` can print.
     """
-    module = importlib.import_module("dassl.utils.torchtools")
-    if isinstance(module.torch, _With) or torch.__version__ < (2, 6):
+    module: Any = importlib.import_module("dassl.utils.torchtools")
+    if isinstance(module.torch, _With) or TorchVersion(torch.__version__) < TorchVersion("2.6"):
         return False
     module.torch = _With(torch, load=_load)
     return True
@@ -142,7 +144,7 @@ def _mend_numpy_names() -> bool:
     """``np.int`` left numpy in 1.24; two transforms use it."""
     mended = False
     for name in ("dassl.data.transforms.randaugment", "dassl.data.transforms.autoaugment"):
-        module = importlib.import_module(name)
+        module: Any = importlib.import_module(name)
         if not hasattr(np, "int") and not isinstance(module.np, _With):
             module.np, mended = _With(np, int=int, float=float, bool=bool), True
     return mended

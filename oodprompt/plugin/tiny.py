@@ -35,7 +35,7 @@ def offer_tiny() -> None:
         _add_to(sys.modules.get("clip.clip"))
         init(self, *args, **kwargs)
 
-    __init__._offers_tiny = True
+    setattr(__init__, "_offers_tiny", True)  # noqa: B010 (a function has no such attribute by its type)
     TrainerX.__init__ = __init__
 
 

@@ -17,7 +17,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,18 @@ class CrossEntropyInstead(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class DebiasedTrainer:
+if TYPE_CHECKING:
+    from dassl.engine import TrainerX as _Base
+else:
+    _Base = object  # the trainer that it goes before is known at run time
+
+
+class DebiasedTrainer(_Base):
     """Goes before a trainer of Dassl's in the bases of a class: ``class X(DebiasedTrainer, CoOp)``."""
 
     base_name = ""
-    companion: Companion | None = None
+    companion: Companion
+    model: Any
 
     # --- building ----------------------------------------------------------------------------------------------
 
@@ -84,8 +91,8 @@ class DebiasedTrainer:
         clip = seen[0] if seen else load_backbone(self.cfg.MODEL.BACKBONE.NAME)
         if getattr(self.model, "dtype", None) == torch.float32:
             self.model.float()  # MaPLe leaves one layer in half precision whatever PREC says
-        self._adapter = adapter_of(self.base_name)
-        self._watch = None if self._adapter else Watch(self.model, self.base_name)
+        self._adapter: Any = adapter_of(self.base_name)
+        self._watch: Any = None if self._adapter else Watch(self.model, self.base_name)
         self._evaluation: Evaluation | None = None
         self._test_batch: dict[str, Any] = {}
         cfg = own_cfg(self.cfg)
@@ -161,10 +168,10 @@ class DebiasedTrainer:
         folders = [Path(directory) / name for name in self._models]
         if not any(folder.exists() for folder in folders):
             return super().resume_model_if_exist(directory)
-        epochs = [self._saved_epoch(folder) for folder in folders]
-        if None in epochs or len(set(epochs)) > 1:
+        epochs = [epoch for epoch in map(self._saved_epoch, folders) if epoch is not None]
+        if len(epochs) < len(folders) or len(set(epochs)) > 1:
             # What was written after the pointer may be cut short.
-            newest = 0 if None in epochs else min(epochs)
+            newest = 0 if len(epochs) < len(folders) else min(epochs)
             saved = [[file for file in folder.glob("model.pth.tar-*") if _epoch(file) <= newest] for folder in folders]
             common = sorted(set.intersection(*({file.name for file in files} for files in saved)), key=_epoch)
             if not common:
@@ -280,7 +287,7 @@ class DebiasedTrainer:
 def _watched_clip() -> Iterator[list[CLIP]]:
     """Fills the list with a frozen copy of the first CLIP that the checkout's ``clip.build_model`` builds."""
     seen: list[CLIP] = []
-    module = sys.modules.get("clip.clip")
+    module: Any = sys.modules.get("clip.clip")
     build = getattr(module, "build_model", None)
     if build is None:
         yield seen

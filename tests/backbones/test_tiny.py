@@ -14,12 +14,12 @@ import torch
 from oodprompt.backbones import CLIP, load_backbone, weights
 from tests.helpers.runs import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_tiny_clip.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "maintain" / "train_tiny_clip.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return load_script("scripts/train_tiny_clip.py")
+    return load_script("scripts/maintain/train_tiny_clip.py")
 
 
 @pytest.fixture(scope="module")

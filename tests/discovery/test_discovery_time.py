@@ -14,14 +14,14 @@ import pytest
 from oodprompt.errors import UserError
 from tests.helpers.runs import load_script
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "speed"
 SMALL = ["--regions", "300", "--dim", "16", "--centres", "6", "--k-min", "4", "--k-max", "7", "--repeats", "1"]
 
 
 @pytest.fixture
 def discovery_time(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    return load_script("benchmarks/discovery_time.py")
+    return load_script("speed/discovery_time.py")
 
 
 def answer(medoids: dict[str, list[int]], **more: Any) -> dict[str, Any]:

@@ -24,15 +24,13 @@ from tests.helpers.runs import REPOSITORY, load_script
 
 
 def test_config_reference_is_current() -> None:
-    module = load_script("scripts/config_reference.py")
-    assert module.PATH.read_text() == module.reference(), "run python scripts/config_reference.py"
+    module = load_script("scripts/maintain/config_reference.py")
+    assert module.PATH.read_text() == module.reference(), "run python scripts/maintain/config_reference.py"
 
 
 def test_files_named_in_the_readme_exist() -> None:
     text = (REPOSITORY / "README.md").read_text()
-    named = set(
-        re.findall(r"(?:scripts|configs|docs|datasets|trainers|oodprompt|tests|benchmarks)/[\w./-]+\.\w+", text)
-    )
+    named = set(re.findall(r"(?:scripts|configs|docs|datasets|trainers|oodprompt|tests|speed)/[\w./-]+\.\w+", text))
     assert named and [name for name in named if not (REPOSITORY / name).exists()] == []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from oodprompt import cli
 from oodprompt.data import distributed
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     leave_together = distributed.leave_together
     distributed.leave_together = lambda: dist.barrier() if dist.is_initialized() else None  # the group is needed again
+    FigureCanvasAgg.print_png = lambda canvas, file, **_: file.write(b"not drawn")  # drawing takes longer than training
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         try:
             cli.run(arguments)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
@@ -23,6 +26,20 @@ SMALL = [
     *("DATASET.SHAPES.NUM_TRAIN", "80", "DATASET.SHAPES.NUM_VAL", "16", "DATASET.SHAPES.NUM_TEST", "24"),
     *("DATALOADER.TRAIN_X.BATCH_SIZE", "16", "OPTIM.MAX_EPOCH", "3", "DATASET.SHAPES.CORRELATION", "0.8"),
 ]
+
+
+def command_line(root: Path, output: Path, trainer: str, *more: Any) -> list[str]:
+    """The command line of a small run with data in ``root``, into the folder ``output``."""
+    flags = ["--trainer", trainer, "--config-file", CONFIG, "--root", str(root), "--output-dir", str(output)]
+    return [*flags, *SMALL, *map(str, more)]
+
+
+@contextlib.contextmanager
+def no_pictures() -> Iterator[None]:
+    """Pictures that are written meanwhile are not drawn, which would take longer than a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasAgg, "print_png", lambda canvas, file, **_: file.write(b"not drawn"))
+        yield
 
 
 def load_script(place: str) -> ModuleType:

@@ -72,7 +72,7 @@ def test_models_of_different_epochs_go_back_to_the_newest_of_all(
     run.before_train()
     first = torch.load(out / "prompt_learner" / "model.pth.tar-1", weights_only=False)["state_dict"]["ctx"]
     assert run.start_epoch == 1 and torch.equal(run.model.prompt_learner.ctx, first)
-    assert run.companion.start_epoch == 1 and run.companion.debiasers[0].epochs == 1
+    assert run.companion.run.start_epoch == 1 and run.companion.debiasers[0].epochs == 1
     assert "going back to model.pth.tar-1, the newest that all models have" in capsys.readouterr().out
     # With FINAL_MODEL best_val Dassl's pointer names the best model, here of one epoch in both folders or of two.
     for name in run._models:
@@ -109,10 +109,10 @@ def test_base_to_new_classes(make: Make) -> None:
     keys += ["DATASET.SHAPES.NUM_VAL", 9, "DATASET.SUBSAMPLE_CLASSES"]
     stack = ["TRAINER.STACK", ("CoOpOOD",), "TRAINER.COOPOOD.ANCHOR", "attributes"]
     run = make("DebiasedPT", "CoOp", *keys, "base", *stack)
-    assert run.companion.num_classes == run.dm.num_classes == 2 and run.companion.debiasers[0].w.shape == (6,)
+    assert run.companion.dataset.num_classes == run.dm.num_classes == 2 and run.companion.debiasers[0].w.shape == (6,)
     run.train()
     new = make("DebiasedPT", "CoOp", *keys, "new", *stack, out="new")
-    assert new.companion.num_classes == 1 and new.companion.debiasers[0].w.shape == (3,)
+    assert new.companion.dataset.num_classes == 1 and new.companion.debiasers[0].w.shape == (3,)
     new.load_model(run.output_dir, epoch=2)
     own, other = new.companion.debiasers[1].state_dict(), run.companion.debiasers[1].state_dict()
     assert torch.equal(own["h_u.weight"], other["h_u.weight"])
@@ -140,7 +140,7 @@ def test_groups_are_reported_and_the_prediction_is_the_debiasers(
     accuracy = trainer.test()
     out = capsys.readouterr().out
     assert accuracy == 50 and "* worst_group: 0.0%" in out and "* gap: 50.0%" in out
-    assert "| circle / water  |" in out and "* turned round, worst_group:" in out
+    assert "* group: circle / water\ttotal: 3\t" in out and "* turned round: accuracy 8.3%, worst group 0.0%" in out
     assert trainer.scalars["test/worst_group_accuracy"] == 0 and trainer.scalars["test/gap"] == pytest.approx(0.5)
     trainer.companion.attributes["val"][:] = 0
     val, trainer.val_loader, trainer.scalars = trainer.val_loader, None, {}

@@ -24,7 +24,7 @@ from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Step
 from oodprompt.reports.discovery import read_discovery
 from tests.helpers.resampling import assert_resumes
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, command_line, no_pictures
 
 Arguments = Callable[..., list[str]]
 Build = Callable[..., PromptTrainer]
@@ -107,12 +107,14 @@ def test_contrastive_loss_is_clips() -> None:
 ANYTHING = ("DISCOVERY.THRESHOLD", "-1", "DISCOVERY.BOTH_SIGNS", "False")  # every filter is off: something is found
 
 
-@pytest.fixture
-def found(arguments: Arguments, tmp_path: Path) -> Path:
-    """A short run of CoOp in which discovery found something."""
-    cli.run(arguments("CoOp", "base", "OPTIM.LR", 0.05))
-    script("--model-dir", tmp_path / "base", *ANYTHING)
-    return tmp_path / "base"
+@pytest.fixture(scope="module")
+def found(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of CoOp in which discovery found something; nobody writes there."""
+    folder = tmp_path_factory.mktemp("found") / "base"
+    with no_pictures():
+        cli.run(command_line(data_root, folder, "CoOp", "OPTIM.LR", 0.05))
+        script("--model-dir", folder, *ANYTHING)
+    return folder
 
 
 def script(*words: Any) -> None:
@@ -139,14 +141,12 @@ def test_run_with_a_discovery_of_its_own(run: Callable[..., dict[str, Any]], tmp
     assert "is trained alone first, for 2 epochs" in (tmp_path / "own" / "log.txt").read_text()
 
 
-def test_the_model_of_discovery_is_the_base_trained_alone(arguments: Arguments, tmp_path: Path) -> None:
-    cli.run(arguments("CoOp", "base", "OPTIM.LR", 0.05))
-    script("--model-dir", tmp_path / "base", *ANYTHING)
+def test_the_model_of_discovery_is_the_base_trained_alone(found: Path, arguments: Arguments, tmp_path: Path) -> None:
     cli.run(arguments("RaVL", "own", "OPTIM.LR", 0.05, *ANYTHING))
-    one, two = (np.load(tmp_path / name / "discovery.npz") for name in ("base", "own"))
+    one, two = (np.load(folder / "discovery.npz") for folder in (found, tmp_path / "own"))
     assert sorted(one.files) == sorted(two.files)
     assert all(np.array_equal(one[name], two[name]) for name in one.files)
-    clusters = [read_discovery(tmp_path / name)["clusters"] for name in ("base", "own")]
+    clusters = [read_discovery(folder)["clusters"] for folder in (found, tmp_path / "own")]
     assert clusters[0] == clusters[1]
 
 
@@ -305,13 +305,13 @@ def test_what_needs_labels_is_refused_over_captions_alone(trainer: str, words: s
     cli.run(arguments(trainer, "both", *keys, "TRAINER.FINETUNE.CAPTIONS", 0.5))
 
 
-def test_clusters_of_other_regions_are_refused(found: Path, arguments: Arguments) -> None:
+def test_clusters_of_other_regions_are_refused(found: Path, arguments: Arguments, tmp_path: Path) -> None:
     for keys in (("REGIONS.GRID", "(3, 3)"), ("DATASET.SHAPES.NUM_TRAIN", 84)):
         with pytest.raises(UserError, match="is of other regions of the"):
             cli.run(arguments("RaVL", "other", "DISCOVERY.FROM", found, *keys))
-    (found / "discovery.npz").write_bytes(b"PK nonsense")
+    (tmp_path / "discovery.npz").write_bytes(b"PK nonsense")
     with pytest.raises(UserError, match="is not what scripts/discover.py writes"):
-        cli.run(arguments("RaVL", "broken", "DISCOVERY.FROM", found))
+        cli.run(arguments("RaVL", "broken", "DISCOVERY.FROM", tmp_path))
 
 
 def test_script_refuses_what_is_no_run(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""From ``train.py``'s flags to the frozen config."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from oodprompt.config import extensions
+from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
+from oodprompt.errors import UserError
+from oodprompt.methods.resolve import base_of
+from oodprompt.terminal import Parser
+
+# flag -> key
+_FLAG_KEYS = {
+    "root": "DATASET.ROOT",
+    "output_dir": "OUTPUT_DIR",
+    "resume": "RESUME",
+    "seed": "SEED",
+    "source_domains": "DATASET.SOURCE_DOMAINS",
+    "target_domains": "DATASET.TARGET_DOMAINS",
+    "transforms": "INPUT.TRANSFORMS",
+    "trainer": "TRAINER.NAME",
+    "base": "TRAINER.BASE",
+    "backbone": "MODEL.BACKBONE.NAME",
+    "head": "MODEL.HEAD.NAME",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="train.py",
+        description="Train and evaluate prompt learners and debiasers on CLIP.",
+        epilog="All keys with their defaults are in docs/config.md.",
+    )
+    parser.add_argument("--root", help="folder that holds the data sets (DATASET.ROOT)")
+    parser.add_argument("--output-dir", help="folder of this run (OUTPUT_DIR)")
+    parser.add_argument("--resume", help="folder of the run to go on with (RESUME)")
+    parser.add_argument("--seed", type=int, help="seed of everything, 0 counts; negative: random (SEED)")
+    parser.add_argument("--source-domains", nargs="+", metavar="NAME", help="domains to train on")
+    parser.add_argument("--target-domains", nargs="+", metavar="NAME", help="domains to test on")
+    parser.add_argument("--transforms", nargs="+", metavar="NAME", help="training transforms (INPUT.TRANSFORMS)")
+    parser.add_argument("--config-file", help="yaml file of the method")
+    parser.add_argument("--dataset-config-file", help="yaml file of the data set, merged first")
+    parser.add_argument("--trainer", help="name of the trainer (TRAINER.NAME)")
+    parser.add_argument("--base", help="prompt learner that a debiaser wraps (TRAINER.BASE)")
+    extensions.add_flag(parser)
+    parser.add_argument("--backbone", help="name of the CLIP (MODEL.BACKBONE.NAME)")
+    parser.add_argument("--head", help="kept for Dassl's command lines (MODEL.HEAD.NAME)")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the model in --model-dir")
+    parser.add_argument("--model-dir", default="", help="output folder of the run to evaluate")
+    parser.add_argument("--load-epoch", type=int, help="epoch to evaluate; else the best model, else the last")
+    parser.add_argument("--no-train", action="store_true", help="build everything and stop: a check of config and data")
+    parser.add_argument("--list", action="store_true", help="print trainers, data sets and backbones")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys, e.g. OPTIM.LR 0.01")
+    return parser
+
+
+def setup_cfg(args: argparse.Namespace) -> CfgNode:
+    """The frozen config: defaults, data set's file, method's file, flags, KEY VALUE pairs, in this order."""
+    extensions.add(args.imports)
+    opts = list(args.opts)
+    for flag in ("source_domains", "target_domains", "transforms"):
+        # `--transforms a b OPTIM.LR 0.1` gives all four words to the flag; keys are those with a dot and capitals.
+        words = getattr(args, flag) or []
+        for i, word in enumerate(words):
+            if "." in word and word.isupper():
+                setattr(args, flag, words[:i])
+                opts = words[i:] + opts
+                break
+    cfg = get_cfg_default()
+    for file in (args.dataset_config_file, args.config_file):
+        if file:
+            merge_file(cfg, file)
+    for flag, key in _FLAG_KEYS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            set_key(cfg, key, tuple(value) if isinstance(value, list) else value, f"--{flag.replace('_', '-')}")
+    merge_opts(cfg, opts)
+    check_values(cfg)
+    if cfg.SEED < 0:
+        wanted = args.seed is not None or "SEED" in opts[::2]  # a random one; else the same command again shall go on
+        if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("--seed is needed with several processes, which must draw the same numbers; give 0 or more")
+        drawn = random.SystemRandom().randrange(1, 2**31) if wanted else 1
+        seed = _seed_of_run(cfg)
+        cfg.SEED = drawn if seed is None else seed
+    if not cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = _output_dir(cfg, args)
+    cfg.freeze()
+    return cfg
+
+
+def _seed_of_run(cfg: CfgNode) -> int | None:
+    """The seed that an earlier, randomly seeded run drew in the folder that is being resumed."""
+    file = Path(cfg.RESUME or cfg.OUTPUT_DIR or os.devnull) / "config.yaml"
+    if not file.is_file():
+        return None
+    old = get_cfg_default()
+    merge_file(old, file)
+    return old.SEED
+
+
+def _output_dir(cfg: CfgNode, args: argparse.Namespace) -> str:
+    if cfg.RESUME:
+        return cfg.RESUME
+    if args.eval_only and args.model_dir:
+        return str(Path(args.model_dir) / "eval")
+    base = base_of(cfg)
+    name = cfg.TRAINER.NAME + (f"-{base}" if base != cfg.TRAINER.NAME else "")
+    name = "+".join([name, *cfg.TRAINER.STACK])
+    config = Path(args.config_file).stem if args.config_file else "default"
+    run = Path("output") / (cfg.DATASET.NAME or "no_dataset") / name / config / f"seed{cfg.SEED}"
+    return str(run / "untrained" if args.eval_only else run)

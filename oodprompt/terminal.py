@@ -79,7 +79,7 @@ def exit_status(work: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from the last finished epoch", file=sys.stderr)
+        print("interrupted; rerun the same command to resume from the last finished epoch", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output, `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,7 +89,7 @@ def exit_status(work: Callable[[], None]) -> int:
             traceback.print_exc()
             return 1
         place = f" for {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{place}; free some space and run the same command again", file=sys.stderr)
+        print(f"error: the disk is full{place}; free some space and rerun the same command", file=sys.stderr)
         return 2
     except Exception:
         traceback.print_exc()

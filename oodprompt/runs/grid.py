@@ -112,7 +112,8 @@ def file_runs(
     """
     found: dict[Path, TrainingRun] = {}
     cache = ["DATALOADER.CACHE_MEMORY_MIB", "0", "DATALOADER.CACHE_DIR", str(out / "features")]
-    first, rest = [], []
+    first: list[TrainingRun] = []
+    rest: list[TrainingRun] = []
     for setting, piece in grid.settings.items():
         for method in grid.methods:
             words = [*shlex.split(grid.common), *shlex.split(piece), *shlex.split(method.args)]
@@ -154,7 +155,8 @@ def _is_debiaser(trainer: str) -> bool:
 
 def _config_file(files: Sequence[str], trainer: str) -> str:
     """The method's file of a trainer: its own (``TRAINER=FILE``), else the one that is for all."""
-    named = dict(file.split("=", 1) if "=" in file else ("", file) for file in files)
+    parts = [file.partition("=") if "=" in file else ("", "=", file) for file in files]
+    named = {name: file for name, _, file in parts}
     if len(named) < len(files):
         raise UserError("--config-file: give one file for all trainers, and one as TRAINER=FILE for each that differs")
     for name in (trainer, trainer.split("+")[0], ""):

@@ -87,8 +87,10 @@ def page_text(grid: GridFile, text: str) -> str:
 def _comparison(grid: GridFile, results: Results) -> str:
     rows = []
     for (_, method), found in results.items():
-        values = {key: {i: 100 * v for i, v in enumerate(_values(found, key))} for key in LABELS}
-        row = Row((method.name,), values={key: by for key, by in values.items() if by}, name=method.name)
+        row = Row((method.name,), name=method.name)
+        for key in LABELS:
+            if values := _values(found, key):
+                row.values[key] = {i: 100 * value for i, value in enumerate(values)}
         row.cells = {key: cell_of(list(by.values()), ci95=False) for key, by in row.values.items()}
         rows.append(row)
     return tables(Tree(rows, [], []))
@@ -130,8 +132,9 @@ def _has_groups(results: Results) -> bool:
 
 def _means(rows: Sequence[dict[str, Any]], factor: float) -> tuple[float, float]:
     """Worst-group and average accuracy, means over seeds; not a number where there are none."""
-    worst, average = (_values(rows, key) for key in ("worst_group_accuracy", "accuracy"))
-    return tuple(factor * statistics.fmean(values) if values else float("nan") for values in (worst, average))
+    both = (_values(rows, key) for key in ("worst_group_accuracy", "accuracy"))
+    worst, average = (factor * statistics.fmean(values) if values else float("nan") for values in both)
+    return worst, average
 
 
 def _comparison_figure(grid: GridFile, results: Results) -> Any:

@@ -125,8 +125,9 @@ def may_fork() -> bool:
     It may not on macOS, and where there are GPUs and the parent has asked CUDA for them: CUDA then works in no fork.
     """
     torch = sys.modules.get("torch")
-    has_asked = torch is not None and torch.cuda._is_in_bad_fork()
-    return sys.platform == "linux" and not (has_asked and torch.cuda.device_count())
+    if sys.platform != "linux" or torch is None:
+        return sys.platform == "linux"
+    return not (torch.cuda._is_in_bad_fork() and torch.cuda.device_count())
 
 
 def stop(children: Sequence[Child]) -> None:

@@ -106,7 +106,8 @@ class Run:
 
 def _keys_of(folder: Path) -> dict[str, Any]:
     """The keys of a run of ours that say what it computes, but for its seed; none where they cannot be read."""
-    file, found = folder / "config.yaml", {}
+    file = folder / "config.yaml"
+    found: dict[str, Any] = {}
     if not file.is_file():
         return found
 

@@ -14,6 +14,7 @@ from oodprompt.config import extensions
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 from oodprompt.runs import grid as grids
+from oodprompt.runs import grid_file
 from oodprompt.runs.aggregate import Row, baselines, collect
 from oodprompt.runs.grid import TrainingRun
 from oodprompt.runs.grid_file import GridFile, read_grid
@@ -30,8 +31,7 @@ DESCRIPTION = """Train many runs and tabulate them: ``python scripts/benchmark.p
     python scripts/benchmark.py --trainers CoOp CoOpOOD DebiasedPT --bases CoOp MaPLe --datasets waterbirds celeba \\
         --seeds 1 2 3 --root DATA --config-file CoOp=configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml ... --gpus 0 1
 
-GRID.yaml says what is trained; its entries are described in oodprompt/runs/grid_file.py. Its runs are in
-``OUT/[<setting>/]<method>/seed<N>``. By flags, debiasers go over every base, prompt learners stand alone, and
+GRID.yaml says what is trained (its entries: below). Its runs are in ``OUT/[<setting>/]<method>/seed<N>``. By flags, debiasers go over every base, prompt learners stand alone, and
 ``CoOpOOD+DebiasedPT`` is a stack; runs are in ``OUT/<data set>/<method>/seed<N>``. What a run prints is in ``train.log`` there.
 Rerun the same command to skip what is finished and resume what is not. Ends in tables, which are also written into OUT.
 """
@@ -48,7 +48,7 @@ _OWN_KEYS = {
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; ``UserError`` for what makes no sense whatever the grid is."""
-    parser = Parser(prog="benchmark.py", description=DESCRIPTION)
+    parser = Parser(prog="benchmark.py", description=DESCRIPTION, epilog=grid_file.__doc__)
     parser.add_argument("grid", nargs="?", type=Path, metavar="GRID.yaml", help="what is trained; else --trainers ...")
     parser.add_argument("--trainers", nargs="+", default=[], metavar="NAME", help="names, or stacks as A+B")
     parser.add_argument("--bases", nargs="+", default=[], metavar="NAME", help="under debiasers; default: their own")

@@ -57,7 +57,8 @@ def words_of(attribute: str) -> _Words:
         return _WORDS[attribute]
     name = attribute.replace("_", " ").lower()
     names = (f"not {name}", name)
-    return _Words(names, "a photo of a celebrity, {}.", tuple((f"a photo of a celebrity, {n}.",) for n in names))
+    absent, present = ((f"a photo of a celebrity, {n}.",) for n in names)
+    return _Words(names, "a photo of a celebrity, {}.", (absent, present))
 
 
 _CANDIDATES = {
@@ -100,7 +101,7 @@ class CelebA(FilesDataset):
         self.attribute_names, self.attribute_prompts = attribute.names, attribute.prompts
         super().__init__(cfg, *self._read(*self._files(cfg), keys, target.names))
 
-    def _files(self, cfg: CfgNode) -> tuple[Path, ...]:
+    def _files(self, cfg: CfgNode) -> tuple[Path, Path, Path]:
         """(attribute list, split list, image folder) in the first place that holds all three."""
         root = self.root(cfg)
         error = self.not_in(root, "list_attr_celeba")
@@ -109,9 +110,11 @@ class CelebA(FilesDataset):
                 name: next((folder / path for path in paths if (folder / path).exists()), None)
                 for name, paths in _CANDIDATES.items()
             }
-            if all(found.values()):
-                return tuple(found.values())
-            if any(found.values()):
+            paths = [path for path in found.values() if path is not None]
+            if len(paths) == len(found):
+                list_attr, list_split, images = paths
+                return list_attr, list_split, images
+            if paths:
                 lacking = " and no ".join(name for name in found if not found[name])
                 error = self.missing(f"no {lacking} in {folder.absolute()}")
         raise error
@@ -167,13 +170,13 @@ def _read_attributes(path: Path, wanted: dict[str, str]) -> Iterator[tuple[int, 
     for key, attribute in wanted.items():
         if attribute not in header[1:]:
             raise UserError(f"DATASET.CELEBA.{key}: {path} has no {attribute!r}: {nearest(attribute, header[1:])}")
-    columns = [header.index(attribute) for attribute in wanted.values()]
+    one, other = (header.index(attribute) for attribute in wanted.values())
     found = 0
     for line, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}, line {line} has {len(row)} fields, not {len(header)}; fetch it again")
         found += 1
-        yield line, row[0], *(row[i] for i in columns)
+        yield line, row[0], row[one], row[other]
     if count not in (None, found):
         raise UserError(f"{path} lists {found} images, but line 1 says {count}; fetch it again")
 

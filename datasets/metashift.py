@@ -76,7 +76,8 @@ class MetaShift(FilesDataset):
             pool += [Datum(str(folder / image), label, attribute, name, attribute) for image in images]
         test, val = random_split(len(pool))
         train = set(range(len(pool))) - set(test) - set(val)
-        return tuple([pool[i] for i in sorted(indices)] for indices in (train, val, test))
+        kept, held_out, tested = ([pool[i] for i in sorted(indices)] for indices in (train, val, test))
+        return kept, held_out, tested
 
 
 def random_split(count: int) -> tuple[list[int], list[int]]:

@@ -83,7 +83,8 @@ def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.mgrid[0:size, 0:size].astype(np.float32) / size
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    return rows, columns
 
 
 def _blend(low: tuple[int, int, int], high: tuple[int, int, int], t: np.ndarray) -> np.ndarray:

@@ -54,9 +54,10 @@ def _warm_up_stops(folder: Path) -> bool:
 
 def _checkpoints_stop(folder: Path) -> bool:
     import torch
+    from torch.torch_version import TorchVersion
 
     text = _text(folder / "utils/torchtools.py")
-    return torch.__version__ >= (2, 6) and "torch.load(" in text and "weights_only" not in text
+    return TorchVersion(torch.__version__) >= TorchVersion("2.6") and "torch.load(" in text and "weights_only" not in text
 
 
 def _numpy_names_stop(folder: Path) -> bool:
@@ -212,7 +213,7 @@ def data_sets(root: str, seconds: float = _SECONDS) -> Section:
     from oodprompt.config.registry import DATASET_REGISTRY
     from oodprompt.datasets.file_lists import FilesDataset
 
-    lines, problems = ["ShapesOnScenes: renders itself"], []
+    lines, problems = ["ShapesOnScenes: renders itself"], list[str]()
     if not root:
         return [*lines, "others: give --root DIR, the folder that holds them"], problems
     if not Path(root).expanduser().is_dir():

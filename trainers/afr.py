@@ -68,6 +68,10 @@ class FeatureReweighting(Debiaser):
     """The held-out part, its weights mu and theta_fit; over any prompt learner."""
 
     model_name = "afr"
+    held_out: Tensor
+    mu: Tensor
+    theta_fit: Tensor
+    done: Tensor
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

@@ -44,6 +44,7 @@ class ConditionalContextLearner(PromptLearner):
     """Context vectors ``ctx`` [M, e] and the network ``meta_net`` (pi, d -> d / 16 -> e)."""
 
     not_loaded = ("token_prefix", "token_suffix")
+    ctx: nn.Parameter
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
@@ -52,6 +52,7 @@ class ContextLearner(PromptLearner):
     """Context vectors ``ctx`` [M, e] (or [C, M, e] with CSC) ahead of, around or behind the class names."""
 
     not_loaded = ("token_prefix", "token_suffix")
+    ctx: nn.Parameter
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)

@@ -41,6 +41,7 @@ from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
 from oodprompt.methods.dependence import (
     Club,
@@ -140,6 +141,8 @@ class DecoupledProjections(Debiaser):
 
     model_name = "coopood"
     predicts = True
+    steps: Tensor
+    attribute_text: Tensor  # [A, d]
     not_loaded = (
         "running.cross",
         "running.variance",
@@ -201,10 +204,11 @@ class DecoupledProjections(Debiaser):
 
     def before_train(self) -> None:
         if self.anchored:
-            train, anchor = self.context.data.train, self.context.attributes.pseudo
+            train, attributes = self.context.data.train, self.context.attributes
+            anchor: PseudoAttributes | DiscoveredAttributes = attributes.pseudo
             if self.keys.ANCHOR == "regions":
-                anchor = self.context.attributes.discovered
-                self.attribute_text = anchor.prototypes(train)
+                anchor = attributes.discovered
+                self.attribute_text = attributes.discovered.prototypes(train)
             self.pseudo_attribute = anchor.of(train)
             self.posterior = standardise_within(anchor.posterior(train), train.label)  # [N, A]
             if self.statistics == "train":
@@ -271,7 +275,9 @@ class DecoupledProjections(Debiaser):
         if self.keys.L_C == "contrast":
             gap = alignment.compare(z_s) - alignment.compare(z_u)
             return F.softplus(gap.gather(1, y.unsqueeze(1))).mean()
-        dependence = {"hsic": hsic, "xcov": cross_covariance, "club": self.club}[self.keys.L_C]
+        measures = {"hsic": hsic, "xcov": cross_covariance, "club": self.club}
+        dependence = measures[self.keys.L_C]
+        assert dependence is not None, "CLUB is made where L_C asks for it"
         return within_classes(dependence, z_u, z_s, y, self.keys.MIN_PER_CLASS)
 
     def _anchored(self, step: Step, z_u: Tensor, z_s: Tensor) -> Contribution:

@@ -79,6 +79,10 @@ class GroupWeights(Debiaser):
     """The weights w_g and what they follow; over any prompt learner."""
 
     model_name = "debiasedpt"
+    w: Tensor
+    p: Tensor
+    measured: Tensor
+    started: Tensor
     group_correction = "size"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
@@ -111,6 +115,7 @@ class GroupWeights(Debiaser):
         self._begin_measuring()
         if self.keys.MEASURE in ("pass", "held_out"):
             split = self.context.data.train if self.keys.MEASURE == "pass" else self.context.data.val
+            assert split is not None, "check has seen to it"
             _, logits = self.context.first_stage.outputs(split)
             self._measure(logits, split.label, self.context.attributes.groups(split).index)
             self._update()

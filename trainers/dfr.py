@@ -49,7 +49,7 @@ declare(
             (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01),
             "Inverse strengths of the L1 penalty, among which half of the validation images choose.",
             above=0,
-            test=len,
+            test=bool,
             error="{key}: {value} is not possible; give numbers above 0, as (1.0, 0.1)",
         ),
         "NUM_RETRAINS": Key(
@@ -67,6 +67,7 @@ class LastLayer(Debiaser):
 
     model_name = "dfr"
     predicts = True
+    fitted: Tensor
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
@@ -96,6 +97,7 @@ class LastLayer(Debiaser):
 
     def before_train(self) -> None:
         val = self.context.data.val
+        assert val is not None, "check has seen to it"
         self.g = self.context.attributes.groups(val).index.cpu().numpy()
         if self.cfg.TEST.SPLIT == "val":
             logger.warning("Note: DFR fits its last layer on validation data, so results on them are too good")
@@ -114,11 +116,12 @@ class LastLayer(Debiaser):
     def after_epoch(self, epoch: int) -> None:
         if epoch + 1 < self.cfg.OPTIM.MAX_EPOCH:
             return
+        held_out = self.context.data.val
+        assert held_out is not None, "check has seen to it"
         train, val = (
-            self.context.first_stage.outputs(s)[0].double().cpu().numpy()
-            for s in (self.context.data.train, self.context.data.val)
+            self.context.first_stage.outputs(s)[0].double().cpu().numpy() for s in (self.context.data.train, held_out)
         )
-        y = self.context.data.val.label.cpu().numpy()
+        y = held_out.label.cpu().numpy()
         rng = np.random.default_rng(derive_seed(self.cfg.SEED, HEAD))
         scaler = StandardScaler().fit(train)
         z = scaler.transform(val)

@@ -53,6 +53,8 @@ class ImageTower(FixedPrompts):
 
     model_name = "image_tower"
     trains_image_tower = True
+    scale: Tensor
+    _image_clip: CLIP
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)

@@ -114,7 +114,7 @@ class GroupPrompts(Debiaser):
     def contribute(self, step: Step) -> Contribution:
         alignment, l = self._latest
         self._latest = None, None
-        if alignment is not step.alignment:
+        if l is None or alignment is not step.alignment:
             l = self.group_logits(step.alignment)
         g = self.g[step.index]
         L_g = F.cross_entropy(l.flatten(1), g, reduction="none")

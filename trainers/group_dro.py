@@ -50,6 +50,7 @@ class GroupRobustness(Debiaser):
     """The weights q, which follow the losses of the groups; over any prompt learner."""
 
     model_name = "groupdro"
+    q: Tensor
     group_correction = "batch"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:

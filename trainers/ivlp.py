@@ -59,7 +59,7 @@ class VLPromptLearner(PromptLearner):
 
     model_name = "VLPromptLearner"
     name = "IVLP"
-    not_loaded = ("prompt_learner.token_prefix", "prompt_learner.token_suffix")
+    not_loaded: tuple[str, ...] = ("prompt_learner.token_prefix", "prompt_learner.token_suffix")
     foreign = TOWERS
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:

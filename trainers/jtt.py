@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import Key, declare
@@ -39,6 +40,8 @@ class ErrorSet(Debiaser):
     """The error set of a first training, and weights by it; over any prompt learner."""
 
     model_name = "jtt"
+    error: Tensor  # [N]
+    done: Tensor
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)

@@ -27,6 +27,7 @@ class KnowledgeGuidedLearner(ContextLearner):
     """Context vectors and the fixed text features ``hand_written`` [C, d] of the template."""
 
     foreign = r"meta_net\.|bias_vectors"  # in upstream's checkpoints, and used by nothing there
+    hand_written: Tensor
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)

@@ -69,7 +69,9 @@ class MultiModalPromptLearner(PromptLearner):
         super().__init__(cfg, classnames, template, clip)
         keys, e, width = cfg.TRAINER.MAPLE, clip.shape.text_width, clip.shape.vision_width
         need_vit(clip, "MaPLe")
-        depth = depth_within(keys.PROMPT_DEPTH, max(clip.shape.text_layers, clip.shape.vision_layers), "MaPLe")
+        text_layers, vision_layers = clip.shape.text_layers, clip.shape.vision_layers
+        assert isinstance(vision_layers, int), "a ViT has one number of them"
+        depth = depth_within(keys.PROMPT_DEPTH, max(text_layers, vision_layers), "MaPLe")
         words = given_words(keys, "TRAINER.MAPLE") if keys.N_CTX <= 4 else ""
         words, context = initial_context(clip, "TRAINER.MAPLE.N_CTX", keys.N_CTX, words)
         self.prompt_learner = nn.Module()
@@ -80,16 +82,17 @@ class MultiModalPromptLearner(PromptLearner):
         )
         layer = nn.Linear(e, width)  # all deep projections start from the same values
         self.prompt_learner.compound_prompt_projections = nn.ModuleList(copy.deepcopy(layer) for _ in range(depth - 1))
-        text, image = (min(depth, layers) for layers in (clip.shape.text_layers, clip.shape.vision_layers))
+        text, image = (min(depth, layers) for layers in (text_layers, vision_layers))
         logger.info(f'Initial context: "{words}", {keys.N_CTX} tokens; prompts in {text} text and {image} image blocks')
 
     def visual_prompts(self) -> tuple[Any, ...]:
-        own = self.prompt_learner
+        own: Any = self.prompt_learner
         layers = zip(own.compound_prompt_projections, own.compound_prompts_text, strict=True)
         return own.proj(own.ctx), [layer(prompts) for layer, prompts in layers]
 
     def forward(self, image_features: Tensor) -> Alignment:
-        text_features = self.prompts.text_features(deep=list(self.prompt_learner.compound_prompts_text))
+        own: Any = self.prompt_learner
+        text_features = self.prompts.text_features(deep=list(own.compound_prompts_text))
         return Alignment(image_features, text_features, self.clip.logit_scale.exp())
 
     @classmethod

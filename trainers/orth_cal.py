@@ -63,6 +63,7 @@ class ProjectedText(Debiaser):
 
     model_name = "orthcal"
     predicts = True
+    P: Tensor
 
     @classmethod
     def default_base(cls, cfg: CfgNode) -> str:
@@ -103,7 +104,8 @@ class ProjectedText(Debiaser):
                 [template.replace("{class}", c).replace("{attribute}", a) for a in context.data.attribute_names]
                 for c in context.data.classnames
             ]
-        S, count = [], 0
+        S: list[tuple[int, int]] = []
+        count = 0
         for prompts in lists:
             S += combinations(range(count, count + len(prompts)), 2)
             count += len(prompts)

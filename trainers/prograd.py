@@ -46,6 +46,8 @@ declare(
 class PromptAlignedLearner(ContextLearner):
     """Context vectors and the fixed text features ``hand_written`` [C, d] of the template."""
 
+    hand_written: Tensor
+
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
         self.temperature, self.share = cfg.LOSS.T, cfg.LOSS.LAMBDA
@@ -70,6 +72,7 @@ class PromptAlignedLearner(ContextLearner):
         (h,) = torch.autograd.grad(scale(self.guide(alignment)), self.ctx, retain_graph=True)
         super().backward(loss, alignment, scale)
         g, size = self.ctx.grad, torch.linalg.norm(h)
+        assert g is not None, "the loss reaches the context vectors"
         direction = h / size.clamp(min=torch.finfo(h.dtype).tiny)
         conflict = (g * direction).sum().clamp(max=0)
         # Where the prediction is zero-shot CLIP's own, h is rounding noise and its direction says nothing.

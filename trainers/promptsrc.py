@@ -65,6 +65,8 @@ class SelfRegulatedLearner(VLPromptLearner):
     not_loaded = (*VLPromptLearner.not_loaded, "gpa")
     foreign = rf"{VLPromptLearner.foreign}|prompt_learner\.ZS_image_encoder\."
     needs_frozen_features = True
+    hand_written: Tensor
+    gpa: Tensor
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)
@@ -77,6 +79,7 @@ class SelfRegulatedLearner(VLPromptLearner):
 
     def penalty(self, alignment: Alignment) -> Tensor:
         z_clip, w_clip = alignment.frozen_image_features, self.hand_written
+        assert z_clip is not None, "needs_frozen_features asks for them"
         zero_shot = alignment.logit_scale * z_clip @ w_clip.T
         log_p, log_p_clip = alignment.logits.log_softmax(dim=-1), zero_shot.log_softmax(dim=-1)
         kl = (log_p_clip.exp() * (log_p_clip - log_p)).mean()  # over images and classes, as upstream

@@ -87,6 +87,7 @@ class RegionAware(Debiaser):
 
     def contribute(self, step: Step) -> Contribution:
         text, regions = step.alignment.text_features, step.regions
+        assert regions is not None, "takes_regions asks for them"
         if text.ndim == 3:  # prompts that depend on the image
             similarity = (text[regions.image] @ regions.features.unsqueeze(-1)).squeeze(-1)
         else:

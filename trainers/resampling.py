@@ -58,6 +58,10 @@ class _Balanced(Debiaser):
         """The group of every training image, [N]."""
         return self.context.attributes.groups(self.context.data.train).index.cpu().numpy()
 
+    def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """Indices of the training images of an epoch, in order."""
+        raise NotImplementedError
+
     def before_train(self) -> None:
         length = len(self.epoch_order(0, np.random.default_rng(0)))
         logger.info(

@@ -56,6 +56,8 @@ class RobustFeatures(Debiaser):
 
     model_name = "roboshot"
     predicts = True
+    V: Tensor
+    U: Tensor
 
     @classmethod
     def default_base(cls, cfg: CfgNode) -> str:

@@ -45,6 +45,7 @@ class VisualPromptLearner(PromptLearner):
 
     foreign = TOWERS
     trains_image_tower = True
+    text: Tensor  # text features [C, d]
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__(cfg, classnames, template, clip)

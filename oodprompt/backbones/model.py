@@ -314,6 +314,11 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet image tower: a stem of three convolutions, anti-aliased strides, attention pooling."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, layers: tuple[int, ...], output_dim: int, heads: int, resolution: int, width: int) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = resolution, output_dim
@@ -444,7 +449,7 @@ class CLIP(nn.Module):
         self.shape = shape
         self.activation_limit = 4 << 30  # bytes that encode_prompts may keep for the backward pass
         if isinstance(shape.vision_layers, tuple):
-            self.visual: nn.Module = ModifiedResNet(
+            self.visual: VisionTransformer | ModifiedResNet = ModifiedResNet(
                 shape.vision_layers,
                 shape.embed_dim,
                 heads=shape.vision_width * 32 // 64,
@@ -452,6 +457,7 @@ class CLIP(nn.Module):
                 width=shape.vision_width,
             )
         else:
+            assert shape.vision_patch is not None, "a ViT has patches"
             self.visual = VisionTransformer(
                 shape.image_resolution,
                 shape.vision_patch,
@@ -534,13 +540,16 @@ class CLIP(nn.Module):
         elif how == "patches":
             features = _roi_align(self.visual.patch_features(images, *prompts).permute(0, 3, 1, 2), rois, 1).flatten(1)
         elif how == "masked":
+            assert isinstance(self.visual, VisionTransformer)
             owner, place = rois[:, 0].long(), torch.cat([torch.arange(len(some)) for some in boxes]).to(rois.device)
             padded = rois.new_tensor([0, 0, 1, 1]).repeat(len(images), max(map(len, boxes)), 1)
             padded[owner, place] = rois[:, 1:]
             features = self.visual.masked_features(images, padded, *prompts)[owner, place]
         elif how == "tokens":
+            assert isinstance(self.visual, VisionTransformer)
             features = self.visual.token_features(images, rois, *prompts)
         elif how == "roi":
+            assert isinstance(self.visual, ModifiedResNet)
             features = _in_parts(self.visual.head, self.visual.middle_map(images), rois, at_once)
         else:
             features = _in_parts(lambda crops: self.visual(crops, *prompts), images, rois, at_once)

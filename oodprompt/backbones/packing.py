@@ -71,7 +71,8 @@ def pack(prefix: int, lengths: tuple[int, ...], device: torch.device) -> Packing
     longest = max(lengths)
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     buckets: list[tuple[int, int, int]] = []
-    index, positions, ends = [], list(range(prefix)), []
+    index: list[int] = []
+    positions, ends = list(range(prefix)), []
     for i in order:
         length, first = lengths[i], prefix + len(index)
         if buckets and buckets[-1][2] == length:

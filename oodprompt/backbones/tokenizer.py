@@ -34,6 +34,7 @@ def load_clip_file(name: str) -> ModuleType:
             continue
         if path.is_file():
             spec = importlib.util.spec_from_file_location(f"_openai_clip_{name}", path)
+            assert spec is not None and spec.loader is not None, "Python knows how to load every .py file"
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module

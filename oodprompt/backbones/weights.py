@@ -129,7 +129,7 @@ def digest(module: nn.Module) -> str:
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         value = value.detach().cpu().contiguous()
         sha256.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        sha256.update(value.reshape(-1).view(torch.uint8).numpy())
+        sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 

@@ -127,6 +127,7 @@ def _import_file(path: Path) -> None:
         sys.path.append(str(path.parent))
     _digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "Python knows how to load every .py file"
     module = importlib.util.module_from_spec(spec)
     # Known by its name, as what classes of it ask for; the name of another module is left to that.
     sys.modules.setdefault(path.stem, module)

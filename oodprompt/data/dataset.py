@@ -86,7 +86,9 @@ class DatasetBase:
         if "{}" not in self.template:
             raise UserError(f"DATASET.TEMPLATE {self.template!r} has no {{}} for the class name")
         self.attribute_names = tuple(cfg.DATASET.ATTRIBUTE_NAMES) or tuple(self.attribute_names)
-        prompts = [tuple(p.strip() for p in entry.split("|")) for entry in cfg.DATASET.ATTRIBUTE_PROMPTS]
+        prompts: list[Sequence[str]] = [
+            tuple(p.strip() for p in entry.split("|")) for entry in cfg.DATASET.ATTRIBUTE_PROMPTS
+        ]
         if any("" in entry for entry in prompts):
             raise UserError("DATASET.ATTRIBUTE_PROMPTS: an entry has an empty prompt; separate prompts by one '|'")
         if not prompts and cfg.DATASET.ATTRIBUTE_NAMES:

@@ -34,7 +34,8 @@ class DatasetWrapper(Dataset):
 
     def __init__(self, data_source: Sequence[Datum], transform: Callable) -> None:
         self.data_source, self.transform = data_source, transform
-        self.room, self.kept = 0, {}
+        self.room = 0
+        self.kept: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -42,7 +43,7 @@ class DatasetWrapper(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
         index, seed = item
         datum = self.data_source[index]
-        image = self.kept.get(index)
+        image: Any = self.kept.get(index)
         if image is None:
             try:
                 image = read_image(datum.impath)
@@ -82,13 +83,15 @@ class _Collate:
         self.size = size
 
     def __call__(self, items: list[Batch | UserError]) -> Batch | UserError:
+        read: list[Batch] = []
         for item in items:
             if isinstance(item, UserError):
                 return item
-        images = torch.stack([item["img"] for item in items]) if items else torch.empty(0, 3, *self.size)
-        batch: Batch = {"img": images, "impath": [item["impath"] for item in items]}
+            read.append(item)
+        images = torch.stack([item["img"] for item in read]) if read else torch.empty(0, 3, *self.size)
+        batch: Batch = {"img": images, "impath": [item["impath"] for item in read]}
         for key in ("label", "domain", "attribute", "index"):
-            batch[key] = torch.tensor([item[key] for item in items], dtype=torch.long)
+            batch[key] = torch.tensor([item[key] for item in read], dtype=torch.long)
         return batch
 
 

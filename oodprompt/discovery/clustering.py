@@ -41,11 +41,13 @@ def cluster_regions(
     sample = np.arange(r)
     if r > max_exact:
         sample = np.sort(np.random.default_rng(seed).choice(r, max_exact, replace=False))
-    best, silhouettes = None, {}
+    best: Swept | None = None
+    silhouettes: dict[int, float] = {}
     for found in sweep(distances(features[sample]), ks, seed, show):
         silhouettes[found.k] = found.silhouette
         if best is None or found.silhouette > best.silhouette:
             best = found
+    assert best is not None, "there is a K to try"
     medoids = sample[best.medoids]
     if len(sample) == r:
         return Clustering(best.assignment, medoids, best.objective, best.silhouette, silhouettes)
@@ -308,7 +310,7 @@ class _Search:
         candidate, slot = np.unravel_index(change.argmin(), change.shape)
         if change[candidate, slot] > -1e-6 * self.objective:
             return False
-        self._replace(int(slot), candidates[candidate])
+        self._replace(int(slot), int(candidates[candidate]))
         return True
 
     def _best_of_each(self, value: np.ndarray) -> np.ndarray:

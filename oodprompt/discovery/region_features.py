@@ -101,7 +101,8 @@ def extract_region_features(
     ``encode`` takes images [B, 3, R, R] and their boxes (B tensors [n_i, 4]), as ``CLIP.region_features`` does, and
     returns [sum n_i, d]. Each image of ``loader``, whose transform must be that of testing, is read once.
     """
-    total, features = len(loader.dataset), None
+    total = len(loader.dataset)
+    features: Tensor | None = None
     boxes = per_image(regions, total)
     with tqdm(total=total, desc=title, unit="image", disable=None if show else True, leave=False) as bar:
         for batch in loader:
@@ -112,6 +113,7 @@ def extract_region_features(
             rows, _ = rows_of_images(regions, index)
             features[rows.to(z.device)] = z
             bar.update(len(index))
+    assert features is not None, "every split whose regions are encoded has images"
     return sum_over_processes(features)
 
 

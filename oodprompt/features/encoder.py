@@ -149,6 +149,7 @@ class Encoder:
                 values = views.train_views(self.data, self.encode_frozen, 1, self.show_progress, self.cache)
             else:
                 images = {"val": self.data.val_loader, "test": self.data.test_loader}[split]
+                assert images is not None, "a split whose features are asked for has images"
                 values = views.evaluation_view(split, images, self.encode_frozen, self.show_progress, self.cache)
             self._frozen[split] = views.whole(values[0], self.device)
         return self._frozen[split]
@@ -191,8 +192,8 @@ class Encoder:
             frozen = self._frozen_features(batch, z)
         if learner.needs_captions and learner.training:
             captions = self.caption_features[batch["index"].to(self.device)]
-        parts = (alignment.image_features, alignment.text_features, alignment.logit_scale)
-        return Alignment(*(part.float() for part in parts), frozen, captions)
+        image, text, scale = alignment.image_features, alignment.text_features, alignment.logit_scale
+        return Alignment(image.float(), text.float(), scale.float(), frozen, captions)
 
     @torch.no_grad()
     def outputs(

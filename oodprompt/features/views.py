@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class FeatureLoader:
     """
 
     def __init__(
-        self, features: Views, data: list[Datum], batches: EpochBatches, device: torch.device | str = "cpu"
+        self, features: Views, data: Sequence[Datum], batches: EpochBatches, device: torch.device | str = "cpu"
     ) -> None:
         self.features, self.data, self.batches, self.device = features, data, batches, device
         self._columns = {
@@ -106,6 +106,7 @@ def extract(encode: Callable[[Tensor], Tensor], loader: Loader, title: str, show
                 features = z.new_zeros(len(loader.dataset), z.shape[1])
             features[batch["index"].to(z.device)] = z
             bar.update(len(z))
+    assert features is not None, "every split that is encoded has images"
     return sum_over_processes(features)
 
 

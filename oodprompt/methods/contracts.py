@@ -72,6 +72,7 @@ class PromptLearner(nn.Module):
     needs_frozen_features = False
     needs_captions = False
     ce_weight = 1.0
+    clip: CLIP
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
         super().__init__()

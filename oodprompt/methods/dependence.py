@@ -107,6 +107,10 @@ class RunningShare(nn.Module):
     at the size that it would have if all images had been in it.
     """
 
+    cross: Tensor  # [C, d, A]
+    variance: Tensor
+    count: Tensor  # [C]
+
     def __init__(self, classes: int, width: int, attributes: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum

@@ -113,7 +113,8 @@ class ContextPrompts:
         context: Tensor,
         position: str = "end",
     ) -> None:
-        self.holder, self.clip, device = holder, clip, clip.logit_scale.device
+        self.holder: Any = holder  # a module whose ctx, token_prefix and token_suffix are tensors
+        self.clip, device = clip, clip.logit_scale.device
         n_ctx = context.shape[-2]
         tokens = tokenize([f"{words} {name}." for name in classnames])
         with torch.no_grad():
@@ -186,13 +187,15 @@ class TowerPrompts(nn.Module):
         if enters and depth > 0:
             self.VPT = nn.Parameter(INIT_STD * torch.randn(n_ctx, width))
         self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleDict({str(i): nn.Module() for i in range(1, depth)})
-        for block in self.transformer.resblocks.values():
+        blocks = nn.ModuleDict({str(i): nn.Module() for i in range(1, depth)})
+        self.transformer.resblocks = blocks
+        for block in blocks.values():
             block.VPT_shallow = nn.Parameter(INIT_STD * torch.randn(n_ctx, width))
 
     def deep(self) -> list[Tensor]:
         """The prompts of blocks 1, 2, ..., each [M, width]."""
-        return [block.VPT_shallow for block in self.transformer.resblocks.values()]
+        blocks: Any = self.transformer.resblocks
+        return [block.VPT_shallow for block in blocks.values()]
 
 
 def visual_prompts(clip: CLIP, trainer: str, n_ctx: int, depth: int) -> TowerPrompts:
@@ -202,7 +205,7 @@ def visual_prompts(clip: CLIP, trainer: str, n_ctx: int, depth: int) -> TowerPro
         if n_ctx < 1:
             raise UserError(f"{trainer}: {n_ctx} visual prompts are not possible; give N_CTX_VISION 1 or more")
     width = clip.shape.vision_width
-    layers = clip.shape.vision_layers if clip.takes_visual_prompts else 0
+    layers = clip.shape.vision_layers if isinstance(clip.shape.vision_layers, int) else 0  # a ResNet has a tuple
     return TowerPrompts(n_ctx, width, depth_within(depth, layers, f"{trainer}, image tower"), enters=True)
 
 

@@ -318,7 +318,7 @@ def _check(pair: CocoPair, V: float, sizes: Sizes) -> None:
 class _Chosen(NamedTuple):
     label: int
     present: bool
-    index: int  # of the image
+    image: int  # its number
 
 
 def _fine_tuning(

@@ -275,7 +275,7 @@ def base_folder(kind: str, root: str | Path, out: str | Path, sizes: Sizes, seed
             images = items[_ITEM_PARTS[row.split]][0]
             pixels = quadrant_image(images[row.item], row.place, row.rectangle)
             Image.fromarray(pixels).save(temporary / row.image, compress_level=1)
-        write_rows(temporary / "base.csv", _BASE_COLUMNS, (row._replace(present=int(row.present)) for row in rows))
+        write_rows(temporary / "base.csv", _BASE_COLUMNS, ((*row[:3], int(row.present), *row[4:]) for row in rows))
 
     return build_once(folder, "base.csv", fill)
 

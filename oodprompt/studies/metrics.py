@@ -29,7 +29,7 @@ class Group(NamedTuple):
 
     label: int
     present: bool | None  # None for regions
-    count: int
+    number: int
     accuracy: float
 
 

@@ -57,7 +57,6 @@ def problem_of(key: str, value: Any) -> str:
         ("OPTIM.LR_SCHEDULER", "cosin", "OPTIM.LR_SCHEDULER: unknown schedule 'cosin': did you mean 'cosine'?"),
         ("OPTIM.WARMUP_TYPE", "sudden", "OPTIM.WARMUP_TYPE: 'sudden' is neither constant nor linear"),
         ("TEST.SELECTION", "acuracy", "TEST.SELECTION: unknown choice 'acuracy': did you mean 'accuracy'?"),
-        ("TRAINER.GROUPS", "treu", "TRAINER.GROUPS: unknown choice 'treu': did you mean 'true'?"),
         ("TRAINER.PREC", "fp8", "TRAINER.PREC: unknown precision 'fp8': did you mean 'fp32'? known: amp, bf16,"),
         ("TRAINER.COOP.PREC", "fp8", "TRAINER.COOP.PREC: unknown precision 'fp8'"),
         ("TRAINER.COOP.CLASS_TOKEN_POSITION", "and", "TRAINER.COOP.CLASS_TOKEN_POSITION: unknown place 'and'"),

@@ -83,7 +83,7 @@ def test_image_metrics() -> None:
     assert len(metrics.groups) == 20
     for group in metrics.groups:
         p, n = DEMO[group.label][:2] if group.present else DEMO[group.label][2:]
-        assert group.count == n and group.accuracy == pytest.approx(round(p * n) / n)
+        assert group.number == n and group.accuracy == pytest.approx(round(p * n) / n)
     metrics = image_metrics([1, 0, 1], [1, 1, 1], [False, False, True])  # nothing of label 0
     assert metrics.worst_group == 0.5
     assert [tuple(group) for group in metrics.groups] == [(1, False, 2, 0.5), (1, True, 1, 1.0)]

@@ -275,7 +275,11 @@ def base_folder(kind: str, root: str | Path, out: str | Path, sizes: Sizes, seed
             images = items[_ITEM_PARTS[row.split]][0]
             pixels = quadrant_image(images[row.item], row.place, row.rectangle)
             Image.fromarray(pixels).save(temporary / row.image, compress_level=1)
-        write_rows(temporary / "base.csv", _BASE_COLUMNS, (tuple(int(v) if isinstance(v, bool) else v for v in row) for row in rows))
+        write_rows(
+            temporary / "base.csv",
+            _BASE_COLUMNS,
+            (tuple(int(v) if isinstance(v, bool) else v for v in row) for row in rows),
+        )
 
     return build_once(folder, "base.csv", fill)
 

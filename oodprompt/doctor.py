@@ -57,7 +57,9 @@ def _checkpoints_stop(folder: Path) -> bool:
     from torch.torch_version import TorchVersion
 
     text = _text(folder / "utils/torchtools.py")
-    return TorchVersion(torch.__version__) >= TorchVersion("2.6") and "torch.load(" in text and "weights_only" not in text
+    return (
+        TorchVersion(torch.__version__) >= TorchVersion("2.6") and "torch.load(" in text and "weights_only" not in text
+    )
 
 
 def _numpy_names_stop(folder: Path) -> bool:

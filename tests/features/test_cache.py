@@ -375,7 +375,7 @@ def test_a_learner_that_encodes_in_its_own_way_is_kept_out_of_the_files(
 
     monkeypatch.setattr(type(usual), "learner_class", OwnEncoder)
     trainer = build("CoOp", *cache)
-    expected = extract(trainer.encode_image, trainer.test_loader, "", show=False)
+    expected = extract(trainer.encoder.encode_image, trainer.test_loader, "", show=False)
     assert torch.equal(trainer.encoder.batches("test").features[0], expected)
     with pytest.raises(UserError, match="disk: this prompt learner encodes images in its own way"):
         build("CoOp", "DATALOADER.FEATURE_CACHE", "disk")

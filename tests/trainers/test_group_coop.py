@@ -43,11 +43,11 @@ def debiaser(clip: CLIP, groups: Sequence[int] = GROUPS, values: int = 2, **keys
     names = tuple(f"{c} / {a}" for c in NAMES for a in range(values))
     context = SimpleNamespace(
         clip=clip,
-        classnames=NAMES,
-        train=None,
-        num_groups=lambda: len(names),
+        data=SimpleNamespace(classnames=NAMES, train=None),
+        attributes=SimpleNamespace(
+            num_groups=lambda: len(names), groups=lambda split: Groups(torch.tensor(groups), names)
+        ),
         autocast=contextlib.nullcontext,
-        groups=lambda split: Groups(torch.tensor(groups), names),
     )
     torch.manual_seed(1)
     ours = GroupPrompts(cfg, context)
@@ -60,7 +60,7 @@ def some_step(ours: GroupPrompts, index: Sequence[int] = (0, 3, 4, 6, 7, 1), see
     z = F.normalize(torch.randn(len(index), 96, generator=g), dim=1)
     alignment = Alignment(z, F.normalize(torch.randn(4, 96, generator=g), dim=1), torch.tensor(6.0))
     i = torch.tensor(index)
-    return Step(alignment, ours.objective.predict(alignment), ours.g[i] // ours.A, torch.full_like(i, -1), i)
+    return Step(alignment, ours.predict(alignment), ours.g[i] // ours.A, torch.full_like(i, -1), i)
 
 
 def objective(ours: GroupPrompts, step: Step) -> Tensor:
@@ -117,7 +117,7 @@ def test_class_prediction_sums_or_takes_the_largest(towers: Towers) -> None:
     l = plain_group_logits(towers[1], "a photo of a", ours.ctx.detach(), some_step(ours))
     p = l.softmax(dim=1)
     expected = torch.stack([p[:, 2 * c] + p[:, 2 * c + 1] for c in range(4)], dim=1)
-    torch.testing.assert_close(ours.objective.predict(alignment).softmax(dim=1), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.predict(alignment).softmax(dim=1), expected, rtol=1e-4, atol=1e-6)
     expected = torch.stack([torch.maximum(l[:, 2 * c], l[:, 2 * c + 1]) for c in range(4)], dim=1)
     torch.testing.assert_close(largest.predict(alignment), expected, rtol=1e-4, atol=1e-5)
 

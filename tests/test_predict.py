@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oodprompt.engine import load_run, predict
+from oodprompt import predict
+from oodprompt.engine import load_run
 from oodprompt.errors import UserError
 
 Run = Callable[..., dict[str, Any]]

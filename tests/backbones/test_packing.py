@@ -221,7 +221,7 @@ def test_parts_equal_the_whole(images: int, towers: tuple[CLIP, nn.Module]) -> N
     expected = results(ours.encode_prompts, ours, inputs, lengths, tower)
     assert seen == [whole]
     kinds = set()
-    for limit in (1, *(1 << exponent for exponent in range(17, 24))):
+    for limit in (1, *(1 << exponent for exponent in range(17, 24, 2))):
         ours.activation_limit = limit
         seen.clear()
         with torch.no_grad():
@@ -314,7 +314,7 @@ def test_memory_stays_within_the_limit(images: int, towers: tuple[CLIP, nn.Modul
 
     whole, _ = kept_and_peak(UNLIMITED)
     assert whole > 20 * (images or 1) * sum(lengths) * SHAPE.text_width * SHAPE.text_layers
-    for limit in (whole // 2, whole // 4, whole // 8):
+    for limit in (whole // 2, whole // 8):
         kept, peak = kept_and_peak(limit)
         print(f"whole {whole}, limit {limit}: kept {kept}, peak {peak}")
         assert kept < 0.02 * whole and peak < limit

@@ -13,19 +13,19 @@ from tests.helpers.foreign import Make, predictions
 
 
 @pytest.mark.parametrize(
-    ("trainer", "opts"),
+    ("base", "trainer", "opts"),
     [
-        ("CoOpOOD", []),
-        ("CoOpOOD", ["TRAINER.COOPOOD.ANCHOR", "attributes"]),
-        ("DebiasedPT", ["TRAINER.DEBIASEDPT.MEASURE", "held_out"]),
+        ("CoOp", "CoOpOOD", []),
+        ("MaPLe", "CoOpOOD", ["TRAINER.COOPOOD.ANCHOR", "attributes"]),
+        ("MaPLe", "DebiasedPT", ["TRAINER.DEBIASEDPT.MEASURE", "held_out"]),
         (
+            "CoOp",
             "CoOpOOD",
             ["TRAINER.STACK", ("DebiasedPT",), "TRAINER.GROUPS", "true", "TRAINER.COOPOOD.ANCHOR", "attributes"],
         ),
     ],
 )
-@pytest.mark.parametrize("base", ["CoOp", "MaPLe"])
-def test_our_methods_train_save_and_load(make: Make, trainer: str, opts: list[Any], base: str) -> None:
+def test_our_methods_train_save_and_load(make: Make, base: str, trainer: str, opts: list[Any]) -> None:
     run = make(trainer, base, *opts)
     start = [p.detach().clone() for d in run.companion.debiasers for p in d.parameters()]
     run.train()

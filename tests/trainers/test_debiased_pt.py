@@ -112,7 +112,7 @@ def test_measured_by_a_pass_ahead_of_the_epoch(measure: str, split: str, count: 
     trainer = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.DEBIASEDPT.EMA", 0)
     batches = start(trainer)
     debiaser = trainer.debiasers[0]
-    z, label = trainer.encoder.frozen_features_of(split), trainer.split(split).label
+    z, label = trainer.encoder.frozen_features_of(split), trainer.encoder.split(split).label
     p_y = trainer.learner(z).logits.softmax(1)[torch.arange(count), label]
     data = {"train": trainer.dataset.train_x, "val": trainer.dataset.val}[split]
     group = torch.tensor([2 * d.label + d.attribute for d in data])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
+from oodprompt.config.defaults import PRECISIONS
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.dataset import DatasetBase
@@ -31,7 +32,6 @@ from oodprompt.methods.contracts import Alignment, Context, Debiaser, PromptLear
 from oodprompt.methods.groups import AttributeSources, SourceOfGroups
 from oodprompt.methods.splits import LabelledData
 
-_PRECISIONS = ("fp32", "bf16", "amp", "fp16")
 _NUMBER_OF_SPLIT = {"train": 0, "val": 1, "test": 2}  # part of the seed of PSEUDO_NOISE
 
 
@@ -40,8 +40,8 @@ def precision_of(cfg: CfgNode, learner_type: type[PromptLearner], base_name: str
     own = not cfg.TRAINER.PREC
     key = f"PREC of {base_name}" if own else "TRAINER.PREC"
     choice = learner_type.precision(cfg) if own else cfg.TRAINER.PREC
-    if choice not in _PRECISIONS:
-        raise UserError(f"{key}: unknown precision {choice!r}: {nearest(choice, _PRECISIONS)}")
+    if choice not in PRECISIONS:
+        raise UserError(f"{key}: unknown precision {choice!r}: {nearest(choice, PRECISIONS)}")
     if scales_losses(choice) and device.type == "cpu":
         logger.info(f"Precision {choice} needs a GPU; on the CPU this run computes in fp32")
         return "fp32"

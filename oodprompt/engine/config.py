@@ -1,5 +1,5 @@
 """The import path of ``declare`` for files written before ``oodprompt.config`` existed."""
 
-from oodprompt.config.keys import declare
+from oodprompt.config.keys import Key, declare
 
-__all__ = ["declare"]
+__all__ = ["Key", "declare"]

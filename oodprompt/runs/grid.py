@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import os
 import shlex
@@ -173,5 +171,4 @@ def _dataset_flags(dataset: str) -> list[str]:
 
 
 def _config(line: Sequence[str]) -> CfgNode:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return setup_cfg(build_parser().parse_intermixed_args([*line, "--output-dir", os.devnull]))
+    return setup_cfg(build_parser().parse_intermixed_args([*line, "--output-dir", os.devnull]))

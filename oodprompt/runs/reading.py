@@ -6,7 +6,6 @@ Metrics are in per cent.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -36,9 +35,8 @@ def changed_keys(folder: Path, command: Sequence[str]) -> list[str]:
     """
     old = get_cfg_default()
     merge_file(old, folder / "config.yaml")
-    with contextlib.redirect_stdout(io.StringIO()):
-        arguments = build_parser().parse_intermixed_args([*command, "--output-dir", str(folder)])
-        new = leaves(setup_cfg(arguments))
+    arguments = build_parser().parse_intermixed_args([*command, "--output-dir", str(folder)])
+    new = leaves(setup_cfg(arguments))
     return [f"{k} was {v!r}, is now {new[k]!r}" for k, v in leaves(old).items() if k not in FREE_KEYS and new[k] != v]
 
 

@@ -141,17 +141,3 @@ def test_staged_rates_slow_the_old_layers() -> None:
     assert (old["lr"], old["params"]) == (0.1, list(model["body"].parameters()))
     with pytest.raises(UserError, match=r"OPTIM\.STAGED_LR"):
         build_optimizer(model.parameters(), cfg)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "nearest"),
-    [
-        ("NAME", "adammw", "'adamw'"),
-        ("LR_SCHEDULER", "cosin", "'cosine'"),
-        ("WARMUP_TYPE", "sudden", "constant nor linear"),
-    ],
-)
-def test_unknown_names_are_users_errors(key: str, value: str, nearest: str) -> None:
-    cfg = optim_cfg(**{"WARMUP_EPOCH": 1, key: value} if key == "WARMUP_TYPE" else {key: value})
-    with pytest.raises(UserError, match=rf"OPTIM\.{key}.*{nearest}"):
-        LRScheduler(build_optimizer(nn.Linear(1, 1), cfg), cfg)

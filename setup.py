@@ -44,7 +44,7 @@ setup(
     entry_points={"console_scripts": ["oodprompt = oodprompt.__main__:main"]},
     extras_require={
         "test": [
-            "import-linter>=2",
+            "import-linter>=2.10",
             "mypy>=1.11",
             "pytest>=7",
             "pytest-timeout",

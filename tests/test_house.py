@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, load_script
 
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 
@@ -59,3 +59,16 @@ def test_no_test_module_imports_another() -> None:
 )
 def test_imports_of_every_form_are_seen(text: str, names: list[str]) -> None:
     assert imported_tests(Path("tests/data/test_loading.py"), text) == names
+
+
+def test_no_class_file_or_function_is_over_its_limit() -> None:
+    """A reader keeps a class of 300, a file of 500 and a function of 100 lines in mind, and not more."""
+    house = load_script("scripts/maintain/house.py")
+    found = [size for path, name in house.package_files(REPOSITORY) for size in house.sizes(path, name)]
+    assert [size for size in found if size[1] > house.LIMITS[size[0]]] == []
+
+
+def test_sizes_count_every_line_of_a_definition(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("class A:\n    def f(self):\n        return 1\n\n\ndef g():\n    pass\n")
+    sizes = list(load_script("scripts/maintain/house.py").sizes(tmp_path / "a.py", "a.py"))
+    assert sizes == [("file", 7, "a.py"), ("class", 3, "a.py:A"), ("function", 2, "a.py:g"), ("function", 2, "a.py:f")]

@@ -28,12 +28,12 @@ def announce(encoder: Encoder, num_processes: int) -> None:
 class Progress:
     """Shows the steps of a run whose epochs have ``num_batches`` steps.
 
-    ``print_freq``: steps between lines; 0: none. ``shows``: whether this process shows anything. ``folder``: where
+    ``print_freq``: steps between lines; 0: none. ``show_progress``: whether this process shows a bar. ``folder``: where
     TensorBoard's files go; None: nowhere.
     """
 
     def __init__(
-        self, title: str, state: RunState, num_batches: int, print_freq: int, shows: bool, folder: Path | None
+        self, title: str, state: RunState, num_batches: int, print_freq: int, show_progress: bool, folder: Path | None
     ) -> None:
         self.state, self.num_batches, self.print_freq = state, num_batches, print_freq
         done = state.start_epoch * num_batches
@@ -44,7 +44,7 @@ class Progress:
             initial=state.start_epoch * left,
             desc=title,
             unit="step",
-            disable=None if shows else True,
+            disable=None if show_progress else True,
             leave=False,
         )
 

@@ -206,7 +206,7 @@ def _nearest_key(name: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.8)
     hint = f"did you mean {lowered[match[0]]!r}? " if match else ""
     own = "a key of a file of your own needs --import FILE" if section.startswith(("TRAINER.", "DATASET.")) else ""
-    return " ".join(part for part in (hint.strip(), own) if part) or "see docs/config.md"
+    return f"{hint}({own})" if hint and own else hint.strip() or own or "see docs/config.md"
 
 
 def _literal(raw: Any) -> Any:

@@ -23,7 +23,7 @@ def print_list() -> None:
     extensions.register_all()
 
     def line(obj: object) -> str:
-        return (inspect.getdoc(obj) or "").split("\n")[0]
+        return inspect.cleandoc(obj.__doc__ or "").split("\n")[0]  # its own, not that of a base class
 
     trainers = TRAINER_REGISTRY.items()
     sections = {

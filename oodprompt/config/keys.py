@@ -8,6 +8,7 @@ checks the type of a value, and ``check_values`` checks the values of a whole tr
 from __future__ import annotations
 
 import ast
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -197,11 +198,15 @@ def _nearest_key(name: str, known: Iterable[str]) -> str:
     known = list(known)
     section = name.rsplit(".", 1)[0] + "."
     siblings = [key for key in known if key.startswith(section)]
-    hint = nearest(name, known).split("known:")[0]
     if siblings:
+        hint = nearest(name, known).split("known:")[0]
         return f"{hint}({section[:-1]} has: {', '.join(key[len(section) :] for key in siblings)})"
-    own = " (a key of a file of your own needs --import FILE)" if section.startswith("TRAINER.") else ""
-    return (hint.strip() or "see docs/config.md") + own
+    # Of a section that nobody has declared only a key that is nearly the same can be meant.
+    lowered = {key.lower(): key for key in known}
+    match = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.8)
+    hint = f"did you mean {lowered[match[0]]!r}? " if match else ""
+    own = "a key of a file of your own needs --import FILE" if section.startswith(("TRAINER.", "DATASET.")) else ""
+    return " ".join(part for part in (hint.strip(), own) if part) or "see docs/config.md"
 
 
 def _literal(raw: Any) -> Any:

@@ -82,7 +82,9 @@ class Encoder:
         label, attribute = (
             torch.tensor([getattr(datum, key) for datum in data], device=self.device) for key in ("label", "attribute")
         )
-        return Split(name, label, attribute, lambda: self.frozen_features_of(name))
+        return Split(
+            name, label, attribute, lambda: self.frozen_features_of(name), lambda: [datum.impath for datum in data]
+        )
 
     def batches(self, split: str) -> Any:
         """Batches of a split, of kept features where the learner allows; None when the split is empty."""

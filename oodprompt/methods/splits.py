@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -17,13 +13,14 @@ class Split:
     """A split as debiasers see it, in the order of its ``index``.
 
     ``label`` [N]; ``attribute`` [N] of the data set (-1: unknown); ``features()`` gives normalised features [N, d] of
-    its images from CLIP as it was released, computed once.
+    its images from CLIP as it was released, computed once; ``paths()`` gives the N paths of the images.
     """
 
     name: str
     label: Tensor
     attribute: Tensor
     features: Callable[[], Tensor]
+    paths: Callable[[], Sequence[str]] = tuple
 
 
 @dataclass

@@ -24,15 +24,7 @@ from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.log import show_messages
 from tests.helpers.forks import Forks
-from tests.helpers.runs import (  # noqa: F401
-    CONFIG,
-    REPOSITORY,
-    SMALL,
-    command_line,
-    interrupted_at,
-    load_script,
-    no_pictures,
-)
+from tests.helpers.runs import command_line, no_pictures
 from tests.helpers.small_data import TINY, MakeCfg, MakeData
 
 

@@ -85,13 +85,20 @@ FAST = [
 ]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_gradients_through_gathered_rows_are_those_of_one_process(processes: int, forks: Forks) -> None:
-    forks.together(processes, ["tests/helpers/gather_gradients.py"])
+def test_gradients_through_gathered_rows_are_those_of_one_process(forks: Forks) -> None:
+    forks.together(3, ["tests/helpers/gather_gradients.py"])
 
 
-def test_best_model_of_the_only_epoch_is_loaded_by_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    torchrun(2, arguments("CoOp", "best", "TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 1))
+def test_processes_of_torchrun_find_one_another() -> None:
+    """The other tests start processes with the variables that this command sets."""
+    torchrun(2, [], "tests/helpers/gather_gradients.py")
+
+
+def test_best_model_of_the_only_epoch_is_loaded_by_all(
+    arguments: Callable[..., list[str]], tmp_path: Path, forks: Forks
+) -> None:
+    keys = ["TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 1]
+    forks.together(2, ["train.py", *arguments("CoOp", "best", *keys)])
     assert json.loads((tmp_path / "best" / "results.json").read_text())["best_epoch"] == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,16 +26,16 @@ def imported(path: Path, text: str) -> Iterator[str]:
 
 
 def imported_tests(path: Path, text: str) -> list[str]:
-    """What the file imports out of a test module."""
+    """What the file imports out of a test module or a conftest.py, whose fixtures come by their names."""
     return [
         name
         for name in imported(path, text)
-        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
+        if name.startswith("tests.") and any(re.match("test_|conftest$", part) for part in name.split("."))
     ]
 
 
 def test_no_test_module_imports_another() -> None:
-    """A test that is moved or cut must not take others along: what tests share is in tests/helpers/ or a conftest.py."""
+    """A test that is moved or cut must not take others along: what tests share is in tests/helpers/ or a fixture."""
     found = {}
     for file in TESTS:
         path = file.relative_to(REPOSITORY)
@@ -50,6 +51,8 @@ def test_no_test_module_imports_another() -> None:
         ("from tests.engine.test_cli import run", ["tests.engine.test_cli.run"]),
         ("from tests.engine import test_cli", ["tests.engine.test_cli"]),
         ("import tests.engine.test_cli as cli", ["tests.engine.test_cli"]),
+        ("from tests.conftest import data_root", ["tests.conftest.data_root"]),
+        ("from .conftest import build", ["tests.data.conftest.build"]),
         ("from . import test_cli", ["tests.data.test_cli"]),
         ("from .test_cli import run", ["tests.data.test_cli.run"]),
         ("from ..engine.test_cli import run", ["tests.engine.test_cli.run"]),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from oodprompt.log import logger, show_messages
+from tests.helpers.forks import Forks
 from tests.helpers.runs import REPOSITORY
 
 # Rooms whose words are messages: a command, and who builds a model in Python, decide whether they are shown.
@@ -26,9 +25,10 @@ def test_messages_are_bare_lines_once(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == "* accuracy: 85.3%\nNote: 100% of it\n"
 
 
-def test_a_library_shows_nothing_by_itself() -> None:
-    code = "from oodprompt.methods.prompts import depth_within; depth_within(9, 3, 'tower')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+def test_a_library_shows_nothing_by_itself(tmp_path: Path, forks: Forks) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("from oodprompt.methods.prompts import depth_within; depth_within(9, 3, 'tower')")
+    done = forks.run([str(program)])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -87,10 +87,10 @@ def test_ravl_fine_tunes_a_resnet_on_captions(tmp_path: Path, monkeypatch: pytes
     shape = CLIPShape(32, 224, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
     torch.save(load_clip_file("model").CLIP(*astuple(shape)).state_dict(), tmp_path / "clip.pt")
     rng, rows = np.random.default_rng(0), ["image,label,split,attribute,caption"]
-    for i in range(48):
+    for i in range(24):
         pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-        name, split = ("cat", "dog")[i % 2], ("train", "val", "test")[i // 16]
+        name, split = ("cat", "dog")[i % 2], ("train", "val", "test")[i // 8]
         rows.append(f"{i}.png,{name},{split},{i // 2 % 2},a {name} in picture {i}")
     (tmp_path / "metadata.csv").write_text("\n".join(rows))
     files = ["--dataset-config-file", str(REPOSITORY / "configs/datasets/csv.yaml")]

@@ -107,6 +107,7 @@ class Forks:
         """Start ``words``: a script below the repository and its arguments. The code ``first`` is run ahead of it."""
         self.started += 1
         out, err = (self.folder / f"{self.started}.{stream}" for stream in ("out", "err"))
+        out.touch(), err.touch()  # also a program that is killed at once has streams
         argv = [str(REPOSITORY / words[0]), *words[1:]]
         request = {"argv": argv, "folder": str(folder), "environment": dict(environment or {}), "first": first}
         return Process(int(self._ask({**request, "out": str(out), "err": str(err)})), out, err)

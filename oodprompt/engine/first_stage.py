@@ -22,7 +22,8 @@ from oodprompt.methods.splits import Split
 class FirstStage:
     """Trains another learner ahead of the run, and computes outputs of the run's model as it stands.
 
-    ``build_learner(cfg)`` makes a learner of the run's kind at its initial values. ``models()`` are the run's models and
+    ``build_learner(cfg)`` makes a learner of the run's kind at its initial values. ``models()`` are the run's models,
+    ``predict`` is its prediction, and ``base_name`` is the registered name of its learner.
     """
 
     def __init__(

@@ -175,6 +175,8 @@ def test_values_take_the_type_of_the_default(key: str, raw: object, value: objec
         ("TRAINER: {COOP: {NCTX: 4}}", ["'TRAINER.COOP.NCTX'", "did you mean 'TRAINER.COOP.N_CTX'?"]),
         ("optim: {lr: 1}", ["'optim.lr'", "did you mean 'OPTIM.LR'?"]),
         ("ZZZ: 1", ["unknown config key 'ZZZ'", "docs/config.md"]),
+        ("DATASET: {STRIPES: {N: 1}}", ["'DATASET.STRIPES.N': a key of a file of your own needs --import FILE"]),
+        ("TRAINER: {COOPOD: {ALPHA: 1}}", ["did you mean 'TRAINER.COOPOOD.ALPHA'? (a key of a file of your own"]),
         ("OPTIM: {LR: {A: 1}}", ["'OPTIM.LR.A'"]),
         ("OPTIM: 3", ["'OPTIM' is a section, not a key"]),
         ("DATALOADER: {TRAIN_X: [1]}", ["'DATALOADER.TRAIN_X' is a section"]),

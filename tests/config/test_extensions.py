@@ -158,3 +158,16 @@ def test_commands_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["--help"]) == 0 and "doctor [--root DIR]" in capsys.readouterr().out
     assert commands.main(["docter"]) == 2 and "unknown command 'docter'" in capsys.readouterr().err
     assert commands.main([]) == 2
+
+
+def test_the_list_has_the_own_words_of_a_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class without words shows none, and not those of the class that it is derived from."""
+    register_all()
+    coop = TRAINER_REGISTRY.get("CoOp")
+    monkeypatch.setattr(TRAINER_REGISTRY, "_objects", dict(TRAINER_REGISTRY._objects))
+    TRAINER_REGISTRY.register(type("Silent", (coop,), {}))
+    cli.print_list()
+    lines = {words[0]: " ".join(words[1:]) for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
+    assert lines["Silent"] == "" and lines["CoOp"].startswith("Context optimisation")

@@ -319,6 +319,9 @@ def test_a_source_of_groups_of_ones_own(run: Callable[..., dict[str, Any]], monk
     assert results["groups_by"] == "parity"
 
 
-def test_an_unknown_source_is_refused_before_anything_is_read(build: Callable[..., PromptTrainer]) -> None:
+def test_an_unknown_source_is_refused_before_anything_is_read(
+    build: Callable[..., PromptTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("oodprompt.engine.trainer.DataManager", lambda *_: pytest.fail("the data set is read"))
     with pytest.raises(UserError, match="TRAINER.GROUPS: unknown source of groups 'treu': did you mean 'true'"):
-        build("CoOp", "TRAINER.GROUPS", "treu", "DATASET.ROOT", "/nowhere")
+        build("CoOp", "TRAINER.GROUPS", "treu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import overload
@@ -16,21 +17,26 @@ import numpy as np
 
 from oodprompt.data.datum import Datum
 
+_ROOT = os.fsencode(os.sep)
 _THREADS = 16  # a network file system answers many questions at once; more threads only wait for Python
 _AT_ONCE = 4096  # files that a thread asks for before it takes the next
 
 
 class Texts(Sequence[str]):
-    """Strings in one block of bytes behind a beginning that all share: its length and 8 bytes each, no Python objects."""
+    """Strings in one block of bytes behind a ``prefix`` that all share: their length and 8 bytes each, no Python objects.
 
-    def __init__(self, texts: Iterable[str], prefix: str = "") -> None:
-        """``prefix`` stands before each of ``texts``."""
-        block, ends = bytearray(), [0]
+    Absolute paths among them stand without the prefix, as in ``os.path.join``.
+    """
+
+    def __init__(self, texts: Iterable[str] = (), prefix: str = "") -> None:
+        self.prefix, self._block, self._ends = os.fsencode(prefix), bytearray(), array("q", [0])
         for text in texts:
-            block += os.fsencode(text)
-            ends.append(len(block))
-        self.prefix, self._block = os.fsencode(prefix), bytes(block)
-        self._ends = np.array(ends, dtype=np.int64)
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        """Add a string at the end; what it begins with beside ``prefix``."""
+        self._block += os.fsencode(text)
+        self._ends.append(len(self._block))
 
     @classmethod
     def of_paths(cls, paths: Sequence[str]) -> Texts:
@@ -38,6 +44,8 @@ class Texts(Sequence[str]):
         first, last = (min(paths), max(paths)) if paths else ("", "")
         folder = os.path.commonprefix((first, last)).rpartition(os.sep)
         shared = folder[0] + folder[1]
+        if any(path.startswith(os.sep, len(shared)) for path in paths):
+            shared = ""
         return cls((path[len(shared) :] for path in paths), shared)
 
     def __len__(self) -> int:
@@ -45,7 +53,8 @@ class Texts(Sequence[str]):
 
     def raw(self, i: int) -> bytes:
         """The ``i``-th string as the file system spells it."""
-        return self.prefix + self._block[self._ends[i] : self._ends[i + 1]]
+        own = self._block[self._ends[i] : self._ends[i + 1]]
+        return bytes(own) if own.startswith(_ROOT) else self.prefix + own
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -154,10 +163,6 @@ class Images(Sequence[Datum]):
     def impaths(self) -> Iterator[str]:
         """The paths of all images, one after the other."""
         return (self.paths[row] for row in self.rows)
-
-    def place(self, i: int) -> str:
-        """The path of the ``i``-th image below the folders that all images of ``paths`` share."""
-        return os.fsdecode(self.paths.raw(self.rows[i])[len(self.paths.prefix) :])
 
     # --- files -------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from oodprompt.datasets.file_lists import (
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
 from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError, nearest
@@ -61,7 +62,7 @@ class DomainsDataset(FilesDataset):
         self.attribute_names = tuple(readable(domain) for domain in self.domains)
         read = self._reader(cfg, (*sources, *targets))
         train, val, test = (
-            [datum for domain in domains for datum in read(split, domain)]
+            Images.of([datum for domain in domains for datum in read(split, domain)])
             for split, domains in (("train", sources), ("val", sources), ("test", targets))
         )
         check_names(name, train, val, test)

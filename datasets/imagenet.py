@@ -10,6 +10,7 @@ from oodprompt.datasets.file_lists import FilesDataset, image_names, sorted_valu
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
 from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError
@@ -86,8 +87,8 @@ class ImageNet(ClassFolders):
         labels = self.labels(images / "train", names)
         if other := set(labels) ^ set(self.labels(images / "val", names)):
             raise UserError(f"ImageNet: {images} has a folder {min(other)} in one of train and val only; complete it")
-        train, test = (self.read(images / split, names, labels) for split in ("train", "val"))
-        train, val = split_off_validation(cfg, "ImageNet", train)
+        listed, test = (Images.of(self.read(images / split, names, labels)) for split in ("train", "val"))
+        train, val = split_off_validation(cfg, "ImageNet", listed)
         super().__init__(cfg, train, val, test)
 
 

@@ -71,8 +71,8 @@ class Spawrious(FilesDataset):
     def __init__(self, cfg: CfgNode) -> None:
         setting = cfg.DATASET.SPAWRIOUS.SETTING
         folder = self.folder(cfg, "0")
-        train, test = ([d for part in parts for d in self._read(folder, *part)] for parts in parts_of(setting))
-        train, val = split_off_validation(cfg, "Spawrious", train)
+        listed, test = ([d for part in parts for d in self._read(folder, *part)] for parts in parts_of(setting))
+        train, val = split_off_validation(cfg, "Spawrious", listed)
         super().__init__(cfg, train, val, test)
 
     def _read(self, root: Path, number: int, place: str, breed: str, limit: int | None) -> list[Datum]:

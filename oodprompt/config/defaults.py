@@ -126,19 +126,30 @@ declare(
         "FEATURE_CACHE": Key(
             "auto",
             "Keep image features instead of encoding images at every step, where the image tower is not trained: "
-            "memory or disk (insist), off, or auto (where it changes nothing, see INPUT.VIEWS; on disk what is larger than "
-            "CACHE_MEMORY_MIB). Evaluation uses it too.",
+            "memory or disk (insist), off, or auto (where it changes nothing, see INPUT.VIEWS; on disk what took longer than "
+            "CACHE_SECONDS or is larger than CACHE_MEMORY_MIB). Evaluation uses it too.",
             choices=("auto", "memory", "disk", "off"),
         ),
         "CACHE_DIR": (
             "",
             "Folder of the features on disk, which runs share; empty: ~/.cache/oodprompt/features. What is deleted there "
-            "is computed anew; nothing is deleted by itself.",
+            "is computed anew. `python -m oodprompt.cache` lists and prunes it.",
+        ),
+        "CACHE_SECONDS": Key(
+            3.0,
+            "FEATURE_CACHE auto: features of a split that take more seconds than this to compute go to disk, so that they "
+            "outlive the run.",
+            at_least=0,
         ),
         "CACHE_MEMORY_MIB": Key(
             64.0,
-            "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk; so many images take long "
-            "to encode that their features should outlive the run.",
+            "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk, from where batches are read.",
+            at_least=0,
+        ),
+        "CACHE_LIMIT_GIB": Key(
+            0.0,
+            "Most GiB that CACHE_DIR may hold; before more is written, the features that were used longest ago are "
+            "removed. 0: no limit.",
             at_least=0,
         ),
         "IMAGE_CACHE_MIB": Key(

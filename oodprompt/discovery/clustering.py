@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import kmedoids
 import numpy as np
-from tqdm import tqdm
 
 from oodprompt.discovery.result import Clustering
 from oodprompt.errors import UserError
+from oodprompt.log import progress
 
 START_SAMPLE = 1000  # regions, or ten per cluster where that is more, on which the first medoids are found
 CANDIDATES = 32  # regions of each of two kinds that are tried as a new medoid in one step
@@ -122,7 +122,7 @@ def sweep(d: np.ndarray, ks: Sequence[int], seed: int = 0, show: bool = False) -
     state = _Search(d, _start(d, min(wanted), seed), max(wanted))
     found: dict[int, Swept] = {}
     best: dict[int, float] = {}
-    with tqdm(total=len(wanted), desc="K-medoids", unit="K", disable=None if show else True, leave=False) as bar:
+    with progress(len(wanted), "K-medoids", "K", show) as bar:
         while True:
             state.improve()
             loss = state.removal_loss()

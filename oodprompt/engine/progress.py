@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from oodprompt.engine.loop import RunState, StepReport
 from oodprompt.features.encoder import Encoder
-from oodprompt.log import logger
+from oodprompt.log import logger, progress
 
 _RECENT = 50  # steps whose mean time tells the time left
 
@@ -39,14 +38,7 @@ class Progress:
         done = state.start_epoch * num_batches
         self._writer = SummaryWriter(str(folder), purge_step=done if state.start_epoch else None) if folder else None
         left = num_batches if state.start_epoch < state.max_epoch else 0
-        self._bar = tqdm(
-            total=state.max_epoch * left,
-            initial=state.start_epoch * left,
-            desc=title,
-            unit="step",
-            disable=None if show_progress else True,
-            leave=False,
-        )
+        self._bar = progress(state.max_epoch * left, title, "step", show_progress, initial=state.start_epoch * left)
 
     def after_step(self, report: StepReport, learning_rate: float) -> None:
         self._bar.update()

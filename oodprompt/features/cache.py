@@ -32,7 +32,7 @@ from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.transforms import is_random
 from oodprompt.errors import UserError
-from oodprompt.features.store import FeatureStore, PartialFile
+from oodprompt.features.store import FeatureStore, PartialFile, default_folder
 from oodprompt.log import logger
 
 Views = Tensor | Sequence[np.ndarray]  # V views [N, d] of a split: on the compute device, or memory-mapped files
@@ -56,7 +56,7 @@ class FeatureCache:
     ) -> None:
         self.cfg, self.clip, self.precision, self.device, self.say = cfg, clip, precision, device, say
         keys = cfg.DATALOADER
-        folder = Path(os.path.expanduser(keys.CACHE_DIR or "~/.cache/oodprompt/features"))
+        folder = Path(os.path.expanduser(keys.CACHE_DIR)) if keys.CACHE_DIR else default_folder()
         self.store = FeatureStore(folder, keys.CACHE_LIMIT_GIB * 2**30)
         self.insists = keys.FEATURE_CACHE == "disk"
         self.uses_files = self.insists or keys.FEATURE_CACHE == "auto"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
@@ -23,6 +22,7 @@ from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.features import views
 from oodprompt.features.cache import FeatureCache
+from oodprompt.log import progress
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
@@ -217,7 +217,7 @@ class Encoder:
     def probabilities(self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor]) -> Tensor:
         """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform."""
         batches = self.data.loader([Datum(str(path)) for path in paths])
-        bar = tqdm(batches, "images", unit="batch", disable=None if self.show_progress else True)
+        bar = progress.over(batches, "Images", "batch", show=self.show_progress)
         return torch.cat([predict(self.align(batch)).softmax(dim=1).cpu() for batch in bar])
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ from oodprompt.files import write_atomically
 
 _SYNC = 20.0  # seconds between the moments when the rows of an unfinished file are made safe
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def default_folder() -> Path:
+    """Where features are kept, unless DATALOADER.CACHE_DIR says otherwise."""
+    return Path(os.path.expanduser("~/.cache/oodprompt/features"))
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,13 @@ class FeatureStore:
         ]
         return [path for path in paths if not self._is_held(path)]
 
+    def begun(self, path: Path) -> float:
+        """When the last row of an unfinished view was written, in seconds since 1970."""
+        try:
+            return path.with_name(f".{path.stem}.partial").stat().st_mtime
+        except FileNotFoundError:
+            return time.time()
+
     def _is_held(self, path: Path) -> bool:
         lock = self.lock(path)
         try:
@@ -211,7 +223,7 @@ class FeatureStore:
             return []
         return self.prune(lambda entry, left: left + size > self.limit)
 
-    def prune(self, goes: Any) -> list[Entry]:
+    def prune(self, goes: Callable[[Entry, int], bool]) -> list[Entry]:
         """Remove files from the one used longest ago on while ``goes(entry, bytes that are left)``; returns them."""
         removed, left = [], sum(entry.size for entry in self.entries())
         for entry in reversed(self.entries()):

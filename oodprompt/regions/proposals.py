@@ -14,12 +14,12 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import to_tensor
-from tqdm import tqdm
 
 from oodprompt.backbones.weights import read_state_dict
 from oodprompt.data.images import read_image
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
+from oodprompt.log import progress
 from oodprompt.regions.boxes import Box, Regions, in_view
 
 _ROUNDING = 1e-6  # pixels by which an edge may miss a whole number through rounding
@@ -46,7 +46,7 @@ def proposal_regions(
     weights = _weights(weights_file)
     network = _proposal_network(weights, short_edge).to(device)
     matches: dict[int, list[Box]] = {}
-    bar = tqdm(paths, desc="Region proposals", unit="image", disable=None if show else True, leave=False)
+    bar = progress.over(paths, "Region proposals", "image", show=show)
     for i, name in enumerate(bar):
         image = read_image(name)
         window = CentreView(input_size).window(*image.size)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, is_too_long
-from oodprompt.data.dataset import Datum
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.data.sampling import EpochBatches
@@ -73,7 +74,7 @@ class Encoder:
 
     # --- batches -----------------------------------------------------------------------------------------------
 
-    def data_of(self, split: str) -> list[Datum]:
+    def data_of(self, split: str) -> Images:
         """The images of ``train``, ``val`` or ``test``."""
         dataset = self.data.dataset
         return {"train": dataset.train_x, "val": dataset.val, "test": dataset.test}[split]
@@ -82,11 +83,9 @@ class Encoder:
         """Labels, attributes and frozen features of a split."""
         data = self.data_of(name)
         label, attribute = (
-            torch.tensor([getattr(datum, key) for datum in data], device=self.device) for key in ("label", "attribute")
+            torch.tensor(column, dtype=torch.long, device=self.device) for column in (data.label, data.attribute)
         )
-        return Split(
-            name, label, attribute, lambda: self.frozen_features_of(name), lambda: [datum.impath for datum in data]
-        )
+        return Split(name, label, attribute, lambda: self.frozen_features_of(name), lambda: list(data.impaths))
 
     def batches(self, split: str) -> Any:
         """Batches of a split, of kept features where the learner allows; None when the split is empty."""
@@ -189,8 +188,10 @@ class Encoder:
 
     def note_long_captions(self) -> None:
         """Say how many training images have captions that are longer than the text encoder takes, if any."""
-        length = self.clip.shape.context_length
-        images = Counter(datum.caption for datum in self.data_of("train") if datum.caption)
+        data, length = self.data_of("train"), self.clip.shape.context_length
+        if data.captions is None:
+            return
+        images = Counter(datum.caption for datum in data if datum.caption)
         long = sum(number for caption, number in images.items() if is_too_long(caption, length))
         if long:
             logger.info(
@@ -233,10 +234,27 @@ class Encoder:
 
     @torch.no_grad()
     def probabilities(self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor]) -> Tensor:
-        """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform."""
-        batches = self.data.loader([Datum(str(path)) for path in paths])
-        bar = tqdm(batches, "images", unit="batch", disable=None if self.show_progress else True)
-        return torch.cat([predict(self.align(batch)).softmax(dim=1).cpu() for batch in bar])
+        """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform.
+
+        ``UserError`` for the first image that cannot be read.
+        """
+        return torch.cat([part for _, part, _ in self.probabilities_by_batch(paths, predict)])
+
+    @torch.no_grad()
+    def probabilities_by_batch(
+        self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor], skip_unreadable: bool = False
+    ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """As ``probabilities``, batch by batch: places in ``paths``, their probabilities, and what ails unreadable images.
+
+        With ``skip_unreadable`` the last is by place in ``paths``, and the first two are of the other images.
+        """
+        batches = self.data.loader([Datum(str(path)) for path in paths], skip_unreadable=skip_unreadable)
+        for batch in tqdm(batches, "images", unit="batch", disable=None if self.show_progress else True):
+            if len(batch["index"]):
+                probabilities = predict(self.align(batch)).softmax(dim=1).cpu()
+            else:
+                probabilities = torch.empty(0, len(self.learner.classnames))
+            yield batch["index"].tolist(), probabilities, batch["unreadable"]
 
 
 def gathered(alignment: Alignment) -> Alignment:

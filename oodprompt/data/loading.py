@@ -81,7 +81,7 @@ def _random_numbers_from(seed: int) -> Iterator[None]:
 class _Collate:
     """Stacks items into a batch. A process may get no item of a small last batch: then tensors of length 0.
 
-    With ``skip_unreadable`` the batch has the images that can be read; ``unreadable`` says of the others why not.
+    With ``skip_unreadable`` the batch has the images that can be read; ``unreadable`` says of others why not.
     """
 
     def __init__(self, size: tuple[int, int], skip_unreadable: bool = False) -> None:
@@ -98,7 +98,9 @@ class _Collate:
             else:
                 return item[1]
         images = torch.stack([item["img"] for item in read]) if read else torch.empty(0, 3, *self.size)
-        batch: Batch = {"img": images, "impath": [item["impath"] for item in read], "unreadable": unreadable}
+        batch: Batch = {"img": images, "impath": [item["impath"] for item in read]}
+        if unreadable:
+            batch["unreadable"] = unreadable
         for key in _NUMBERS:
             batch[key] = torch.tensor([item[key] for item in read], dtype=torch.long)
         return batch

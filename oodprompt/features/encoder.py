@@ -254,7 +254,7 @@ class Encoder:
                 probabilities = predict(self.align(batch)).softmax(dim=1).cpu()
             else:
                 probabilities = torch.empty(0, len(self.learner.classnames))
-            yield batch["index"].tolist(), probabilities, batch["unreadable"]
+            yield batch["index"].tolist(), probabilities, batch.get("unreadable", {})
 
 
 def gathered(alignment: Alignment) -> Alignment:

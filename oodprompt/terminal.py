@@ -9,11 +9,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import Forgiving
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,22 +29,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see {self.prog} --help")
 
 
-class _Tee:
-    """Writes to the terminal and to the log."""
+class _Tee(Forgiving):
+    """Writes to the terminal and to the log; where one of them fails, to the other."""
 
     def __init__(self, stream: IO[str], log: IO[str]) -> None:
-        self.stream, self.log = stream, log
+        super().__init__(stream)
+        self.log = Forgiving(log)
 
     def write(self, text: str) -> int:
+        had_log = self.log.is_open
         self.log.write(text)
-        return self.stream.write(text)
+        super().write(text)
+        if had_log and not self.log.is_open:
+            super().write("\nNote: log.txt cannot be written any more; the run goes on\n")
+        return len(text)
 
     def flush(self) -> None:
         self.log.flush()
-        self.stream.flush()
+        super().flush()
 
-    def isatty(self) -> bool:
-        return self.stream.isatty()
+    def _leave(self) -> None:
+        super()._leave()
+        self.log.write("\nNote: nobody reads the output any more; the run goes on\n")
 
 
 @contextlib.contextmanager
@@ -54,44 +61,65 @@ def logged(directory: str, rank: int) -> Iterator[None]:
             yield
         return
     path = Path(directory) / "log.txt"
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("a", encoding="utf-8")
+        # A line at a time, so that a kill loses none. Characters that UTF-8 lacks are halves of undecodable file names.
+        log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
     except OSError as error:
+        _remove(made)
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --output-dir") from error
-    with log, contextlib.redirect_stdout(_Tee(sys.stdout, log)):
-        try:
-            yield
-        except UserError as error:
-            log.write(f"error: {error}\n")
-            raise
-        except Exception:
-            log.write(traceback.format_exc())
-            raise
-
-
-def exit_status(work: Callable[[], None]) -> int:
-    """Do ``work``; returns 0 for success, 2 for a user's error (one line on stderr), 1 for anything else."""
+    tee = _Tee(sys.stdout, log)
+    refused = False
     try:
-        work()
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(tee):
+            yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; rerun the same command to resume from the last finished epoch", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output, `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            return 1
-        place = f" for {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{place}; free some space and rerun the same command", file=sys.stderr)
-        return 2
+        tee.log.write(f"error: {error}\n")
+        refused = True
+        raise
     except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+        tee.log.write(traceback.format_exc())
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            log.close()
+        if refused and path.parent in made and [file.name for file in path.parent.iterdir()] == [path.name]:
+            path.unlink()  # a run that was refused before it did anything leaves nothing
+            _remove(made)
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Remove those of the folders that are empty, the innermost first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Do ``work``; returns 0 for success or what it returns, 2 for a user's error (one line on stderr), else 1.
+
+    What ``work`` prints ends nothing: characters that the terminal lacks are replaced, and a reader may go away.
+    """
+    with contextlib.redirect_stdout(Forgiving(sys.stdout)):
+        try:
+            status = work()
+            sys.stdout.flush()
+            return status or 0
+        except UserError as error:
+            return _complain(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            return _complain("interrupted; rerun the same command to resume from the last finished epoch", 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                return _complain(traceback.format_exc().rstrip(), 1)
+            place = f" for {error.filename}" if error.filename else ""
+            return _complain(f"error: the disk is full{place}; free some space and rerun the same command", 2)
+        except Exception:
+            return _complain(traceback.format_exc().rstrip(), 1)
+
+
+def _complain(text: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error either
+        print(text, file=sys.stderr)
+    return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP
+from oodprompt.backbones import CLIP, is_too_long
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows
@@ -22,7 +23,7 @@ from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.features import views
 from oodprompt.features.cache import FeatureCache
-from oodprompt.log import progress
+from oodprompt.log import logger, progress
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
@@ -171,14 +172,31 @@ class Encoder:
     @cached_property
     @torch.no_grad()
     def caption_features(self) -> Tensor:
-        """Text features [N, d] of the training images' captions; of the template where an image has none."""
+        """Text features [N, d] of the training images' captions; of the template where an image has none.
+
+        Captions that are too long for the text encoder are cut, which a line says.
+        """
+        self.note_long_captions()
         names, template = self.learner.classnames, self.data.dataset.template
         captions = [d.caption or template.replace("{}", names[d.label]) for d in self.data_of("train")]
         different = list(dict.fromkeys(captions))
         parts = [different[i : i + _CAPTIONS_AT_ONCE] for i in range(0, len(different), _CAPTIONS_AT_ONCE)]
-        features = torch.cat([prompt_features(self.clip, part) for part in parts]).float()
+        features = torch.cat([prompt_features(self.clip, part, truncate=True) for part in parts]).float()
         place = {caption: i for i, caption in enumerate(different)}
         return features[[place[caption] for caption in captions]]
+
+    def note_long_captions(self) -> None:
+        """Say how many training images have captions that are longer than the text encoder takes, if any."""
+        data, length = self.data_of("train"), self.clip.shape.context_length
+        if data.captions is None:
+            return
+        images = Counter(datum.caption for datum in data if datum.caption)
+        long = sum(number for caption, number in images.items() if is_too_long(caption, length))
+        if long:
+            logger.info(
+                f"Note: {long:,} of {images.total():,} captions have more than the {length} tokens that the text encoder "
+                "takes; their ends are cut, as in CLIP's own training"
+            )
 
     # --- alignments --------------------------------------------------------------------------------------------
 
@@ -215,10 +233,27 @@ class Encoder:
 
     @torch.no_grad()
     def probabilities(self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor]) -> Tensor:
-        """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform."""
-        batches = self.data.loader([Datum(str(path)) for path in paths])
-        bar = progress.over(batches, "Images", "batch", show=self.show_progress)
-        return torch.cat([predict(self.align(batch)).softmax(dim=1).cpu() for batch in bar])
+        """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform.
+
+        ``UserError`` for the first image that cannot be read.
+        """
+        return torch.cat([part for _, part, _ in self.probabilities_by_batch(paths, predict)])
+
+    @torch.no_grad()
+    def probabilities_by_batch(
+        self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor], skip_unreadable: bool = False
+    ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """As ``probabilities``, batch by batch: places in ``paths``, their probabilities, and what ails unreadable images.
+
+        With ``skip_unreadable`` the last is by place in ``paths``, and the first two are of the other images.
+        """
+        batches = self.data.loader([Datum(str(path)) for path in paths], skip_unreadable=skip_unreadable)
+        for batch in progress.over(batches, "Images", "batch", show=self.show_progress):
+            if len(batch["index"]):
+                probabilities = predict(self.align(batch)).softmax(dim=1).cpu()
+            else:
+                probabilities = torch.empty(0, len(self.learner.classnames))
+            yield batch["index"].tolist(), probabilities, batch.get("unreadable", {})
 
 
 def gathered(alignment: Alignment) -> Alignment:

@@ -15,7 +15,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import to_tensor
 
-from oodprompt.backbones.weights import read_state_dict
+from oodprompt.backbones.state_dicts import read_state_dict
 from oodprompt.data.images import read_image
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError

@@ -109,6 +109,8 @@ def report_groups(metrics: dict[str, Any]) -> None:
     logger.info(f"* worst_group: {100 * metrics['worst_group_accuracy']:.1f}%")
     logger.info(f"* adjusted_average: {100 * metrics['adjusted_average_accuracy']:.1f}%")
     logger.info(f"* gap: {100 * metrics['gap']:.1f}%")
+    if unknown := metrics.get("num_without_attribute", 0):
+        logger.info(f"* without attribute, in no group: {unknown:,} of {metrics['num_samples']:,} images")
     for group in metrics["groups"]:
         logger.info(
             f"* group: {group['class']} / {group['attribute']}\ttotal: {group['num_samples']:,}\t"
@@ -181,8 +183,8 @@ def group_metrics(
 
     ``worst_group_accuracy`` = the lowest accuracy of a group that has test images; ``adjusted_average_accuracy`` =
     sum over groups of (training share of the group) x (its accuracy), Sagawa et al. 2020's convention for
-    Waterbirds; ``gap`` = accuracy - worst_group_accuracy. Group entries are empty and these three None when an
-    attribute is unknown.
+    Waterbirds; ``gap`` = accuracy - worst_group_accuracy. Groups are over the images whose attribute is known;
+    ``num_without_attribute`` counts the others. Where there are no others, groups are empty and these three None.
     """
     correct = (prediction == label).double()
     metrics: OrderedDict[str, Any] = OrderedDict(
@@ -192,6 +194,7 @@ def group_metrics(
         worst_group_accuracy=None,
         adjusted_average_accuracy=None,
         gap=None,
+        num_without_attribute=int((attribute < 0).sum()),
         groups=[],
         classes=[],
     )
@@ -201,14 +204,14 @@ def group_metrics(
             metrics["classes"].append(
                 {"class": name, "num_samples": int(mine.sum()), "accuracy": correct[mine].mean().item()}
             )
-    if (attribute < 0).any():
+    if metrics["num_without_attribute"] == len(label):
         return metrics
     in_train: dict[tuple[int, int], int] = {}
     for datum in train:
         key = (datum.label, datum.attribute)
         in_train[key] = in_train.get(key, 0) + 1
     for i, name in enumerate(dataset.classnames):
-        for a in attribute.unique().tolist():
+        for a in attribute[attribute >= 0].unique().tolist():
             mine = (label == i) & (attribute == a)
             if mine.any():
                 metrics["groups"].append(

@@ -69,11 +69,30 @@ def test_groups_without_training_images_weigh_nothing() -> None:
     assert metrics["adjusted_average_accuracy"] == metrics["accuracy"]
 
 
-def test_unknown_attributes_give_no_groups() -> None:
+def test_groups_are_over_the_images_whose_attribute_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     place = PLACE.clone()
-    place[3] = -1
-    metrics = group_metrics(GUESS, LABEL, place, TRAIN, BIRDS)
-    assert metrics["groups"] == []
+    place[[3, 9]] = -1  # a landbird on land that is right, and the only waterbird on land that is
+    judge = evaluator()
+    judge.process(torch.nn.functional.one_hot(GUESS, 2), LABEL, place)
+    metrics = judge.evaluate(TRAIN)
+    assert metrics["num_without_attribute"] == 2 and metrics["num_samples"] == 12
+    assert metrics["accuracy"] == pytest.approx(8 / 12)
+    assert [(g["num_samples"], g["accuracy"]) for g in metrics["groups"]] == [
+        (3, 1.0),
+        (2, 0.5),
+        (2, 0.0),
+        (3, pytest.approx(2 / 3)),
+    ]
+    assert metrics["worst_group_accuracy"] == 0 and metrics["gap"] == pytest.approx(8 / 12)
+    assert metrics["adjusted_average_accuracy"] == pytest.approx((6 * 1 + 1 / 2 + 2 * 2 / 3 + 0) / 10)
+    judge.report(metrics)
+    assert "* without attribute, in no group: 2 of 12 images\n" in capsys.readouterr().out
+    assert group_metrics(GUESS, LABEL, PLACE, TRAIN, BIRDS)["num_without_attribute"] == 0
+
+
+def test_no_known_attribute_gives_no_groups() -> None:
+    metrics = group_metrics(GUESS, LABEL, torch.full_like(PLACE, -1), TRAIN, BIRDS)
+    assert metrics["groups"] == [] and metrics["num_without_attribute"] == 12
     assert {metrics[key] for key in ("worst_group_accuracy", "adjusted_average_accuracy", "gap")} == {None}
     assert metrics["accuracy"] == pytest.approx(8 / 12)
 

@@ -115,8 +115,8 @@ class DatasetBase:
 
     @property
     def has_attributes(self) -> bool:
-        """Whether every test image carries a known attribute, so that groups can be told apart."""
-        return all(datum.attribute >= 0 for datum in self.test)
+        """Whether a test image carries a known attribute, so that there are groups to report."""
+        return any(datum.attribute >= 0 for datum in self.test)
 
     @classmethod
     def root(cls, cfg: CfgNode) -> Path:
@@ -174,4 +174,6 @@ def build_dataset(cfg: CfgNode) -> DatasetBase:
 
 def attribute_name(dataset: DatasetBase, attribute: int) -> str:
     names = dataset.attribute_names
+    if attribute < 0:
+        return "unknown"
     return names[attribute] if 0 <= attribute < len(names) else str(attribute)

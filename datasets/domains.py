@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
-from oodprompt.data.tables import read_lines
+from oodprompt.data.tables import portable, read_lines, whole
 from oodprompt.errors import UserError, nearest
 from oodprompt.log import logger
 
@@ -136,8 +136,12 @@ class DomainsDataset(FilesDataset):
             if not path.is_file():
                 raise self.missing(f"no file {path}")
             for line, text in read_lines(path):
-                image, _, number = text.rpartition(" ")
-                label = int(number) - self.first_label if number.isdecimal() else -1
+                image, *number = text.rsplit(maxsplit=1)
+                image = portable(image, folder / self.images)
+                try:
+                    label = whole("".join(number)) - self.first_label
+                except ValueError:
+                    label = -1
                 if label < 0 or "/" not in image:
                     raise UserError(
                         f"{path}, line {line}: expected an image's path and its class's number from {self.first_label}, "

@@ -33,11 +33,12 @@ class ClassFolders(FilesDataset):
             raise cls.missing(f"no classnames.txt in {root.absolute() / cls.dataset_dir}")
         names: dict[str, str] = {}
         for line, text in read_lines(found[0]):
-            wnid, _, name = text.partition(" ")
+            wnid, *rest = text.split(maxsplit=1)
+            name = "".join(rest)
             if not name or wnid in names:
                 problem = "comes twice" if wnid in names else "has no name"
                 raise UserError(f"{found[0]}, line {line}: {wnid!r} {problem}; expected a WordNet id and a class name")
-            names[wnid] = name.strip()
+            names[wnid] = name
         return names
 
     @classmethod

@@ -88,17 +88,25 @@ class LastLayer(Debiaser):
                 "TEST.FINAL_MODEL best_val: DFR uses the validation data up to fit its last layer, after the last "
                 "epoch; use last_step"
             )
-        count = torch.bincount(val.label, minlength=len(self.context.data.classnames)).tolist()
-        if 0 in count:
-            raise UserError(
-                f"DFR: the validation data have no image of {self.context.data.classnames[count.index(0)]!r}"
-            )
         self.context.attributes.check_groups(val)
+        label = val.label[val.attribute >= 0] if self.context.attributes.choice == "true" else val.label
+        count = torch.bincount(label, minlength=len(self.context.data.classnames)).tolist()
+        if 0 in count:
+            which = " with an attribute label" if len(label) < len(val.label) else ""
+            raise UserError(
+                f"DFR: the validation data have no image of {self.context.data.classnames[count.index(0)]!r}{which}"
+            )
 
     def before_train(self) -> None:
         val = self.context.data.val
         assert val is not None, "check has seen to it"
-        self.g = self.context.attributes.groups(val).index.cpu().numpy()
+        groups = self.context.attributes.groups(val)
+        self.g, self.known = groups.index[groups.known].cpu().numpy(), groups.known.cpu().numpy()
+        if not self.known.all():
+            logger.warning(
+                f"Note: {(~self.known).sum():,} of {len(self.known):,} validation images have no attribute label; DFR is "
+                "fitted on the others"
+            )
         if self.cfg.TEST.SPLIT == "val":
             logger.warning("Note: DFR fits its last layer on validation data, so results on them are too good")
 
@@ -121,7 +129,7 @@ class LastLayer(Debiaser):
         train, val = (
             self.context.first_stage.outputs(s)[0].double().cpu().numpy() for s in (self.context.data.train, held_out)
         )
-        y = held_out.label.cpu().numpy()
+        val, y = val[self.known], held_out.label.cpu().numpy()[self.known]
         rng = np.random.default_rng(derive_seed(self.cfg.SEED, HEAD))
         scaler = StandardScaler().fit(train)
         z = scaler.transform(val)

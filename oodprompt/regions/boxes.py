@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oodprompt.data.tables import read_rows
+from oodprompt.data.tables import portable, read_rows
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
 
@@ -126,7 +126,8 @@ def csv_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) ->
         left, top, right, bottom = (_number(corner, where) for corner in corners)
         if right <= left or bottom <= top:
             raise UserError(f"{where}: the box must have left < right and top < bottom, not {', '.join(corners)}")
-        by_image[_absolute(path.parent / image.strip())].append(Box(left, top, right, bottom, label.strip()))
+        image = portable(image.strip(), path.parent)
+        by_image[_absolute(path.parent / image)].append(Box(left, top, right, bottom, label.strip()))
     matches = {i: by_image[_absolute(name)] for i, name in enumerate(paths) if _absolute(name) in by_image}
     if not matches:
         raise _no_match(file, list(by_image), paths)

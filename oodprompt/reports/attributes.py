@@ -41,7 +41,9 @@ def _lines(split: str, row: dict[str, Any]) -> list[str]:
     """The agreement of one split, overall and by group."""
     if row["accuracy"] is None:
         return [f"Pseudo-attributes ({split}): no attribute labels to compare with"]
-    lines = [f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels"]
+    known, count = sum(g["num_samples"] for g in row["groups"]), sum(map(sum, row["counts"]))
+    of = f" of the {known:,} images, of {count:,}, that have one" if known < count else ""
+    lines = [f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels{of}"]
     return lines + [
         f"  {g['class']} / {g['attribute']}\ttotal: {g['num_samples']:,}\tagree: {100 * g['accuracy']:.1f}%"
         for g in row["groups"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from oodprompt.config import extensions
-from oodprompt.data.images import IMAGE_SUFFIXES
+from oodprompt.data.folders import IMAGE_ENDINGS, images_below, note_passed_over
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -27,16 +28,18 @@ probability of every class. The run's data set must be there, for the names of i
 def images_of(places: Sequence[Path]) -> list[Path]:
     """The files that are given, and the images in folders, in sorted order; ``UserError`` for what is not there."""
     found: list[Path] = []
+    passed_over: Counter[str] = Counter()
     for place in places:
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = images_below(place, passed_over)
             if not inside:
-                raise UserError(f"no image in {place}; images end in {', '.join(IMAGE_SUFFIXES)}")
+                raise UserError(f"no image in {place}; {IMAGE_ENDINGS}")
             found += inside
         elif place.is_file():
             found.append(place)
         else:
             raise UserError(f"there is no file or folder {place}")
+    note_passed_over(passed_over, "the folders given")
     return list(dict.fromkeys(found))
 
 

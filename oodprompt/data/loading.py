@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from oodprompt.data import seeding
 from oodprompt.data.dataset import Datum, attribute_name, build_dataset
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import build_transform
 from oodprompt.errors import UserError
@@ -32,8 +32,8 @@ class DatasetWrapper(Dataset):
     ``room`` is how many bytes of transformed images may stay in memory (``kept``); where nothing is random.
     """
 
-    def __init__(self, data_source: Sequence[Datum], transform: Callable) -> None:
-        self.data_source, self.transform = data_source, transform
+    def __init__(self, data_source: Sequence[Datum], transform: Callable, rules: PixelRules = PixelRules()) -> None:
+        self.data_source, self.transform, self.rules = data_source, transform, rules
         self.room = 0
         self.kept: dict[int, torch.Tensor] = {}
 
@@ -46,7 +46,7 @@ class DatasetWrapper(Dataset):
         image: Any = self.kept.get(index)
         if image is None:
             try:
-                image = read_image(datum.impath)
+                image = read_image(datum.impath, self.rules)
             except UserError as error:
                 return error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
             with _random_numbers_from(seed):
@@ -100,7 +100,7 @@ class Loader:
 
     def __init__(self, cfg: CfgNode, data: Sequence[Datum], transform: Callable, batches: EpochBatches) -> None:
         workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
-        self.batches, self.dataset = batches, DatasetWrapper(data, transform)
+        self.batches, self.dataset = batches, DatasetWrapper(data, transform, PixelRules.of(cfg))
         # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
         self._generator = torch.Generator()
         self._loader = DataLoader(

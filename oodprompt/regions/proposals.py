@@ -17,7 +17,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from oodprompt.backbones.weights import read_state_dict
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
 from oodprompt.regions.boxes import Box, Regions, in_view
@@ -33,6 +33,7 @@ def proposal_regions(
     short_edge: int = 800,
     device: torch.device | str = "cpu",
     show: bool = True,
+    rules: PixelRules = PixelRules(),
 ) -> Regions:
     """Proposals of torchvision's Faster R-CNN (Ren et al. 2015; ResNet-50 with a feature pyramid), class-agnostic.
 
@@ -48,7 +49,7 @@ def proposal_regions(
     matches: dict[int, list[Box]] = {}
     bar = tqdm(paths, desc="Region proposals", unit="image", disable=None if show else True, leave=False)
     for i, name in enumerate(bar):
-        image = read_image(name)
+        image = read_image(name, rules)
         window = CentreView(input_size).window(*image.size)
         left, top = (math.floor(edge + _ROUNDING) for edge in window[:2])
         right, bottom = (math.ceil(edge - _ROUNDING) for edge in window[2:])

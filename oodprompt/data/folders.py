@@ -81,8 +81,9 @@ def note_passed_over(passed_over: Counter[str], where: Path | str) -> None:
     number = sum(passed_over.values())
     if not number:
         return
-    kinds = [f"{n:,} {suffix or 'without a suffix'}" for suffix, n in passed_over.most_common(5)]
-    if rest := number - sum(n for _, n in passed_over.most_common(5)):
+    common = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0] == "", kind[0]))[:5]
+    kinds = [f"{n:,} {suffix or 'without a suffix'}" for suffix, n in common]
+    if rest := number - sum(n for _, n in common):
         kinds.append(f"{rest:,} others")
     files = "1 file that is no image" if number == 1 else f"{number:,} files that are no images"
     convertible = sorted(_CONVERTIBLE & set(passed_over))

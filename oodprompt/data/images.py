@@ -8,8 +8,11 @@ upper 8. Of several frames the first counts. The EXIF orientation is not applied
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
@@ -44,6 +47,7 @@ _FORMATS = frozenset(
 _RUN_PROGRAMS = ("EPS", "WMF")  # their readers start another program or draw with the system's; never opened here
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
+_AT_ONCE = 2**20  # pixels of a grey file with more than 8 bits that are in memory as float64
 _TWELVE_BITS, _SIXTEEN_BITS = 4095.0, 65535.0
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
@@ -91,7 +95,7 @@ def read_image(path: str, rules: PixelRules = PixelRules()) -> Image.Image:
 def decode(path: str, rules: PixelRules = PixelRules(), count_frames: bool = False) -> Decoded:
     """``read_image`` and what is known of the file; ``has_frames`` is False unless they are counted."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, _limit_of(path, rules):
             try:
                 return _decode(file, path, rules, count_frames)
             except ValueError:  # of metadata that is larger than Pillow reads, among others
@@ -108,7 +112,7 @@ def decode(path: str, rules: PixelRules = PixelRules(), count_frames: bool = Fal
 def image_size(path: str) -> tuple[int, int]:
     """Width and height by the header of the image file; ``UserError`` where it cannot be read."""
     try:
-        with open(path, "rb") as file, _identified(file, path) as image:
+        with open(path, "rb") as file, _limit_of(path, PixelRules(0)), _identified(file, path) as image:
             return image.size
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -121,12 +125,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 def _decode(file: IO[bytes], path: str, rules: PixelRules, count_frames: bool) -> Decoded:
     with _identified(file, path) as image:
-        width, height = image.size
-        if 0 < rules.max_pixels < width * height:
-            raise UserError(
-                f"the image {path} has {width:,} x {height:,} pixels, more than INPUT.MAX_PIXELS {rules.max_pixels:,}; "
-                "raise the key (0: no limit) or make the image smaller"
-            )
+        _check_size(image.size, path, rules)
         is_deep = image.mode == "F" or image.mode.startswith("I")
         if is_deep:
             rgb = _from_deep(image, path, rules)
@@ -137,11 +136,50 @@ def _decode(file: IO[bytes], path: str, rules: PixelRules, count_frames: bool) -
         return Decoded(rgb, is_deep, count_frames and bool(getattr(image, "is_animated", False)))
 
 
-def _identified(file: IO[bytes], path: str) -> ImageFile.ImageFile:
-    """``Image.open`` without its limit on pixels, which is a global variable with a warning of its own.
+def _check_size(size: tuple[int, int], path: str, rules: PixelRules) -> None:
+    width, height = size
+    if 0 < rules.max_pixels < width * height:
+        raise UserError(
+            f"the image {path} has {width:,} x {height:,} pixels, more than INPUT.MAX_PIXELS {rules.max_pixels:,}; "
+            "raise the key (0: no limit) or make the image smaller"
+        )
 
-    Raises ``OSError`` for a file of no known format.
-    """
+
+# (path, rules) of the image that a thread is reading here. Pillow checks sizes against a global variable, also of tiles
+# and frames on the way; while a thread is reading here, these checks are by the rules of its image. All else that uses
+# Pillow in this process keeps Pillow's limit.
+_being_read: ContextVar[tuple[str, PixelRules] | None] = ContextVar("_being_read", default=None)
+
+
+@contextlib.contextmanager
+def _limit_of(path: str, rules: PixelRules) -> Iterator[None]:
+    token = _being_read.set((path, rules))
+    try:
+        yield
+    finally:
+        _being_read.reset(token)
+
+
+def _check_by_rules(pillows: Callable[..., None]) -> Callable[..., None]:
+    """Pillow's check of a size, but for images that are being read here."""
+
+    @functools.wraps(pillows)
+    def check(size: tuple[int, int], *args: Any, **options: Any) -> None:
+        reading = _being_read.get()
+        if reading is None:
+            pillows(size, *args, **options)
+        else:
+            _check_size(size, *reading)
+
+    return check
+
+
+if hasattr(Image, "_decompression_bomb_check"):
+    Image._decompression_bomb_check = _check_by_rules(Image._decompression_bomb_check)
+
+
+def _identified(file: IO[bytes], path: str) -> ImageFile.ImageFile:
+    """``Image.open`` for formats whose readers start no program. Raises ``OSError`` for a file of no known format."""
     prefix, why = file.read(16), ""
     for load_formats in (Image.preinit, Image.init):
         load_formats()
@@ -183,13 +221,20 @@ def _from_deep(image: ImageFile.ImageFile, path: str, rules: PixelRules) -> Imag
     if not (np.isfinite(least) and np.isfinite(largest)):
         raise UserError(f"the image {path} holds NaN or infinity, which is no grey level; write a number in its place")
     span = rules.value_range or known or _range_of(values.dtype, least, largest, is_signed, path)
-    low, high = span
-    levels = values.astype(np.float64)
-    if span != (0.0, 255.0):
-        # The small number undoes rounding: 8-bit levels divided by 255 and stored as float32 come back as they were.
-        levels = (levels - low) * (255 / (high - low)) + 1e-4
-    grey = np.clip(levels, 0, 255).astype(np.uint8)
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, _AT_ONCE // values.shape[1])
+    for start in range(0, len(values), rows):
+        grey[start : start + rows] = _levels(values[start : start + rows], *span)
     return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+
+
+def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Grey levels in uint8 of ``values``, of which ``low`` is black and ``high`` white."""
+    levels = values.astype(np.float64)
+    if (low, high) != (0.0, 255.0):  # those are levels already
+        # The small number undoes rounding: levels that were multiplied by 1 / 255 in float32 come back as they were.
+        levels = (levels - low) * (255 / (high - low)) + 1e-4
+    return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def _tag(image: ImageFile.ImageFile, number: int) -> int | None:

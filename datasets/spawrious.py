@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oodprompt.datasets.file_lists import FilesDataset, image_names, split_off_validation
+from oodprompt.datasets.file_lists import FilesDataset, split_off_validation
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names
 
 _BREEDS = ("bulldog", "corgi", "dachshund", "labrador")
 _PLACES = ("desert", "jungle", "dirt", "mountain", "snow", "beach")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from oodprompt.config import extensions
-from oodprompt.data.images import IMAGE_SUFFIXES
+from oodprompt.data.folders import IMAGE_ENDINGS, images_below, note_passed_over
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -29,26 +28,19 @@ says why, its row has no prediction, and the exit status is 1. The run's data se
 def images_of(places: Sequence[Path]) -> list[Path]:
     """The files that are given, and the images in folders, in sorted order; ``UserError`` for what is not there."""
     found: list[Path] = []
+    passed_over: Counter[str] = Counter()
     for place in places:
         if place.is_dir():
-            inside = sorted(_inside(place))
+            inside = images_below(place, passed_over)
             if not inside:
-                raise UserError(f"no image in {place}; images end in {', '.join(IMAGE_SUFFIXES)}")
+                raise UserError(f"no image in {place}; {IMAGE_ENDINGS}")
             found += inside
         elif place.is_file():
             found.append(place)
         else:
             raise UserError(f"there is no file or folder {place}")
+    note_passed_over(passed_over, "the folders given")
     return list(dict.fromkeys(found))
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    """The images in a folder and its folders, but for hidden ones, which systems and programs leave behind."""
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(place, name)
 
 
 def _line(cells: Iterable[Any]) -> str:

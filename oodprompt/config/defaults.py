@@ -6,12 +6,21 @@ Bounds of Dassl's keys refuse only what cannot run, as files of other repositori
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from oodprompt.config.keys import Key, declare
 
 _NOT_OFFERED = "DATALOADER.K_TRANSFORMS and RETURN_IMG0 are not offered here; leave them at 1 and False"
 _SAMPLERS = ("RandomSampler", "SequentialSampler", "RandomClassSampler", "RandomDomainSampler")
 PRECISIONS = ("fp32", "bf16", "amp", "fp16")
+
+
+def is_range(value: Sequence[Any]) -> bool:
+    """Whether ``value`` is empty or two finite numbers, the lower first."""
+    numbers = all(type(end) in (int, float) and math.isfinite(end) for end in value)
+    return numbers and (len(value) == 0 or (len(value) == 2 and value[0] < value[1]))
+
 
 declare(
     "",
@@ -37,6 +46,17 @@ declare(
             "How images are resized; bicubic is CLIP's own.",
             choices=("bilinear", "bicubic", "nearest"),
             error="{key}: unknown mode: {known}",
+        ),
+        "MAX_PIXELS": Key(
+            250_000_000,
+            "Largest width times height of an image that is decoded, which takes 4 bytes a pixel; 0: no limit.",
+            at_least=0,
+        ),
+        "IMAGE_RANGE": Key(
+            (),
+            "Values of grey images with more than 8 bits that become black and white, as (0, 4095); empty: by the file.",
+            test=is_range,
+            error='{key}: {value} is no range; give two numbers, the lower first, as "(0, 4095)", or "()"',
         ),
         "TRANSFORMS": Key(
             (),

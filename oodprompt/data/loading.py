@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from oodprompt.data import seeding
 from oodprompt.data.dataset import Datum, attribute_name, build_dataset
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import build_transform
 from oodprompt.errors import UserError
@@ -34,8 +34,8 @@ class DatasetWrapper(Dataset):
     ``room`` is how many bytes of transformed images may stay in memory (``kept``); where nothing is random.
     """
 
-    def __init__(self, data_source: Sequence[Datum], transform: Callable) -> None:
-        self.data_source, self.transform = data_source, transform
+    def __init__(self, data_source: Sequence[Datum], transform: Callable, rules: PixelRules = PixelRules()) -> None:
+        self.data_source, self.transform, self.rules = data_source, transform, rules
         self.room = 0
         self.kept: dict[int, torch.Tensor] = {}
 
@@ -48,7 +48,7 @@ class DatasetWrapper(Dataset):
         image: Any = self.kept.get(index)
         if image is None:
             try:
-                image = read_image(datum.impath)
+                image = read_image(datum.impath, self.rules)
             except UserError as error:
                 return index, error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
             with _random_numbers_from(seed):
@@ -118,7 +118,7 @@ class Loader:
         skip_unreadable: bool = False,
     ) -> None:
         workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
-        self.batches, self.dataset = batches, DatasetWrapper(data, transform)
+        self.batches, self.dataset = batches, DatasetWrapper(data, transform, PixelRules.of(cfg))
         # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
         self._generator = torch.Generator()
         self._loader = DataLoader(

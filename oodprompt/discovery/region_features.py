@@ -10,6 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.data.distributed import gather_rows, sum_over_processes
+from oodprompt.data.images import PixelRules
 from oodprompt.data.loading import Batch, Loader
 from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.features.encoder import Encoder, evaluating
@@ -42,6 +43,7 @@ class RegionFeatures:
                 keys.PER_IMAGE,
                 self.encoder.device,
                 self.encoder.show_progress,
+                PixelRules.of(self.cfg),
             )
         return self._regions[split]
 

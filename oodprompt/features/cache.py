@@ -106,7 +106,9 @@ class FeatureCache:
             "precision": self.precision,
             "device": self.device.type,
             "transform": "train" if is_train else "test",
-            "input": {key: value for key, value in leaves(self.cfg.INPUT).items() if key != "VIEWS"},
+            "input": {
+                key: value for key, value in leaves(self.cfg.INPUT).items() if key not in ("VIEWS", "MAX_PIXELS")
+            },
         }
         if parts:
             facts["parts"] = parts

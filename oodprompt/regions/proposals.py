@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import to_tensor
 
 from oodprompt.backbones.state_dicts import read_state_dict
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
 from oodprompt.log import progress
@@ -33,6 +33,7 @@ def proposal_regions(
     short_edge: int = 800,
     device: torch.device | str = "cpu",
     show: bool = True,
+    rules: PixelRules = PixelRules(),
 ) -> Regions:
     """Proposals of torchvision's Faster R-CNN (Ren et al. 2015; ResNet-50 with a feature pyramid), class-agnostic.
 
@@ -48,7 +49,7 @@ def proposal_regions(
     matches: dict[int, list[Box]] = {}
     bar = progress.over(paths, "Region proposals", "image", show=show)
     for i, name in enumerate(bar):
-        image = read_image(name)
+        image = read_image(name, rules)
         window = CentreView(input_size).window(*image.size)
         left, top = (math.floor(edge + _ROUNDING) for edge in window[:2])
         right, bottom = (math.ceil(edge - _ROUNDING) for edge in window[2:])

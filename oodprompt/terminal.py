@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from oodprompt.errors import UserError, nearest
+from oodprompt.files import only_run_in, sweep
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,10 +29,29 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see {self.prog} --help")
 
 
+class _Log:
+    """The end of a log file. Where it cannot be written, say on a full disk, a note is printed once and all goes on."""
+
+    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
+        self.path, self._say, self._has_failed = path, say, False
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        try:
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                self._say(f"Note: {self.path} lacks some of what is printed: {error.strerror or error}\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Tee:
     """Writes to the terminal and to the log."""
 
-    def __init__(self, stream: IO[str], log: IO[str]) -> None:
+    def __init__(self, stream: IO[str], log: _Log) -> None:
         self.stream, self.log = stream, log
 
     def write(self, text: str) -> int:
@@ -39,7 +59,6 @@ class _Tee:
         return self.stream.write(text)
 
     def flush(self) -> None:
-        self.log.flush()
         self.stream.flush()
 
     def isatty(self) -> bool:
@@ -48,18 +67,30 @@ class _Tee:
 
 @contextlib.contextmanager
 def logged(directory: str, rank: int) -> Iterator[None]:
-    """Everything printed also goes to ``<directory>/log.txt`` (appended); only the first process prints at all."""
+    """Everything printed also goes to ``<directory>/log.txt`` (appended); only the first process prints at all.
+
+    The folder is this run's alone meanwhile: ``UserError`` where another run writes to it. What a killed run left half
+    written in it is deleted.
+    """
     if rank:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
         return
-    path = Path(directory) / "log.txt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output-dir") from error
-    with log, contextlib.redirect_stdout(_Tee(sys.stdout, log)):
+    folder = Path(directory)
+    path = folder / "log.txt"
+    with contextlib.ExitStack() as stack:
+        try:
+            is_locked = stack.enter_context(only_run_in(folder))
+            log = stack.enter_context(contextlib.closing(_Log(path, sys.stdout.write)))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; free some space or choose another --output-dir"
+            ) from error
+        stack.enter_context(contextlib.redirect_stdout(_Tee(sys.stdout, log)))
+        if not is_locked:
+            print(f"Note: {folder} is on a file system without locks; see to it that no other run writes to it")
+        if size := sweep(folder) + sum(sweep(part) for part in folder.glob("*/")):
+            print(f"Note: deleted what a killed run had half written in {folder} ({size:,} bytes)")
         try:
             yield
         except UserError as error:

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from oodprompt.config.keys import leaves
 from oodprompt.data.dataset import Datum
 from oodprompt.data.transforms import is_random
 from oodprompt.errors import UserError
+from oodprompt.files import replacing, sweep
 from oodprompt.log import logger
 
 Views = Tensor | Sequence[np.ndarray]  # V views [N, d] of a split: on the compute device, or memory-mapped files
@@ -143,6 +143,7 @@ class FeatureCache:
                 lock.acquire(timeout=patience)
             except Timeout:
                 return None
+            sweep(self.folder)
             damage = _damage(path, shape) if path.is_file() else ""
             if damage:
                 self.say(f"Note: {path} is damaged ({damage}); its features are computed anew")
@@ -151,17 +152,9 @@ class FeatureCache:
     def _write(self, path: Path, features: Tensor) -> None:
         """Write the file whole or not at all."""
         rows = np.ascontiguousarray(features.cpu().numpy(), np.dtype("<f4"))
-        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
-        with self._usable_folder():
-            try:
-                with temporary.open("xb") as file:
-                    file.write(_header(rows.shape))
-                    file.write(rows.data)  # not numpy's tofile, whose error on a full disk has no errno
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:  # also after an interruption from the keyboard; after success the temporary name is gone
-                temporary.unlink(missing_ok=True)
+        with self._usable_folder(), replacing(path) as file:
+            file.write(_header(rows.shape))
+            file.write(rows.data)  # not numpy's tofile, whose error on a full disk has no errno
 
     @contextlib.contextmanager
     def _usable_folder(self) -> Iterator[None]:

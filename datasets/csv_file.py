@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from oodprompt.datasets.file_lists import (
-    FilesDataset,
-    Splits,
-    listed,
-    number_attributes,
-    sorted_values,
-    split_off_validation,
-)
+import numpy as np
+from oodprompt.datasets.file_lists import FilesDataset, number_attributes, sorted_values, split_off_validation
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
-from oodprompt.data.tables import read_rows
+from oodprompt.data.columns import Images, Texts
+from oodprompt.data.tables import missing, normalised, portable, read_rows
 from oodprompt.errors import UserError, nearest
 
 _DEFAULT_ATTRIBUTES = ("attribute",)
@@ -41,13 +38,91 @@ declare(
 _SPLITS = {"train": 0, "0": 0, "val": 1, "valid": 1, "validation": 1, "1": 1, "test": 2, "2": 2}
 
 
-class _Row(NamedTuple):
-    line: int
-    image: str
-    label: str
-    split: int
-    attribute: str  # empty: unknown
-    caption: str
+class _Values:
+    """A column of words: which of the distinct ones each row holds, and the line where each is met first."""
+
+    def __init__(self) -> None:
+        self.rows, self.line_of = array("i"), dict[Any, int]()
+        self._number: dict[Any, int] = {}
+
+    def append(self, value: Any, line: int) -> None:
+        number = self._number.get(value)
+        if number is None:
+            number = self._number[value] = len(self._number)
+            self.line_of[value] = line
+        self.rows.append(number)
+
+    def mapped(self, meaning: Mapping[Any, int]) -> np.ndarray:
+        """The number of each row by the meaning of the distinct values, [N]."""
+        return np.array([meaning[value] for value in self._number], dtype=np.int32)[np.asarray(self.rows)]
+
+
+class _Rows:
+    """The rows of the file, column by column."""
+
+    def __init__(self, path: Path, keys: CfgNode) -> None:
+        self.path, self.keys = path, keys
+        self.line, self.images = array("i"), Texts(prefix=os.path.join(path.parent, ""))
+        self.label, self.split, self.attribute = _Values(), _Values(), _Values()
+        self.captions: Texts | None = Texts()
+        self._read()
+
+    def _read(self) -> None:
+        keys, folder, attributes = self.keys, self.path.parent, tuple(self.keys.ATTRIBUTES)
+        needed = (keys.IMAGE, keys.LABEL, keys.SPLIT)
+        optional = attributes if attributes == _DEFAULT_ATTRIBUTES else ()
+        columns = needed if optional else (*needed, *attributes)
+        captioned = False
+        for line, (image, label, split, *values, caption) in read_rows(self.path, columns, (*optional, keys.CAPTION)):
+            image = image.strip()
+            if not (image and label and split):
+                self._refuse_blank(line, image, label, split)
+            self.line.append(line)
+            self.images.append(portable(image, folder))
+            self.label.append(label, line)
+            self.split.append(split, line)
+            self.attribute.append(tuple(values), line)
+            caption = caption.strip()
+            captioned = captioned or bool(caption)
+            self.captions.append(caption)
+        if not captioned:
+            self.captions = None
+
+    def _refuse_blank(self, line: int, *values: str) -> None:
+        for column, value in zip((self.keys.IMAGE, self.keys.LABEL, self.keys.SPLIT), values, strict=True):
+            if missing(value):
+                raise UserError(f"{self.path}, line {line}: column {column} is empty")
+
+    def splits(self) -> np.ndarray:
+        """0, 1 or 2 of each row, for train, val and test."""
+        meaning = {}
+        for value, line in self.split.line_of.items():
+            self._refuse_blank(line, "image", "label", value)
+            word = normalised([value])[value].lower()
+            if word not in _SPLITS:
+                where = f"{self.path}, line {line}"
+                raise UserError(f"{where}: {self.keys.SPLIT} is train, val, test, 0, 1 or 2, not {value.strip()!r}")
+            meaning[value] = _SPLITS[word]
+        return self.split.mapped(meaning)
+
+    def attributes(self, named: Sequence[str]) -> dict[tuple[str, ...], str]:
+        """What each distinct combination of attribute values is called; "" where one is missing.
+
+        A word for missing values is a value where it is among ``named``.
+        """
+        columns = tuple(self.keys.ATTRIBUTES)
+        distinct = [_meaning([values[i] for values in self.attribute.line_of], named) for i in range(len(columns))]
+        return {
+            values: combine(columns, [distinct[i][value] for i, value in enumerate(values)])
+            for values in self.attribute.line_of
+        }
+
+
+def _meaning(values: Iterable[str], named: Sequence[str]) -> dict[str, str]:
+    """As ``normalised``, but names that the configuration gives are never missing."""
+    values = set(values)
+    kept = {value: value.strip() for value in values if value.strip() in named}
+    return {**normalised(values - set(kept)), **kept}
 
 
 @DATASET_REGISTRY.register()
@@ -74,39 +149,33 @@ class CSV(FilesDataset):
         path = path if path.is_absolute() else self.root(cfg) / path
         if not path.is_file():
             raise self.missing(f"no file {path.absolute()} (DATASET.CSV.FILE)")
-        rows = _read(path, keys)
-        label_of, names = _classes(path, rows, tuple(keys.CLASSNAMES))
-        value_of, self.attribute_names = number_attributes(cfg, path, {row.attribute for row in rows} - {""})
+        rows = _Rows(path, keys)
+        split = rows.splits()
+        if not (split == 2).any():
+            raise UserError(f"{path}: no row has the {keys.SPLIT} test (or 2); the data set needs some")
+        label, names = _classes(rows, split, tuple(keys.CLASSNAMES))
+        called = rows.attributes(cfg.DATASET.ATTRIBUTE_NAMES)
+        value_of, self.attribute_names = number_attributes(cfg, path, {*called.values()} - {""})
         self.attribute_prompts = [(f"a photo of {name}.",) for name in self.attribute_names]
-        splits: Splits = ([], [], [])
-        for row in rows:
-            label = label_of[row.label]
-            attribute = value_of.get(row.attribute, -1)
-            image = path.parent / row.image
-            splits[row.split].append(listed(path, row.line, image, label, names[label], attribute, caption=row.caption))
-        train, val, test = splits
-        if not val:
+        attribute = rows.attribute.mapped({values: value_of.get(name, -1) for values, name in called.items()})
+        images = Images(
+            rows.images, np.arange(len(label)), label, attribute, attribute, label, names, captions=rows.captions
+        )
+        _refuse_missing(rows, images)
+        train, val, test = (images.take(np.flatnonzero(split == number)) for number in range(3))
+        if not val and train:
             train, val = split_off_validation(cfg, str(path), train)
         super().__init__(cfg, train, val, test)
 
 
-def _read(path: Path, keys: CfgNode) -> list[_Row]:
-    attributes = tuple(keys.ATTRIBUTES)
-    needed = (keys.IMAGE, keys.LABEL, keys.SPLIT)
-    optional = attributes if attributes == _DEFAULT_ATTRIBUTES else ()
-    rows = []
-    for line, row in read_rows(path, needed if optional else (*needed, *attributes), (*optional, keys.CAPTION)):
-        image, label, split, *values, caption = (value.strip() for value in row)
-        for column, value in zip(needed, (image, label, split), strict=True):
-            if not value:
-                raise UserError(f"{path}, line {line}: column {column} is empty")
-        if split.lower() not in _SPLITS:
-            raise UserError(f"{path}, line {line}: {keys.SPLIT} is train, val, test, 0, 1 or 2, not {split!r}")
-        rows.append(_Row(line, image, label, _SPLITS[split.lower()], combine(attributes, values), caption))
-    for split, number in (("train", 0), ("test", 2)):
-        if not any(row.split == number for row in rows):
-            raise UserError(f"{path}: no row has the {keys.SPLIT} {split} (or {number}); the data set needs some")
-    return rows
+def _refuse_missing(rows: _Rows, images: Images) -> None:
+    absent = images.missing()
+    if len(absent):
+        first, more = int(absent[0]), f" (and {len(absent) - 1:,} more)" if len(absent) > 1 else ""
+        raise UserError(
+            f"{rows.path}, line {rows.line[first]} names {images.impath(first)}, which is missing{more}; restore it or take "
+            "the line out"
+        )
 
 
 def combine(columns: Sequence[str], values: Sequence[str]) -> str:
@@ -118,22 +187,28 @@ def combine(columns: Sequence[str], values: Sequence[str]) -> str:
     return ", ".join(f"{c}={v}" if v.isdecimal() else v for c, v in zip(columns, values, strict=True))
 
 
-def _classes(path: Path, rows: Sequence[_Row], names: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    """(label of each value of the label column, class names)."""
-    values = sorted_values({row.label for row in rows})
+def _classes(rows: _Rows, split: np.ndarray, names: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
+    """(label of each row, class names)."""
     if len(set(names)) < len(names):
         raise UserError(f"DATASET.CSV.CLASSNAMES: {names} holds a name twice")
+    path, line_of = rows.path, rows.label.line_of
+    called = _meaning(line_of, names)
+    for value, line in line_of.items():
+        if not called[value]:
+            raise UserError(f"{path}, line {line}: column {rows.keys.LABEL} is empty")
+    values = sorted_values({*called.values()})
     numbered = all(value.isdecimal() for value in values)
     if numbered and not names and [int(value) for value in values] != list(range(len(values))):
         raise UserError(f"{path}: numbered classes go from 0 without gaps; these are {', '.join(values)[:200]}")
     names = names or tuple(values)
     label_of = {v: int(v) for v in values} if numbered else {name: i for i, name in enumerate(names)}
-    for row in rows:
-        if label_of.get(row.label, len(names)) >= len(names):
-            hint = nearest(row.label, names)
-            raise UserError(f"{path}, line {row.line}: {row.label!r} is not in DATASET.CSV.CLASSNAMES: {hint}")
-    trained = {label_of[row.label] for row in rows if row.split == 0}
-    for label, name in enumerate(names):
-        if label not in trained:
+    for value, line in line_of.items():
+        if label_of.get(called[value], len(names)) >= len(names):
+            hint = nearest(called[value], names)
+            raise UserError(f"{path}, line {line}: {called[value]!r} is not in DATASET.CSV.CLASSNAMES: {hint}")
+    label = rows.label.mapped({value: label_of[called[value]] for value in line_of})
+    trained = set(label[split == 0].tolist())
+    for number, name in enumerate(names):
+        if trained and number not in trained:
             raise UserError(f"{path}: class {name!r} has no training row; every class needs one")
-    return label_of, list(names)
+    return label, list(names)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from yacs.config import CfgNode
 
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.images import IMAGE_SUFFIXES
 from oodprompt.errors import UserError
@@ -147,23 +148,19 @@ def number_attributes(cfg: CfgNode, where: Path, values: Iterable[str]) -> tuple
     return {value: i for i, value in enumerate(values)}, names or tuple(values)
 
 
-def split_off_validation(cfg: CfgNode, name: str, train: Sequence[Datum]) -> tuple[list[Datum], list[Datum]]:
+def split_off_validation(cfg: CfgNode, name: str, train: Sequence[Datum]) -> tuple[Images, Images]:
     """(train, val): of every class the share DATASET.VAL_PERCENT goes to val, for data sets without validation images.
 
     The draw is always the same, whatever SEED, so that runs with different seeds are compared on the same images; it
     does not look at the attribute. A class keeps at least one training image.
     """
-    share = cfg.DATASET.VAL_PERCENT
-    by_label: dict[int, list[int]] = defaultdict(list)
-    for i, datum in enumerate(train):
-        by_label[datum.label].append(i)
-    draw = random.Random(0)
-    chosen: set[int] = set()
-    for label in sorted(by_label):
-        indices = by_label[label]
-        chosen.update(draw.sample(indices, min(round(share * len(indices)), len(indices) - 1)))
+    share, images, draw = cfg.DATASET.VAL_PERCENT, Images.of(train), random.Random(0)
+    chosen = np.zeros(len(images), dtype=bool)
+    for label in np.unique(images.label):
+        mine = np.flatnonzero(images.label == label).tolist()
+        chosen[draw.sample(mine, min(round(share * len(mine)), len(mine) - 1))] = True
     logger.info(
-        f"{name} has no validation images: {len(chosen):,} of {len(train):,} training images are set aside "
+        f"{name} has no validation images: {chosen.sum():,} of {len(images):,} training images are set aside "
         f"(DATASET.VAL_PERCENT {share:g}, the same for every SEED)"
     )
-    return [d for i, d in enumerate(train) if i not in chosen], [d for i, d in enumerate(train) if i in chosen]
+    return images.take(np.flatnonzero(~chosen)), images.take(np.flatnonzero(chosen))

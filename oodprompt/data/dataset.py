@@ -8,46 +8,17 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data import seeding
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum as Datum  # its documented place, as in Dassl
 from oodprompt.errors import UserError
-
-
-class Datum:
-    """One image: its path, class label, domain, class name, (spurious) attribute (-1: unknown) and caption ("": none)."""
-
-    __slots__ = ("_attribute", "_caption", "_classname", "_domain", "_impath", "_label")
-
-    def __init__(
-        self,
-        impath: str = "",
-        label: int = 0,
-        domain: int = 0,
-        classname: str = "",
-        attribute: int = -1,
-        caption: str = "",
-    ) -> None:
-        if not os.path.isfile(impath):  # four times as fast as Path, which counts where there are 200,000
-            raise UserError(f"no image at {impath}; the data set's file list names it")
-        self._impath, self._label, self._domain = str(impath), int(label), int(domain)
-        self._classname, self._attribute, self._caption = str(classname), int(attribute), caption
-
-    impath = property(lambda self: self._impath)
-    label = property(lambda self: self._label)
-    domain = property(lambda self: self._domain)
-    classname = property(lambda self: self._classname)
-    attribute = property(lambda self: self._attribute)
-    caption = property(lambda self: self._caption)
-
-    def relabelled(self, label: int) -> Datum:
-        """The same image with another label; everything else is kept."""
-        return Datum(self.impath, label, self.domain, self.classname, self.attribute, self.caption)
 
 
 class DatasetBase:
@@ -74,12 +45,13 @@ class DatasetBase:
         val: Sequence[Datum] = (),
         test: Sequence[Datum] = (),
     ) -> None:
-        self._check_classes(train_x, val, test)
-        train_x = few_shot(train_x, cfg.DATASET.NUM_SHOTS, cfg.SEED)
-        self.train_x, self.val, self.test = subsample_classes(cfg.DATASET.SUBSAMPLE_CLASSES, train_x, val, test)
+        train, *others = (Images.of(split) for split in (train_x, val, test))
+        self._check_classes(train, *others)
+        train = few_shot(train, cfg.DATASET.NUM_SHOTS, cfg.SEED)
+        self.train_x, self.val, self.test = subsample_classes(cfg.DATASET.SUBSAMPLE_CLASSES, train, *others)
         if not self.test:
             raise UserError(f"{type(self).__name__}: the test split is empty; give it at least one image")
-        self.lab2cname = {datum.label: datum.classname for datum in sorted(self.train_x, key=lambda d: d.label)}
+        self.lab2cname = _names(self.train_x)
         self.classnames = [self.lab2cname[label] for label in range(len(self.lab2cname))]
         self.num_classes = len(self.classnames)
         self.template = cfg.DATASET.TEMPLATE or self.template
@@ -100,13 +72,13 @@ class DatasetBase:
                 f"DATASET.ATTRIBUTE_PROMPTS {len(self.attribute_prompts)}: give one entry of prompts per name"
             )
 
-    def _check_classes(self, train_x: Sequence[Datum], *others: Sequence[Datum]) -> None:
+    def _check_classes(self, train_x: Images, *others: Images) -> None:
         name = type(self).__name__
         if not train_x:
             raise UserError(f"{name}: the train split is empty; give it at least one image of every class")
-        count = Counter(datum.label for datum in train_x)
-        last = max(datum.label for split in (train_x, *others) for datum in split)
-        missing = [label for label in range(last + 1) if label not in count]
+        known = set(train_x.label.tolist())
+        last = max(int(split.label.max()) for split in (train_x, *others) if len(split))
+        missing = [label for label in range(last + 1) if label not in known]
         if missing:
             raise UserError(
                 f"{name}: class{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 0..{last} "
@@ -116,7 +88,7 @@ class DatasetBase:
     @property
     def has_attributes(self) -> bool:
         """Whether every test image carries a known attribute, so that groups can be told apart."""
-        return all(datum.attribute >= 0 for datum in self.test)
+        return bool((self.test.attribute >= 0).all())
 
     @classmethod
     def root(cls, cfg: CfgNode) -> Path:
@@ -129,27 +101,33 @@ class DatasetBase:
         return root
 
 
-def few_shot(data: Sequence[Datum], num_shots: int, seed: int) -> list[Datum]:
+def few_shot(data: Sequence[Datum], num_shots: int, seed: int) -> Images:
     """``num_shots`` images of each class, drawn with ``seed``; all of a class that has fewer; all for -1."""
+    images = Images.of(data)
     if num_shots < 1:
-        return list(data)
-    by_label: dict[int, list[Datum]] = defaultdict(list)
-    for datum in data:
-        by_label[datum.label].append(datum)
+        return images
     draw = random.Random(seeding.derive_seed(seed, seeding.FEW_SHOT))
-    return [d for label in sorted(by_label) for d in draw.sample(by_label[label], min(num_shots, len(by_label[label])))]
+    by_label = (np.flatnonzero(images.label == label).tolist() for label in np.unique(images.label))
+    return images.take([i for mine in by_label for i in draw.sample(mine, min(num_shots, len(mine)))])
 
 
-def subsample_classes(which: str, train: Sequence[Datum], *others: Sequence[Datum]) -> list[list[Datum]]:
+def subsample_classes(which: str, train: Sequence[Datum], *others: Sequence[Datum]) -> list[Images]:
     """Keep ``all`` classes, the ``base`` ones (first half, rounded up) or the ``new`` ones (the rest), renumbered."""
-    splits = [train, *others]
+    splits = [Images.of(split) for split in (train, *others)]
     if which == "all":
-        return [list(split) for split in splits]
-    labels = sorted({datum.label for datum in train})
+        return splits
+    labels = np.unique(splits[0].label)
     half = (len(labels) + 1) // 2
-    choices = {"base": labels[:half], "new": labels[half:]}
-    new_label = {label: i for i, label in enumerate(choices[which])}
-    return [[d.relabelled(new_label[d.label]) for d in split if d.label in new_label] for split in splits]
+    kept = {"base": labels[:half], "new": labels[half:]}[which]
+    indices = [np.flatnonzero(np.isin(split.label, kept)) for split in splits]
+    return [s.take(index, np.searchsorted(kept, s.label[index])) for s, index in zip(splits, indices, strict=True)]
+
+
+def _names(images: Images) -> dict[int, str]:
+    """Label -> class name, in the order of labels; that of the last image where a class has several names."""
+    labels, from_the_end = np.unique(images.label[::-1], return_index=True)
+    names = images.name[::-1][from_the_end]
+    return {int(label): images.names[name] for label, name in zip(labels, names, strict=True)}
 
 
 def digest(root: str, *splits: Sequence[Datum]) -> str:
@@ -159,10 +137,11 @@ def digest(root: str, *splits: Sequence[Datum]) -> str:
     """
     root = os.path.join(root, "")
     sha = hashlib.sha256()
-    for split in splits:
-        for d in split:
-            place = d.impath[len(root) :] if d.impath.startswith(root) else os.path.basename(d.impath)
-            sha.update(f"{place}\t{d.label}\t{d.attribute}\n".encode())
+    for images in map(Images.of, splits):
+        numbers = zip(images.impaths, images.label.tolist(), images.attribute.tolist(), strict=True)
+        for path, label, attribute in numbers:
+            place = path[len(root) :] if path.startswith(root) else os.path.basename(path)
+            sha.update(f"{place}\t{label}\t{attribute}\n".encode("utf-8", "surrogateescape"))
         sha.update(b"\n")
     return sha.hexdigest()[:16]
 

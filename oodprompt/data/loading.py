@@ -24,6 +24,7 @@ from oodprompt.errors import UserError
 from oodprompt.log import logger
 
 Batch = dict[str, Any]
+_NUMBERS = ("label", "domain", "attribute", "index")
 
 
 class DatasetWrapper(Dataset):
@@ -90,7 +91,7 @@ class _Collate:
             read.append(item)
         images = torch.stack([item["img"] for item in read]) if read else torch.empty(0, 3, *self.size)
         batch: Batch = {"img": images, "impath": [item["impath"] for item in read]}
-        for key in ("label", "domain", "attribute", "index"):
+        for key in _NUMBERS:
             batch[key] = torch.tensor([item[key] for item in read], dtype=torch.long)
         return batch
 
@@ -128,6 +129,9 @@ class Loader:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
+            if self._loader.num_workers:
+                # A worker's tensor is an open file as long as it lives; whoever keeps these would run out of them.
+                batch |= {key: batch[key].clone() for key in _NUMBERS}
             yield batch
 
 
@@ -162,7 +166,7 @@ class DataManager:
             ("# test", f"{len(data.test):,}"),
         ]
         if data.has_attributes:
-            groups = Counter((d.label, d.attribute) for d in data.train_x)
+            groups = Counter(zip(data.train_x.label.tolist(), data.train_x.attribute.tolist(), strict=True))
             for (label, attribute), n in sorted(groups.items()):
                 rows.append((f"# train_x: {self.lab2cname[label]} / {attribute_name(data, attribute)}", f"{n:,}"))
         return rows

@@ -14,7 +14,8 @@ import numpy as np
 from yacs.config import CfgNode
 
 from oodprompt.data import seeding
-from oodprompt.data.dataset import Datum
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum
 from oodprompt.errors import UserError
 
 EpochOrder = Callable[[int, np.random.Generator], np.ndarray]  # (epoch, random numbers) -> indices in order
@@ -22,21 +23,22 @@ EpochOrder = Callable[[int, np.random.Generator], np.ndarray]  # (epoch, random 
 
 def epoch_order(
     sampler: str, data: Sequence[Datum], batch_size: int, rng: np.random.Generator, n_domain: int = 0, n_ins: int = 16
-) -> list[int]:
+) -> np.ndarray:
     """Indices into ``data`` in the order of one epoch, by Dassl's sampler names.
 
-    ``RandomClassSampler`` fills batches with ``n_ins`` images of each of batch_size / n_ins classes;
+    Indices are int64. ``RandomClassSampler`` fills batches with ``n_ins`` images of each of batch_size / n_ins classes;
     ``RandomDomainSampler`` with equally many of each of ``n_domain`` domains (0: all). ``UserError`` where the
     batch size or a domain's images do not allow it.
     """
     if sampler == "SequentialSampler":
-        return list(range(len(data)))
+        return np.arange(len(data))
     if sampler == "RandomSampler":
-        return rng.permutation(len(data)).tolist()
+        return rng.permutation(len(data))
     by_class = sampler == "RandomClassSampler"
+    images = Images.of(data)
     pools: dict[int, list[int]] = defaultdict(list)
-    for i, datum in enumerate(data):
-        pools[datum.label if by_class else datum.domain].append(i)
+    for i, pool in enumerate((images.label if by_class else images.domain).tolist()):
+        pools[pool].append(i)
     sources = min(batch_size // n_ins, len(pools)) if by_class else (n_domain if n_domain > 0 else len(pools))
     if not 1 <= sources <= len(pools):
         raise UserError(
@@ -62,12 +64,12 @@ def epoch_order(
         for key in rng.permutation(sorted(queues))[:sources].tolist():
             queue = queues[key]
             if len(queue) < each and not by_class:
-                return order
+                return np.asarray(order, dtype=np.int64)
             if len(queue) < each:  # a class with too few images is drawn from again, as Dassl does
                 queue += rng.choice(pools[key], max(each, len(queue)) - len(queue)).tolist()
             order += [queue.pop() for _ in range(each)]
         if by_class and len(order) >= len(data):
-            return order
+            return np.asarray(order, dtype=np.int64)
 
 
 class EpochBatches:
@@ -94,7 +96,7 @@ class EpochBatches:
         if self.order is not None:
             order = self.order(self.epoch, rng)
         else:
-            order = np.asarray(epoch_order(self.sampler, self.data, self.whole, rng, loader.N_DOMAIN, loader.N_INS))
+            order = epoch_order(self.sampler, self.data, self.whole, rng, loader.N_DOMAIN, loader.N_INS)
         if self.is_train and len(order) >= self.whole:
             order = order[: len(order) // self.whole * self.whole]
         return [order[i : i + self.whole] for i in range(0, len(order), self.whole)]

@@ -34,7 +34,7 @@ class RegionFeatures:
             keys = self.cfg.REGIONS
             self._regions[split] = build_regions(
                 keys.SOURCE,
-                [datum.impath for datum in self.encoder.data_of(split)],
+                list(self.encoder.data_of(split).impaths),
                 tuple(self.cfg.INPUT.SIZE),
                 keys.FILE,
                 tuple(keys.GRID),

@@ -145,6 +145,6 @@ def _attributes(
         val=encoder.split("val") if encoder.data.val_loader else None,
         classnames=encoder.learner.classnames,
         attribute_names=dataset.attribute_names,
-        num_attribute_values=1 + max(d.attribute for s in (dataset.train_x, dataset.val, dataset.test) for d in s),
+        num_attribute_values=1 + max(int(s.attribute.max()) for s in (dataset.train_x, dataset.val, dataset.test) if s),
     )
     return AttributeSources(cfg.TRAINER.GROUPS, data, pseudo, DiscoveredAttributes(find), build_source)

@@ -92,13 +92,13 @@ class RunDiscovery:
         look = build_transform(_plain_pixels(cfg), is_train=False)
 
         def load(index: int) -> Image.Image:
-            pixels = look(read_image(data[index].impath))
+            pixels = look(read_image(data.impath(index)))
             return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
 
         files = write_discovery(
             found.discovery,
             found.regions,
-            [datum.impath for datum in data],
+            list(data.impaths),
             found.label,
             found.predicted,
             self.encoder.learner.classnames,

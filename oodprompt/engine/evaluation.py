@@ -6,13 +6,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import EVALUATOR_REGISTRY
-from oodprompt.data.dataset import DatasetBase, Datum, attribute_name
+from oodprompt.data.columns import Images
+from oodprompt.data.dataset import DatasetBase, attribute_name
+from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch
 from oodprompt.log import logger
@@ -49,7 +51,7 @@ def epoch_row(
 
 @EVALUATOR_REGISTRY.register()
 class Classification:
-    """Collects predictions batch by batch; ``evaluate`` computes, ``report`` reports.
+    """Counts predictions batch by batch; ``evaluate`` computes, ``report`` reports.
 
     A *group* is a pair (class, attribute). Accuracies are fractions in [0, 1]; printed lines are Dassl's, in per cent.
     """
@@ -59,20 +61,15 @@ class Classification:
         self.reset()
 
     def reset(self) -> None:
-        self._prediction: list[Tensor] = []
-        self._label: list[Tensor] = []
-        self._attribute: list[Tensor] = []
+        self.counts = GroupCounts(self.dataset.num_classes, confusion=self.cfg.TEST.COMPUTE_CMAT)
 
     def process(self, logits: Tensor, label: Tensor, attribute: Tensor) -> None:
         """``logits`` [B, C], ``label`` [B], ``attribute`` [B] (-1: unknown)."""
-        self._prediction.append(logits.argmax(dim=1).cpu())
-        self._label.append(label.cpu())
-        self._attribute.append(attribute.cpu())
+        self.counts.add(logits.argmax(dim=1), label, attribute)
 
     def evaluate(self, train: Sequence[Datum]) -> OrderedDict[str, Any]:
         """All metrics; ``train`` gives the training share of each group. The first value is the accuracy."""
-        prediction, label, attribute = (torch.cat(x) for x in (self._prediction, self._label, self._attribute))
-        return group_metrics(prediction, label, attribute, train, self.dataset)
+        return self.counts.metrics(train, self.dataset)
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Report the metrics in Dassl's lines, which upstream's ``parse_test_res.py`` reads."""
@@ -95,17 +92,24 @@ class Classification:
             logger.info(f"* average: {100 * average:.1f}%")
 
     def confusion_matrix(self) -> Tensor:
-        """Share of class i (row) predicted as class j (column), [C, C]; rows of absent classes are zero."""
-        classes = self.dataset.num_classes
-        counts = torch.bincount(torch.cat(self._label) * classes + torch.cat(self._prediction), minlength=classes**2)
-        counts = counts.view(classes, classes).double()
+        """Share of class i (row) predicted as class j (column), [C, C]; rows of absent classes are zero.
+
+        It is counted where TEST.COMPUTE_CMAT asks for it.
+        """
+        assert self.counts.confusion is not None, "TEST.COMPUTE_CMAT counts it"
+        counts = self.counts.confusion.double()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def report_groups(metrics: dict[str, Any]) -> None:
-    """Report worst-group accuracy and the groups, in lines of Dassl's form; nothing where attributes are unknown."""
+    """Report worst-group accuracy and the groups, in lines of Dassl's form; nothing where all attributes are unknown."""
     if not metrics["groups"]:
         return
+    if unknown := metrics["num_without_attribute"]:
+        logger.info(
+            f"Note: {unknown:,} of {metrics['num_samples']:,} images have no attribute label; they are in no group, and "
+            "the groups below are those of the other images"
+        )
     logger.info(f"* worst_group: {100 * metrics['worst_group_accuracy']:.1f}%")
     logger.info(f"* adjusted_average: {100 * metrics['adjusted_average_accuracy']:.1f}%")
     logger.info(f"* gap: {100 * metrics['gap']:.1f}%")
@@ -174,61 +178,100 @@ def evaluate(
     return evaluation.metrics(train)
 
 
-def group_metrics(
-    prediction: Tensor, label: Tensor, attribute: Tensor, train: Sequence[Datum], dataset: DatasetBase
-) -> OrderedDict[str, Any]:
-    """Metrics of predicted classes [N] against labels [N], by group (class, attribute).
+class GroupCounts:
+    """How many images of each group were predicted right, whatever the number of images: nothing is kept of one.
 
-    ``worst_group_accuracy`` = the lowest accuracy of a group that has test images; ``adjusted_average_accuracy`` =
-    sum over groups of (training share of the group) x (its accuracy), Sagawa et al. 2020's convention for
-    Waterbirds; ``gap`` = accuracy - worst_group_accuracy. Group entries are empty and these three None when an
-    attribute is unknown.
+    ``total`` and ``right`` [C, 1 + A] count the images of a class (row) by attribute (column; the first is unknown),
+    ``predicted`` [C] the predictions of each class, ``confusion`` [C, C] (where it is asked for) class by prediction.
     """
-    correct = (prediction == label).double()
-    metrics: OrderedDict[str, Any] = OrderedDict(
-        accuracy=correct.mean().item(),
-        macro_f1=float(f1_score(label.numpy(), prediction.numpy(), average="macro", labels=label.unique().numpy())),
-        num_samples=len(label),
-        worst_group_accuracy=None,
-        adjusted_average_accuracy=None,
-        gap=None,
-        groups=[],
-        classes=[],
-    )
-    for i, name in enumerate(dataset.classnames):
-        mine = label == i
-        if mine.any():
-            metrics["classes"].append(
-                {"class": name, "num_samples": int(mine.sum()), "accuracy": correct[mine].mean().item()}
-            )
-    if (attribute < 0).any():
-        return metrics
-    in_train: dict[tuple[int, int], int] = {}
-    for datum in train:
-        key = (datum.label, datum.attribute)
-        in_train[key] = in_train.get(key, 0) + 1
-    for i, name in enumerate(dataset.classnames):
-        for a in attribute.unique().tolist():
-            mine = (label == i) & (attribute == a)
-            if mine.any():
+
+    def __init__(self, num_classes: int, confusion: bool = False) -> None:
+        self.total = torch.zeros(num_classes, 1, dtype=torch.long)
+        self.right, self.predicted = self.total.clone(), torch.zeros(num_classes, dtype=torch.long)
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long) if confusion else None
+
+    def add(self, prediction: Tensor, label: Tensor, attribute: Tensor) -> None:
+        """Count a batch: predicted classes, labels, and attributes (-1: unknown), all [B]."""
+        prediction, label, column = prediction.cpu(), label.cpu(), attribute.cpu().clamp(min=-1) + 1
+        if not len(label):
+            return
+        classes, columns = self.total.shape
+        if (missing := int(column.max()) + 1 - columns) > 0:
+            self.total, self.right = (torch.nn.functional.pad(x, (0, missing)) for x in (self.total, self.right))
+            columns += missing
+        place, hit = label * columns + column, prediction == label
+        self.total += torch.bincount(place, minlength=classes * columns).view(classes, columns)
+        self.right += torch.bincount(place[hit], minlength=classes * columns).view(classes, columns)
+        self.predicted += torch.bincount(prediction, minlength=classes)
+        if self.confusion is not None:
+            pairs = torch.bincount(label * classes + prediction, minlength=classes**2)
+            self.confusion += pairs.view(classes, classes)
+
+    def metrics(self, train: Sequence[Datum], dataset: DatasetBase) -> OrderedDict[str, Any]:
+        """Metrics of all images that were counted, by group (class, attribute).
+
+        ``worst_group_accuracy`` = the lowest accuracy of a group that has test images; ``adjusted_average_accuracy`` =
+        sum over groups of (training share of the group) x (its accuracy), Sagawa et al. 2020's convention for
+        Waterbirds; ``gap`` = accuracy - worst_group_accuracy. Groups are those of the images whose attribute is known;
+        ``num_without_attribute`` are the others. Where no attribute is known, there are no groups, and these three are
+        None.
+        """
+        total, right = self.total.sum(1), self.right.sum(1)
+        images = int(total.sum())
+        f1 = 2 * right.double() / (total + self.predicted)
+        metrics: OrderedDict[str, Any] = OrderedDict(
+            accuracy=int(right.sum()) / images,
+            macro_f1=float(np.average(f1[total > 0].numpy())),
+            num_samples=images,
+            num_without_attribute=int(self.total[:, 0].sum()),
+            worst_group_accuracy=None,
+            adjusted_average_accuracy=None,
+            gap=None,
+            groups=[],
+            classes=[],
+        )
+        for i, name in enumerate(dataset.classnames):
+            if count := int(total[i]):
+                metrics["classes"].append({"class": name, "num_samples": count, "accuracy": int(right[i]) / count})
+        in_train = _group_sizes(Images.of(train))
+        for i, name in enumerate(dataset.classnames):
+            for a in self.total[i, 1:].nonzero()[:, 0].tolist():
+                count = int(self.total[i, a + 1])
                 metrics["groups"].append(
                     {
                         "class": name,
                         "attribute": attribute_name(dataset, a),
-                        "num_samples": int(mine.sum()),
+                        "num_samples": count,
                         "num_train": in_train.get((i, a), 0),
-                        "accuracy": correct[mine].mean().item(),
+                        "accuracy": int(self.right[i, a + 1]) / count,
                     }
                 )
-    groups = metrics["groups"]
-    metrics["worst_group_accuracy"] = min(group["accuracy"] for group in groups)
-    weight = sum(group["num_train"] for group in groups)
-    if weight:
-        metrics["adjusted_average_accuracy"] = sum(g["num_train"] * g["accuracy"] for g in groups) / weight
-    else:
-        metrics["adjusted_average_accuracy"] = metrics["accuracy"]
-    metrics["gap"] = metrics["accuracy"] - metrics["worst_group_accuracy"]
-    return metrics
+        groups = metrics["groups"]
+        if not groups:
+            return metrics
+        metrics["worst_group_accuracy"] = min(group["accuracy"] for group in groups)
+        weight = sum(group["num_train"] for group in groups)
+        if weight:
+            metrics["adjusted_average_accuracy"] = sum(g["num_train"] * g["accuracy"] for g in groups) / weight
+        else:
+            metrics["adjusted_average_accuracy"] = metrics["accuracy"]
+        metrics["gap"] = metrics["accuracy"] - metrics["worst_group_accuracy"]
+        return metrics
+
+
+def _group_sizes(images: Images) -> dict[tuple[int, int], int]:
+    """(label, attribute) -> number of images."""
+    pairs, counts = np.unique(np.stack([images.label, images.attribute]), axis=1, return_counts=True)
+    return {(int(label), int(a)): int(n) for label, a, n in zip(*pairs, counts, strict=True)}
+
+
+def group_metrics(
+    prediction: Tensor, label: Tensor, attribute: Tensor, train: Sequence[Datum], dataset: DatasetBase
+) -> OrderedDict[str, Any]:
+    """Metrics of predicted classes [N] against labels [N], as ``GroupCounts.metrics`` has them."""
+    counts = GroupCounts(dataset.num_classes)
+    counts.add(prediction, label, attribute)
+    return counts.metrics(train, dataset)
 
 
 def attribute_metrics(pseudo: Tensor, label: Tensor, attribute: Tensor, dataset: DatasetBase) -> dict[str, Any]:

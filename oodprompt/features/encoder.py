@@ -15,7 +15,8 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.data.dataset import Datum
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.data.sampling import EpochBatches
@@ -71,7 +72,7 @@ class Encoder:
 
     # --- batches -----------------------------------------------------------------------------------------------
 
-    def data_of(self, split: str) -> list[Datum]:
+    def data_of(self, split: str) -> Images:
         """The images of ``train``, ``val`` or ``test``."""
         dataset = self.data.dataset
         return {"train": dataset.train_x, "val": dataset.val, "test": dataset.test}[split]
@@ -80,11 +81,9 @@ class Encoder:
         """Labels, attributes and frozen features of a split."""
         data = self.data_of(name)
         label, attribute = (
-            torch.tensor([getattr(datum, key) for datum in data], device=self.device) for key in ("label", "attribute")
+            torch.tensor(column, dtype=torch.long, device=self.device) for column in (data.label, data.attribute)
         )
-        return Split(
-            name, label, attribute, lambda: self.frozen_features_of(name), lambda: [datum.impath for datum in data]
-        )
+        return Split(name, label, attribute, lambda: self.frozen_features_of(name), lambda: list(data.impaths))
 
     def batches(self, split: str) -> Any:
         """Batches of a split, of kept features where the learner allows; None when the split is empty."""

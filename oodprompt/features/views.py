@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from oodprompt.data.dataset import Datum
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import sum_over_processes
 from oodprompt.data.loading import Batch, DataManager, Loader
 from oodprompt.data.sampling import EpochBatches
@@ -28,9 +29,9 @@ class FeatureLoader:
     def __init__(
         self, features: Views, data: Sequence[Datum], batches: EpochBatches, device: torch.device | str = "cpu"
     ) -> None:
-        self.features, self.data, self.batches, self.device = features, data, batches, device
+        self.features, self.data, self.batches, self.device = features, Images.of(data), batches, device
         self._columns = {
-            key: torch.tensor([getattr(datum, key) for datum in data]) for key in ("label", "domain", "attribute")
+            key: torch.tensor(getattr(self.data, key), dtype=torch.long) for key in ("label", "domain", "attribute")
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -46,7 +47,7 @@ class FeatureLoader:
             yield {
                 "image_features": rows_of(view, index, self.device),
                 "index": index,
-                "impath": [self.data[i].impath for i in index.tolist()],
+                "impath": [self.data.impath(i) for i in index.tolist()],
                 **{key: column[index] for key, column in self._columns.items()},
             }
 

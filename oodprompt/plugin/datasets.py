@@ -24,7 +24,7 @@ class _OurDataset(DasslDataset):
     def __init__(self, cfg: CfgNode) -> None:
         build: Any = self.ours  # registered data sets are built from the configuration alone
         data = build(cfg)
-        super().__init__(train_x=data.train_x, val=data.val or None, test=data.test)
+        super().__init__(train_x=list(data.train_x), val=list(data.val) or None, test=list(data.test))
         self.template = data.template
         self.attribute_names, self.attribute_prompts = data.attribute_names, data.attribute_prompts
 

@@ -47,8 +47,8 @@ def test_rows_of_the_wrong_length(tmp_path: Path, row: str) -> None:
 
 
 def test_rows_without_a_column_or_a_readable_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "a;b", "1;2")
-    with pytest.raises(UserError, match=f"^{path}: column a, b is missing; expected a, b, found a;b$"):
+    path = write(tmp_path / "a.csv", "a:b", "1:2")
+    with pytest.raises(UserError, match=f"^{path}: column a, b is missing; expected a, b, found a:b$"):
         list(read_rows(path, ("a", "b")))
     with pytest.raises(UserError, match="found nothing"):
         list(read_rows(write(tmp_path / "b.csv"), ("a",)))

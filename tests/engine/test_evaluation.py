@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import EVALUATOR_REGISTRY
-from oodprompt.engine.evaluation import Classification, group_metrics
+from oodprompt.data.datum import Datum
+from oodprompt.engine.evaluation import Classification, GroupCounts, group_metrics, report_groups
 
 BIRDS = SimpleNamespace(classnames=["landbird", "waterbird"], num_classes=2, attribute_names=("land", "water"))
 
@@ -20,8 +22,8 @@ PLACE = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0])
 GUESS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 0, 0])
 
 
-def train_of(counts: dict[tuple[int, int], int]) -> list[SimpleNamespace]:
-    return [SimpleNamespace(label=y, attribute=a) for (y, a), n in counts.items() for _ in range(n)]
+def train_of(counts: dict[tuple[int, int], int]) -> list[Datum]:
+    return [Datum.unchecked("", y, 0, "", a, "") for (y, a), n in counts.items() for _ in range(n)]
 
 
 TRAIN = train_of({(0, 0): 6, (0, 1): 1, (1, 1): 2, (1, 0): 1})
@@ -69,13 +71,33 @@ def test_groups_without_training_images_weigh_nothing() -> None:
     assert metrics["adjusted_average_accuracy"] == metrics["accuracy"]
 
 
-def test_unknown_attributes_give_no_groups() -> None:
-    place = PLACE.clone()
-    place[3] = -1
-    metrics = group_metrics(GUESS, LABEL, place, TRAIN, BIRDS)
+def test_unknown_attributes_alone_give_no_groups() -> None:
+    metrics = group_metrics(GUESS, LABEL, torch.full_like(PLACE, -1), TRAIN, BIRDS)
     assert metrics["groups"] == []
     assert {metrics[key] for key in ("worst_group_accuracy", "adjusted_average_accuracy", "gap")} == {None}
     assert metrics["accuracy"] == pytest.approx(8 / 12)
+    assert metrics["num_without_attribute"] == 12
+
+
+def test_groups_are_those_of_the_images_whose_attribute_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    place = PLACE.clone()
+    place[4] = -1  # a landbird on water that was taken for one
+    metrics = group_metrics(GUESS, LABEL, place, TRAIN, BIRDS)
+    assert [tuple(group.values()) for group in metrics["groups"]][1] == ("landbird", "water", 1, 1, 0.0)
+    assert metrics["accuracy"] == pytest.approx(8 / 12)
+    assert (metrics["worst_group_accuracy"], metrics["num_without_attribute"]) == (0, 1)
+    report_groups(metrics)
+    assert "1 of 12 images" in caplog.text
+
+
+def test_memory_of_an_evaluation_does_not_grow_with_the_images() -> None:
+    counts = GroupCounts(2)
+    sizes = []
+    for _ in range(3):
+        counts.add(GUESS, LABEL, PLACE)
+        sizes.append(len(pickle.dumps(counts)))
+    assert len(set(sizes)) == 1
+    assert counts.metrics(TRAIN, BIRDS)["num_samples"] == 36
 
 
 def test_attributes_without_names_are_numbered() -> None:
@@ -85,7 +107,7 @@ def test_attributes_without_names_are_numbered() -> None:
 
 def evaluator(per_class: bool = False) -> Classification:
     cfg = get_cfg_default()
-    cfg.TEST.PER_CLASS_RESULT = per_class
+    cfg.TEST.PER_CLASS_RESULT, cfg.TEST.COMPUTE_CMAT = per_class, True
     return EVALUATOR_REGISTRY.get("Classification")(cfg, BIRDS)
 
 

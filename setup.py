@@ -32,6 +32,7 @@ setup(
         "pillow>=9.4",
         "pyyaml>=6",
         "regex",
+        "safetensors>=0.4",
         "scikit-learn>=1.3",
         "scipy>=1.10",
         "tabulate>=0.9",

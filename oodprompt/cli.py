@@ -71,6 +71,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         elif args.no_train:
             data = trainer.dataset
             number = check_images(data.train_x, data.val, data.test)
+            trainer.encoder.note_long_captions()
             print(f"Config, weights and all {number:,} images are in order; nothing is trained (--no-train)")
         else:
             trainer.train()

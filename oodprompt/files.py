@@ -30,7 +30,8 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # UTF-8 has no halves of undecodable file names: they are written as \udc...
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another --output-dir"

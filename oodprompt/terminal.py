@@ -9,12 +9,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from oodprompt.errors import UserError, nearest
-from oodprompt.files import only_run_in, sweep
+from oodprompt.files import LOCK, only_run_in, sweep
+from oodprompt.log import Forgiving
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,40 +30,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see {self.prog} --help")
 
 
-class _Log:
-    """The end of a log file. Where it cannot be written, say on a full disk, a note is printed once and all goes on."""
+class _Tee(Forgiving):
+    """Writes to the terminal and to the log; where one of them fails, to the other."""
 
-    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
-        self.path, self._say, self._has_failed = path, say, False
-        self._file = path.open("ab", buffering=0)
-
-    def write(self, text: str) -> None:
-        try:
-            self._file.write(text.encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            if not self._has_failed:
-                self._has_failed = True
-                self._say(f"Note: {self.path} lacks some of what is printed: {error.strerror or error}\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Tee:
-    """Writes to the terminal and to the log."""
-
-    def __init__(self, stream: IO[str], log: _Log) -> None:
-        self.stream, self.log = stream, log
+    def __init__(self, stream: IO[str], log: IO[str]) -> None:
+        super().__init__(stream)
+        self.log = Forgiving(log)
 
     def write(self, text: str) -> int:
+        had_log, had_reader = self.log.is_open, self.is_open
         self.log.write(text)
-        return self.stream.write(text)
+        super().write(text)
+        if had_reader and not self.is_open:
+            self.log.write("Note: nobody reads the output any more; the run goes on\n")
+        if had_log and not self.log.is_open:
+            super().write("Note: log.txt cannot be written any more; the run goes on\n")
+        return len(text)
 
     def flush(self) -> None:
-        self.stream.flush()
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
+        self.log.flush()
+        super().flush()
 
 
 @contextlib.contextmanager
@@ -78,51 +65,72 @@ def logged(directory: str, rank: int) -> Iterator[None]:
         return
     folder = Path(directory)
     path = folder / "log.txt"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with contextlib.ExitStack() as stack:
+        stack.callback(_remove, made)  # what is empty in the end
         try:
             is_locked = stack.enter_context(only_run_in(folder))
-            log = stack.enter_context(contextlib.closing(_Log(path, sys.stdout.write)))
+            # A line at a time, so that a kill loses none. Characters that UTF-8 lacks are halves of undecodable file names.
+            log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error.strerror or error}; free some space or choose another --output-dir"
             ) from error
-        stack.enter_context(contextlib.redirect_stdout(_Tee(sys.stdout, log)))
-        if not is_locked:
-            print(f"Note: {folder} is on a file system without locks; see to it that no other run writes to it")
-        if size := sweep(folder) + sum(sweep(part) for part in folder.glob("*/")):
-            print(f"Note: deleted what a killed run had half written in {folder} ({size:,} bytes)")
+        stack.callback(_close, log)
+        tee = _Tee(sys.stdout, log)
         try:
-            yield
+            with contextlib.redirect_stdout(tee):
+                if not is_locked:
+                    print(f"Note: {folder} is on a file system without locks; see to it that no other run writes to it")
+                if size := sweep(folder) + sum(sweep(part) for part in folder.glob("*/")):
+                    print(f"Note: deleted what a killed run had half written in {folder} ({size:,} bytes)")
+                yield
         except UserError as error:
-            log.write(f"error: {error}\n")
+            tee.log.write(f"error: {error}\n")
+            if folder in made and {file.name for file in folder.iterdir()} <= {path.name, LOCK}:
+                path.unlink()  # a run that was refused before it did anything leaves nothing
             raise
         except Exception:
-            log.write(traceback.format_exc())
+            tee.log.write(traceback.format_exc())
             raise
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Do ``work``; returns 0 for success, 2 for a user's error (one line on stderr), 1 for anything else."""
-    try:
-        work()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; rerun the same command to resume from the last finished epoch", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output, `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            return 1
-        place = f" for {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{place}; free some space and rerun the same command", file=sys.stderr)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+def _close(log: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        log.close()
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Remove those of the folders that are empty, the innermost first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def exit_status(work: Callable[[], int | None]) -> int:
+    """Do ``work``; returns 0 for success or what it returns, 2 for a user's error (one line on stderr), else 1.
+
+    What ``work`` prints ends nothing: characters that the terminal lacks are replaced, and a reader may go away.
+    """
+    with contextlib.redirect_stdout(Forgiving(sys.stdout)):
+        try:
+            status = work()
+            sys.stdout.flush()
+            return status or 0
+        except UserError as error:
+            return _complain(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            return _complain("interrupted; rerun the same command to resume from the last finished epoch", 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                return _complain(traceback.format_exc().rstrip(), 1)
+            place = f" for {error.filename}" if error.filename else ""
+            return _complain(f"error: the disk is full{place}; free some space and rerun the same command", 2)
+        except Exception:
+            return _complain(traceback.format_exc().rstrip(), 1)
+
+
+def _complain(text: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error either
+        print(text, file=sys.stderr)
+    return status

@@ -42,6 +42,10 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x).div_(1.702)  # in place: the backward pass needs the input alone
 
 
+# By the name that MODEL.BACKBONE.ACTIVATION has for it. A state dict does not say which one it was trained with.
+ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; parameters named as in ``nn.MultiheadAttention``, so OpenAI's weights fit."""
 
@@ -71,14 +75,14 @@ class Attention(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Pre-norm transformer block: ``x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, activation: str = "quick_gelu") -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
                 c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
+                gelu=ACTIVATIONS[activation](),
                 c_proj=nn.Linear(4 * width, width),
             )
         )
@@ -93,10 +97,10 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks over [B, L, width]."""
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, activation: str = "quick_gelu") -> None:
         super().__init__()
         self.width, self.layers = width, layers
-        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads) for _ in range(layers)))
+        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, activation) for _ in range(layers)))
 
     def forward(
         self,
@@ -127,7 +131,16 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's ViT image tower, which takes visual prompts: tokens beside those of the patches."""
 
-    def __init__(self, resolution: int, patch: int, width: int, layers: int, heads: int, output_dim: int) -> None:
+    def __init__(
+        self,
+        resolution: int,
+        patch: int,
+        width: int,
+        layers: int,
+        heads: int,
+        output_dim: int,
+        activation: str = "quick_gelu",
+    ) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = resolution, output_dim
         scale = width**-0.5
@@ -135,7 +148,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
@@ -442,9 +455,9 @@ def _in_parts(tower: Callable[[Tensor], Tensor], maps: Tensor, rois: Tensor, at_
 
 
 class CLIP(nn.Module):
-    """Both towers. Attribute and parameter names are OpenAI's."""
+    """Both towers. Attribute and parameter names are OpenAI's. ``activation`` of the transformers: of ``ACTIVATIONS``."""
 
-    def __init__(self, shape: CLIPShape) -> None:
+    def __init__(self, shape: CLIPShape, activation: str = "quick_gelu") -> None:
         super().__init__()
         self.shape = shape
         self.activation_limit = 4 << 30  # bytes that encode_prompts may keep for the backward pass
@@ -465,8 +478,9 @@ class CLIP(nn.Module):
                 shape.vision_layers,
                 heads=shape.vision_width // 64,
                 output_dim=shape.embed_dim,
+                activation=activation,
             )
-        self.transformer = Transformer(shape.text_width, shape.text_layers, shape.text_heads)
+        self.transformer = Transformer(shape.text_width, shape.text_layers, shape.text_heads, activation)
         self.token_embedding = nn.Embedding(shape.vocab_size, shape.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(shape.context_length, shape.text_width))
         self.ln_final = nn.LayerNorm(shape.text_width)
@@ -475,12 +489,12 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Tensor]) -> CLIP:
+    def from_state_dict(cls, state_dict: dict[str, Tensor], activation: str = "quick_gelu") -> CLIP:
         """Build the CLIP that a state dict in OpenAI's layout describes, in fp32, and fill it strictly."""
         extras = ("input_resolution", "context_length", "vocab_size")
         weights = {key: value.float() for key, value in state_dict.items() if key not in extras}
         with torch.device("meta"):
-            model = cls(CLIPShape.of(weights))
+            model = cls(CLIPShape.of(weights), activation)
         model = model.to_empty(device="cpu")
         model.load_state_dict(weights, strict=True)
         return model

@@ -57,7 +57,8 @@ def encode(text: str) -> list[int]:
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
     """Token ids, int64 [len(texts), context_length]: start token, text, end token (the highest id), zeros.
 
-    Raises ``UserError`` for a text of more than ``context_length`` tokens, unless ``truncate``.
+    Raises ``UserError`` for a text of more than ``context_length`` tokens; with ``truncate`` its rest is cut and the end
+    token kept, as in CLIP's own training.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     start, end = (_tokenizer().encoder[f"<|{word}oftext|>"] for word in ("start", "end"))
@@ -73,3 +74,10 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
             ids = [*ids[: context_length - 1], end]
         row[: len(ids)] = torch.tensor(ids)
     return result
+
+
+def is_too_long(text: str, context_length: int = 77) -> bool:
+    """Whether ``text`` has more than ``context_length`` tokens with its start and end."""
+    if len(text.encode("utf-8", "replace")) <= context_length - 2:  # a token is a byte or more
+        return False
+    return len(encode(text)) + 2 > context_length

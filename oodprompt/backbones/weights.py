@@ -1,21 +1,16 @@
 """The one door through which every CLIP comes: ``load_backbone``.
 
-OpenAI's checkpoints in both forms (the TorchScript archive that OpenAI publishes, a plain state dict), found at a
+Weights in OpenAI's layout (the TorchScript archive that OpenAI publishes, a state dict in any usual form), found at a
 given path, in ``~/.cache/clip``, or downloaded and checked by SHA256; and the small ``tiny`` that the package carries.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
-import io
 import os
-import pickle
 import secrets
 import urllib.request
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -23,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from oodprompt.backbones.model import CLIP, CLIPShape
+from oodprompt.backbones.state_dicts import brief, clip_state_dict, read_state_dict
 from oodprompt.errors import UserError, nearest
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
@@ -57,11 +53,12 @@ BACKBONES: dict[str, str] = {
 }
 
 
-def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "") -> CLIP:
+def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "", activation: str = "auto") -> CLIP:
     """A CLIP in fp32 on the CPU, in evaluation mode, with no gradients.
 
     ``path`` names a checkpoint file and wins over ``name``; otherwise ``tiny`` is read from the package and
     OpenAI's names from ``cache_dir`` (default ``~/.cache/clip``), where they are downloaded to when missing.
+    ``activation`` of the transformers is quick_gelu, gelu, or auto: quick_gelu, which every name has, and OpenAI's files.
 
     Raises ``UserError`` for an unknown name, a missing or unreadable file, another layout, a wrong SHA256, and when
     the download fails; the message names the address, the file and the folder.
@@ -75,15 +72,29 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "") 
     else:
         check_name(name)
         file = _fetch(name, Path(cache_dir or "~/.cache/clip").expanduser())
-    state_dict = read_state_dict(file)
+    if activation == "gelu" and not path:
+        raise UserError(
+            f"MODEL.BACKBONE.ACTIVATION: {name} has quick_gelu; the key is for a file in MODEL.BACKBONE.PATH"
+        )
+    state_dict = clip_state_dict(_read(file), file)
     try:
-        model = CLIP.from_state_dict(state_dict)
+        model = CLIP.from_state_dict(state_dict, "quick_gelu" if activation == "auto" else activation)
     except (LookupError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{file} is not a CLIP state dict in OpenAI's layout ({_brief(error)}); "
+            f"{file} is not a CLIP state dict in OpenAI's layout ({brief(error)}); "
             "expected keys such as visual.conv1.weight, transformer.resblocks.0..., token_embedding.weight"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Of OpenAI's own archives, known by their SHA256, also by TorchScript if need be."""
+    try:
+        return read_state_dict(file)
+    except UserError:
+        if _sha256(file) not in [sha256 for sha256, _ in OPENAI_WEIGHTS.values()]:
+            raise
+        return torch.jit.load(str(file), map_location="cpu").state_dict()
 
 
 def check_name(name: str) -> None:
@@ -94,57 +105,16 @@ def check_name(name: str) -> None:
         raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, BACKBONES)}")
 
 
-def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file: a TorchScript archive, a state dict, or ``{"state_dict": ...}``; gzip or not.
-
-    Plain files are read with ``weights_only=True``; nothing in them is executed.
-    """
-    try:
-        content = file.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        if _is_torchscript(content):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that TorchScript is deprecated: a user cannot change OpenAI's files
-                return torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"cannot read the checkpoint {file}: it is no checkpoint, is damaged, or holds more than tensors, which is "
-            "not loaded because it could run code; give a state dict or OpenAI's archive"
-        ) from error
-    except Exception as error:  # damaged bytes make unpicklers and unzippers raise nearly anything
-        raise UserError(f"cannot read the checkpoint {file}: {_brief(error)}; is the file complete?") from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict):
-        raise UserError(f"{file} holds no state dict (a dict of tensors), but a {type(loaded).__name__}")
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()):
-        raise UserError(f"{file} holds no state dict: not every entry is a name with a tensor")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
-
-
 def digest(module: nn.Module) -> str:
-    """SHA256 over name, shape, dtype and bytes of all parameters and buffers."""
+    """SHA256 over name, shape, dtype and bytes of all parameters and buffers, and the activation unless it is QuickGELU."""
     sha256 = hashlib.sha256()
+    if any(isinstance(part, nn.GELU) for part in module.modules()):
+        sha256.update(b"gelu\n")
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         value = value.detach().cpu().contiguous()
         sha256.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def _is_torchscript(content: bytes) -> bool:
-    """A TorchScript archive is a zip with a ``constants.pkl``; ``torch.save`` writes none."""
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        return False
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _brief(error: BaseException) -> str:
-    """Kind and message of an error in one line; PyTorch's first line is often but a heading, so two are taken."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    return ": ".join([type(error).__name__, " ".join(lines[:2])[:300]]) if lines else type(error).__name__
 
 
 def _sha256(file: Path) -> str:
@@ -190,7 +160,7 @@ def _fetch(name: str, folder: Path) -> Path:
         os.replace(temporary, file)
         return file
     except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
-        reason = getattr(error, "reason", None) or _brief(error)
+        reason = getattr(error, "reason", None) or brief(error)
         raise UserError(f"cannot get the weights of {name} ({reason}): {by_hand}") from error
     finally:
         if temporary.exists():

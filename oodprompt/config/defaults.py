@@ -187,7 +187,16 @@ declare(
             "",
             "tiny, or one of OpenAI's: RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px.",
         ),
-        "BACKBONE.PATH": ("", "A checkpoint file (OpenAI's archive or a plain state dict); wins over NAME."),
+        "BACKBONE.PATH": (
+            "",
+            "A file of weights in OpenAI's layout (OpenAI's archive, a state dict, .safetensors); wins over NAME.",
+        ),
+        "BACKBONE.ACTIVATION": Key(
+            "auto",
+            "Activation that the weights of PATH were trained with: quick_gelu (OpenAI's), gelu (most of OpenCLIP's), or "
+            "auto (quick_gelu).",
+            choices=("auto", "quick_gelu", "gelu"),
+        ),
         "BACKBONE.PRETRAINED": (True, "Kept for Dassl's files; CLIP is always pretrained."),
         "HEAD.NAME": ("", "Kept for Dassl's command line; CLIP has no head."),
     },

@@ -72,9 +72,9 @@ class Key:
         return f"above {low:g} and " + (upper if self.at_most is None else f"up to {upper}")
 
     def _is_within(self, entry: Any) -> bool:
-        """Whether a number is within the bounds; true of anything for a key without bounds."""
+        """Whether a number is within the bounds; true of anything but NaN for a key without bounds."""
         if (self.above, self.at_least, self.below, self.at_most) == (None, None, None, None):
-            return True
+            return not (isinstance(entry, float) and math.isnan(entry))
         defaults = self.default if isinstance(self.default, (tuple, list)) else (self.default,)
         whole = bool(defaults) and all(type(value) is int for value in defaults)
         return (
@@ -98,6 +98,9 @@ class Key:
 
 
 _KEYS: dict[str, Key] = {}
+_NO_LITERALS = {
+    f"{sign}{word}" for sign in ("", "+", "-") for word in ("nan", "inf", "infinity")
+}  # yet numbers to Python
 
 
 def declare(section: str, keys: Mapping[str, Key | tuple[Any, str]]) -> None:
@@ -176,7 +179,13 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
         value = tuple(value) if isinstance(value, list) else (value,)
     elif isinstance(default, list) and isinstance(value, tuple):
         value = list(value)
-    elif isinstance(default, float) and type(value) is int:
+    elif (
+        isinstance(default, float)
+        and type(value) is int
+        or isinstance(default, float)
+        and isinstance(value, str)
+        and value.strip().lower() in _NO_LITERALS
+    ):
         value = float(value)
     elif isinstance(default, str) and type(value) in (int, float):
         value = str(value)

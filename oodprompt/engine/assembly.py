@@ -52,7 +52,12 @@ def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
     """The frozen backbone on ``device``. ``UserError`` where INPUT.SIZE is not what it takes."""
     keys = cfg.MODEL.BACKBONE
     logger.info(f"Loading CLIP (backbone: {keys.PATH or keys.NAME})")
-    clip = load_backbone(keys.NAME, keys.PATH).to(device)
+    if keys.PATH and keys.ACTIVATION == "auto":
+        logger.info(
+            f"Note: {keys.PATH} is taken to have QuickGELU, as OpenAI's weights have; most of OpenCLIP's need "
+            "MODEL.BACKBONE.ACTIVATION gelu"
+        )
+    clip = load_backbone(keys.NAME, keys.PATH, activation=keys.ACTIVATION).to(device)
     takes = clip.visual.input_resolution
     if tuple(cfg.INPUT.SIZE) != (takes, takes):
         raise UserError(

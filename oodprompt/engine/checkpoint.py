@@ -7,16 +7,15 @@ state. Only tensors and plain Python values are stored, so files load with ``wei
 from __future__ import annotations
 
 import io
-import pickle
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP
+from oodprompt.backbones.tensors import load_tensors
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
@@ -47,10 +46,7 @@ def load(path: Path) -> dict[str, Any]:
         where = f"{path.parent} has {', '.join(found)}" if found else f"there is no checkpoint in {path.parent}"
         raise UserError(f"no model at {path}; {where}: check --model-dir and --load-epoch")
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=pickle_module(TensorsOnly))
+        state = load_tensors(path)
     except Exception as error:  # whatever the bytes of a foreign or damaged file make torch and pickle say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the checkpoint {path}: {reason}; is the file complete?") from error
@@ -58,48 +54,6 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} is no checkpoint: it has no dict 'state_dict', which Dassl's and ours have")
     return state
-
-
-class _Ignored:
-    """Stands for any object of a foreign checkpoint that is neither a tensor nor plain data; it is never run."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _nothing(self, *args: Any) -> None:
-        pass
-
-    # What pickle calls to fill an object, a dict, a list or a set.
-    __setstate__ = __setitem__ = append = extend = add = _nothing
-
-
-class TensorsOnly(pickle.Unpickler):
-    """Unpickles tensors and plain containers; every other class becomes ``_Ignored``, so no foreign code runs."""
-
-    _ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-            ("torch.storage", "UntypedStorage"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_storage = module == "torch" and name.isidentifier() and name.endswith("Storage")
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_storage or is_dtype or (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        return _Ignored
-
-
-def pickle_module(unpickler: type[pickle.Unpickler]) -> SimpleNamespace:
-    """What ``torch.load`` asks of a pickle module, with ``unpickler`` in it."""
-
-    def load(file: Any, **kwargs: Any) -> Any:
-        return unpickler(file, **kwargs).load()
-
-    return SimpleNamespace(Unpickler=unpickler, load=load, __name__=unpickler.__name__)
 
 
 def load_weights(

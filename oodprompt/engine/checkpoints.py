@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +71,22 @@ class RunIdentity:
                 f"{path} is of another run: {'; '.join(changed[:3])}"
                 + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
                 + ". Choose another --output-dir, or delete the folder to train anew"
+                + (self._how_to_go_on(facts["config"], path) if len(changed) == 1 else "")
             )
+
+    def _how_to_go_on(self, old: dict[str, Any], path: Path) -> str:
+        """What to add to the command to train the model at ``path`` for more epochs, where it was to have more."""
+        key = "OPTIM.MAX_EPOCH"
+        more = self.config[key] - old.get(key, self.config[key])
+        if more <= 0:
+            return ""
+        folder = f"{path.parents[1]}-{self.config[key]}"
+        words = ["--output-dir", folder, "MODEL.INIT_WEIGHTS", str(path), key, str(more)]
+        without = ", without --resume" if self.config["RESUME"] else ""
+        return (
+            ". The learning rates of all epochs depend on their number, so a finished run has no next epoch. To train its "
+            f"model for {more} more, with rates of their own, end the command in{without}: {shlex.join(words)}"
+        )
 
 
 class Checkpoints:

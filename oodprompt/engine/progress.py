@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from oodprompt.engine.loop import RunState, StepReport
 from oodprompt.features.encoder import Encoder
-from oodprompt.log import logger
+from oodprompt.log import logger, optional
 
 _RECENT = 50  # steps whose mean time tells the time left
 
@@ -37,7 +37,10 @@ class Progress:
     ) -> None:
         self.state, self.num_batches, self.print_freq = state, num_batches, print_freq
         done = state.start_epoch * num_batches
-        self._writer = SummaryWriter(str(folder), purge_step=done if state.start_epoch else None) if folder else None
+        self._writer: SummaryWriter | None = None
+        if folder:
+            with optional("TensorBoard's file"):
+                self._writer = SummaryWriter(str(folder), purge_step=done if state.start_epoch else None)
         left = num_batches if state.start_epoch < state.max_epoch else 0
         self._bar = tqdm(
             total=state.max_epoch * left,
@@ -84,12 +87,16 @@ class Progress:
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         """Add a value to TensorBoard's curve ``tag``."""
-        if self._writer is not None:
-            self._writer.add_scalar(tag, value, step)
+        writer, self._writer = self._writer, None  # given back unless it fails
+        if writer is not None:
+            with optional("the rest of TensorBoard's file"):
+                writer.add_scalar(tag, value, step)
+                self._writer = writer
 
     def close_bar(self) -> None:
         self._bar.close()
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with optional("the end of TensorBoard's file"):
+                self._writer.close()

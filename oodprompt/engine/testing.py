@@ -17,8 +17,9 @@ from oodprompt.engine.objective import Objective
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.selection import Selection
 from oodprompt.features.encoder import Encoder
-from oodprompt.log import logger
+from oodprompt.log import logger, optional
 from oodprompt.methods.attributes import PseudoAttributes
+from oodprompt.reports.curves import write_training_curves
 from oodprompt.reports.results import selections_table, write_results
 
 
@@ -74,20 +75,24 @@ class Testing:
             return "test"
         return self.cfg.TEST.SPLIT
 
-    def write(self, metrics: dict[str, Any], results: dict[str, Any], folder: Path, has_curves: bool) -> None:
-        """Report the metrics of a test and write its files; ``results`` is the content of results.json.
+    def write(
+        self, metrics: dict[str, Any], results: dict[str, Any], folder: Path, history: Sequence[dict[str, Any]]
+    ) -> None:
+        """Write the files of a test and report its metrics; ``results`` is the content of results.json.
 
-        ``has_curves``: whether the run has drawn its training curves.
+        results.json is complete before anything is printed or drawn, and nothing that comes after it ends the run.
+        ``history`` has a row per epoch that was trained; its curves are drawn where there is one.
         """
-        self.evaluator.report(metrics)
-        report_other_predictions(metrics)
-        if results["selections"]:
-            logger.info(selections_table(results["selections"]))
         files = write_results(results, folder)
         if self.cfg.TEST.COMPUTE_CMAT:
-            files.append(folder / "cmat.pt")
-            checkpoint.save(self.evaluator.confusion_matrix(), files[-1])
-        if has_curves:
-            files.append(folder / "training.png")
-            files += [p for p in [folder / "groups_by_epoch.png"] if p.is_file()]
+            with optional("cmat.pt"):
+                checkpoint.save(self.evaluator.confusion_matrix(), folder / "cmat.pt")
+                files.append(folder / "cmat.pt")
+        if history:
+            files += write_training_curves(history, folder)
+        with optional("the report"):
+            self.evaluator.report(metrics)
+            report_other_predictions(metrics)
+            if results["selections"]:
+                logger.info(selections_table(results["selections"]))
         logger.info("Wrote " + ", ".join(str(file) for file in files))

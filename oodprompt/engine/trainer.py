@@ -42,6 +42,7 @@ from oodprompt.features.encoder import Encoder, gathered
 from oodprompt.files import write_atomically
 from oodprompt.log import logger
 from oodprompt.methods.contracts import Debiaser, PromptLearner
+from oodprompt.methods.prompts import note_equal_classes
 from oodprompt.methods.resolve import resolve_methods
 from oodprompt.reports.curves import write_training_curves
 
@@ -100,6 +101,7 @@ class PromptTrainer(DasslNames):
         cfg = self.cfg
         with self.state.main_process_first():
             self.clip = assembly.load_clip(cfg, self.device)
+        note_equal_classes(self.clip, self.dataset.classnames)
         self.learner = self.build_learner(cfg).to(self.device)
         self.trained.add(self.learner.model_name, self.learner, cfg.OPTIM)
         self.encoder = Encoder(
@@ -264,11 +266,11 @@ class PromptTrainer(DasslNames):
         self.state.wait_for_everyone()  # the main process may still be writing the checkpoint that all load next
         logger.info("Finish training")
         self.pseudo_report.update(is_resumed=bool(self.start_epoch))
-        if self.history and self.state.is_main_process:
-            write_training_curves(self.history, self.output_dir)
         if not self.cfg.TEST.NO_TEST:
             self._deploy()
             self.test()
+        elif self.history and self.state.is_main_process:
+            write_training_curves(self.history, self.output_dir)
         logger.info(f"Elapsed: {datetime.timedelta(seconds=round(time.time() - self.time_start))}")
         if self.progress is not None:
             self.progress.close()
@@ -339,7 +341,7 @@ class PromptTrainer(DasslNames):
                 pseudo_attribute_accuracy=self.pseudo_report.accuracy,
                 checkpoint=self.evaluated_checkpoint,
             )
-            self.testing.write(metrics, results, self.output_dir, has_curves=bool(self.history))
+            self.testing.write(metrics, results, self.output_dir, self.history)
         return metrics["accuracy"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP
+from oodprompt.backbones import CLIP, is_too_long
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows
@@ -23,6 +24,7 @@ from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.features import views
 from oodprompt.features.cache import FeatureCache
+from oodprompt.log import logger
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
@@ -171,14 +173,29 @@ class Encoder:
     @cached_property
     @torch.no_grad()
     def caption_features(self) -> Tensor:
-        """Text features [N, d] of the training images' captions; of the template where an image has none."""
+        """Text features [N, d] of the training images' captions; of the template where an image has none.
+
+        Captions that are too long for the text encoder are cut, which a line says.
+        """
+        self.note_long_captions()
         names, template = self.learner.classnames, self.data.dataset.template
         captions = [d.caption or template.replace("{}", names[d.label]) for d in self.data_of("train")]
         different = list(dict.fromkeys(captions))
         parts = [different[i : i + _CAPTIONS_AT_ONCE] for i in range(0, len(different), _CAPTIONS_AT_ONCE)]
-        features = torch.cat([prompt_features(self.clip, part) for part in parts]).float()
+        features = torch.cat([prompt_features(self.clip, part, truncate=True) for part in parts]).float()
         place = {caption: i for i, caption in enumerate(different)}
         return features[[place[caption] for caption in captions]]
+
+    def note_long_captions(self) -> None:
+        """Say how many training images have captions that are longer than the text encoder takes, if any."""
+        length = self.clip.shape.context_length
+        images = Counter(datum.caption for datum in self.data_of("train") if datum.caption)
+        long = sum(number for caption, number in images.items() if is_too_long(caption, length))
+        if long:
+            logger.info(
+                f"Note: {long:,} of {images.total():,} captions have more than the {length} tokens that the text encoder "
+                "takes; their ends are cut, as in CLIP's own training"
+            )
 
     # --- alignments --------------------------------------------------------------------------------------------
 

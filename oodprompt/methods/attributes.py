@@ -94,9 +94,12 @@ class PseudoAttributes:
 
 
 @torch.no_grad()
-def prompt_features(clip: CLIP, prompts: Sequence[str]) -> Tensor:
-    """Normalised text features [n, d] of prompts, in float64 for the linear algebra that follows."""
-    tokens = tokenize(list(prompts)).to(clip.logit_scale.device)
+def prompt_features(clip: CLIP, prompts: Sequence[str], truncate: bool = False) -> Tensor:
+    """Normalised text features [n, d] of prompts, in float64 for the linear algebra that follows.
+
+    ``UserError`` for a prompt that is longer than the text encoder takes; with ``truncate`` its rest is cut.
+    """
+    tokens = tokenize(list(prompts), clip.shape.context_length, truncate).to(clip.logit_scale.device)
     return F.normalize(clip.encode_text(tokens).double(), dim=-1)
 
 

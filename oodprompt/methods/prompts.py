@@ -31,6 +31,29 @@ def class_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequen
     return F.normalize(torch.stack(features).float().mean(dim=0), dim=-1)
 
 
+def note_equal_classes(clip: CLIP, classnames: Sequence[str]) -> None:
+    """Say which classes' names are the same to ``clip``: all their tokens have the same embeddings, so no prompt differs.
+
+    ``tiny`` has one embedding for all words that it was not trained on; other CLIPs find equal what differs in case alone.
+    """
+    names = [encode(name) for name in classnames]
+    known = sorted({token for tokens in names for token in tokens})
+    with torch.no_grad():
+        rows = clip.token_embedding(torch.tensor(known, dtype=torch.long, device=clip.logit_scale.device))
+        _, same = rows.float().round(decimals=5).unique(dim=0, return_inverse=True)
+    meaning = dict(zip(known, same.tolist(), strict=True))
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, tokens in zip(classnames, names, strict=True):
+        alike.setdefault(tuple(meaning[token] for token in tokens), []).append(name)
+    groups = [" = ".join(map(repr, some[:4])) + (" = ..." if some[4:] else "") for some in alike.values() if some[1:]]
+    if groups:
+        more = f" and {len(groups) - 3} more" if groups[3:] else ""
+        logger.warning(
+            f"Note: the text encoder sees no difference between classes: {'; '.join(groups[:3])}{more}. Prompts alone cannot "
+            "tell them apart; choose other names or another backbone"
+        )
+
+
 def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[str, Tensor]:
     """The text ahead of the class name, and context vectors [M, e] for its first M = ``n_ctx`` tokens.
 

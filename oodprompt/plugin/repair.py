@@ -23,7 +23,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 from torch.torch_version import TorchVersion
 
-from oodprompt.engine import checkpoint
+from oodprompt.backbones.tensors import TensorsOnly, pickle_module
 from oodprompt.errors import UserError
 
 
@@ -121,7 +121,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
     return {**found, **numpys, ("_codecs", "encode"): codecs.encode}
 
 
-class _DasslUnpickler(checkpoint.TensorsOnly):
+class _DasslUnpickler(TensorsOnly):
     """Also what ``_allowed`` names."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -133,7 +133,7 @@ def _load(path: Any, map_location: Any = None, **kwargs: Any) -> dict[str, Any]:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         state = torch.load(
-            path, map_location=map_location, weights_only=False, pickle_module=checkpoint.pickle_module(_DasslUnpickler)
+            path, map_location=map_location, weights_only=False, pickle_module=pickle_module(_DasslUnpickler)
         )
     if isinstance(state, dict) and "state_dict" in state and state.get("val_result") is None:
         state["val_result"] = float("nan")

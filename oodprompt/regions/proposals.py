@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from oodprompt.backbones.weights import read_state_dict
+from oodprompt.backbones.state_dicts import read_state_dict
 from oodprompt.data.images import read_image
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError

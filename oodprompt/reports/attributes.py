@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import literal, write_figure, write_in_cells
+from oodprompt.reports.style import draw, literal, write_in_cells
 
 PSEUDO_ATTRIBUTES = "pseudo_attributes.json"
 
@@ -22,7 +22,8 @@ def write_pseudo_attributes(
 
     ``rows`` holds ``evaluation.attribute_metrics`` of each split; the lines are those of the splits ``new``.
     ``dataset`` gives ``attribute_names`` and ``attribute_prompts``. ``noise`` is the share of images whose
-    pseudo-attribute was changed on purpose; the file records it. Raises ``UserError`` where a file cannot be written.
+    pseudo-attribute was changed on purpose; the file records it. Raises ``UserError`` where the json cannot be written;
+    a line says where the picture could not be drawn.
     """
     names, directory = list(dataset.attribute_names), Path(directory)
     content = {"attributes": names, "prompts": [list(p) for p in dataset.attribute_prompts], "noise": noise}
@@ -32,7 +33,7 @@ def write_pseudo_attributes(
     )
     known = {split: row for split, row in rows.items() if row["confusion"]}
     if known:
-        write_figure(_confusions(known, names), directory / "pseudo_attributes.png")
+        draw(directory / "pseudo_attributes.png", lambda: _confusions(known, names))
     return [line for split in new for line in _lines(split, rows[split])]
 
 

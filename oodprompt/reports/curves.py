@@ -9,24 +9,20 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oodprompt.reports.style import BLUE, GREEN, GREY, RED, epoch_axis, literal, write_figure
+from oodprompt.reports.style import BLUE, GREEN, GREY, RED, draw, epoch_axis, literal
 
 _DOTTED = 60  # epochs: a line of fewer has a dot at each
 
 
-def write_training_curves(history: Sequence[dict[str, Any]], directory: str | Path) -> Path:
+def write_training_curves(history: Sequence[dict[str, Any]], directory: str | Path) -> list[Path]:
     """Write ``training.png`` and, where debiasers keep something by group, ``groups_by_epoch.png``.
 
     ``history`` has a row per epoch with ``epoch``, ``loss``, ``lr`` and, where they were measured, ``acc`` (in per
     cent), ``val_accuracy``, ``val_worst_group_accuracy``, ``val_worst_pseudo_group_accuracy`` (fractions) and
-    ``by_group``. Returns the path of ``training.png``. Raises ``UserError`` where a file cannot be written.
+    ``by_group``. Returns the paths of what was drawn; a line says what could not be.
     """
-    curves = group_curves(history)
-    if curves is not None:
-        write_figure(curves, Path(directory) / "groups_by_epoch.png")
-    path = Path(directory) / "training.png"
-    write_figure(_training_figure(history), path)
-    return path
+    files = draw(Path(directory) / "training.png", lambda: _training_figure(history))
+    return files + draw(Path(directory) / "groups_by_epoch.png", lambda: group_curves(history))
 
 
 def _training_figure(history: Sequence[dict[str, Any]]) -> Figure:

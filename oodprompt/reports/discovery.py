@@ -18,12 +18,13 @@ from PIL import Image
 from oodprompt.discovery.result import Cluster, Discovery, precision_at
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
+from oodprompt.log import optional
 from oodprompt.regions.boxes import Regions
 from oodprompt.reports.discovery_figure import discovery_figure
 from oodprompt.reports.discovery_page import discovery_page
 from oodprompt.reports.discovery_text import dropped, how_it_was_made, row_of_class, survivors, verdict
 from oodprompt.reports.pictures import Pictures
-from oodprompt.reports.style import markdown_table, number, whole_percent, write_figure
+from oodprompt.reports.style import draw, markdown_table, number, whole_percent
 
 FILE = "discovery.json"
 _FORMAT, _VERSION = "oodprompt discovery", 1
@@ -77,7 +78,8 @@ def write_discovery(
     planted feature, for Precision@10 = share of a cluster's first 10 regions that do. ``extra`` goes into the json;
     arrays become lists, and what is not finite becomes null.
 
-    Raises ``UserError`` when an image cannot be read or a file not written, ``ValueError`` when lengths differ.
+    Raises ``UserError`` when the json cannot be written, ``ValueError`` when lengths differ; a line says which other
+    file could not be made.
     """
     paths = [str(path) for path in images]
     clusters = _Clusters(regions, paths, np.asarray(label), np.asarray(predicted), classnames, truth)
@@ -85,14 +87,17 @@ def write_discovery(
         raise ValueError("boxes, owner and assignment differ in length")
     content = _content(discovery, clusters, top, title, facts, extra or {})
     directory = Path(directory)
-    files = [directory / name for name in (FILE, "discovery.md")]
+    files = [directory / FILE]
     write_atomically(files[0], _json(content))
-    write_atomically(files[1], _markdown(content))
+    with optional("discovery.md"):
+        write_atomically(directory / "discovery.md", _markdown(content))
+        files.append(directory / "discovery.md")
     if pictures:
         shown = Pictures(load, paths)
-        files += [directory / name for name in ("discovery.html", "discovery.png")]
-        write_atomically(files[2], discovery_page(content, shown))
-        write_figure(discovery_figure(content, shown.image), files[3])
+        with optional("discovery.html"):
+            write_atomically(directory / "discovery.html", discovery_page(content, shown))
+            files.append(directory / "discovery.html")
+        files += draw(directory / "discovery.png", lambda: discovery_figure(content, shown.image))
     return files
 
 

@@ -11,23 +11,26 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, literal, markdown_table, percent, write_figure
+from oodprompt.log import optional
+from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, draw, literal, markdown_table, percent
 
 RESULTS = "results.json"
 FRACTIONS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
 
 
 def write_results(results: dict[str, Any], directory: str | Path) -> list[Path]:
-    """Write ``results.json``, ``results.md`` and ``groups.png``; returns their paths.
+    """Write ``results.json``, then ``results.md`` and ``groups.png``; returns the paths of what was written.
 
     ``results`` is the outcome of an evaluation; accuracies are fractions from 0 to 1, and None where there are no
-    groups. Raises ``UserError`` where a file cannot be written.
+    groups. Raises ``UserError`` where ``results.json`` cannot be written; a line says which other file is missing.
     """
-    files = [Path(directory) / name for name in (RESULTS, "results.md", "groups.png")]
+    directory = Path(directory)
+    files = [directory / RESULTS]
     write_atomically(files[0], json.dumps(results, indent=2) + "\n")
-    write_atomically(files[1], results_markdown(results))
-    write_figure(groups_figure(results), files[2])
-    return files
+    with optional("results.md"):
+        write_atomically(directory / "results.md", results_markdown(results))
+        files.append(directory / "results.md")
+    return files + draw(directory / "groups.png", lambda: groups_figure(results))
 
 
 def method_title(results: dict[str, Any]) -> str:

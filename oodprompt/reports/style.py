@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from oodprompt.files import write_atomically
+from oodprompt.log import optional
 
 BLUE, RED, GREY, GREEN = "#3465a4", "#cc3333", "#888888", "#4e9a06"
 
@@ -93,6 +94,19 @@ def write_in_cells(
         for j, value in enumerate(line):
             colour = "white" if is_dark(value) else "black"
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=fontsize)
+
+
+def draw(path: str | Path, make: Callable[[], Figure | None]) -> list[Path]:
+    """Draw a figure and save it as PNG, or say in a line why not; returns the paths of what was written.
+
+    Where ``make`` returns None there is nothing to draw.
+    """
+    path = Path(path)
+    with optional(path.name):
+        if (figure := make()) is not None:
+            write_figure(figure, path)
+            return [path]
+    return []
 
 
 def write_figure(figure: Figure, path: str | Path) -> None:

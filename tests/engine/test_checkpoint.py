@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from oodprompt.backbones.tensors import Ignored
 from oodprompt.engine import checkpoint
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -65,8 +66,8 @@ def test_dassls_files_load_with_their_classes_left_inert(
     assert loaded["state_dict"]["ctx"].dtype == dtype
     assert loaded["epoch"] == 50
     assert loaded["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
-    assert isinstance(loaded["scheduler"]["successor"], checkpoint._Ignored)
-    assert isinstance(loaded["val_result"], checkpoint._Ignored)
+    assert isinstance(loaded["scheduler"]["successor"], Ignored)
+    assert isinstance(loaded["val_result"], Ignored)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

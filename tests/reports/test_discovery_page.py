@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from oodprompt.discovery.result import Gap
-from oodprompt.errors import UserError
 from oodprompt.reports.discovery import discovery_table, write_discovery
 from tests.helpers.html_tree import Tree
 from tests.helpers.made_up_discovery import arguments, card, load, many, written
@@ -134,12 +133,15 @@ def test_each_image_is_read_once(tmp_path: Path) -> None:
     assert len(read) == len(set(read)) > 10
 
 
-def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_image_costs_the_pictures_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(index: int) -> Image.Image:
         raise FileNotFoundError("gone")
 
-    with pytest.raises(UserError, match=r"cannot read data/\d+\.png for the gallery: gone"):
-        write_discovery(directory=tmp_path, **arguments(load=broken))
+    files = write_discovery(directory=tmp_path, **arguments(load=broken))
+    assert [file.name for file in files] == ["discovery.json", "discovery.md"]
+    notes = capsys.readouterr().out.splitlines()
+    assert [note.split(" is missing: ")[0] for note in notes] == ["Note: discovery.html", "Note: discovery.png"]
+    assert re.search(r"cannot read data/\d+\.png for the gallery: gone", notes[0])
 
 
 HOSTILE = '</title><script>alert("1")</script> & \'$x$ | <img src=x onerror=y>'

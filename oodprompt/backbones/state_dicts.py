@@ -1,0 +1,131 @@
+"""From the content of a file of weights to a state dict, and to that of a CLIP in OpenAI's layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from oodprompt.backbones.tensors import Ignored, read_file
+from oodprompt.errors import UserError
+from oodprompt.log import logger
+
+# Under which names training programs keep the weights, best first.
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+_AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")  # taken where a file has nothing else
+_ENDS = ("visual.conv1.weight", "token_embedding.weight")  # every CLIP in OpenAI's layout has these
+_WHOLE = "is a whole model object, saved by torch.save(model); save model.state_dict() instead"
+
+
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name: TorchScript, safetensors, a state dict, or a dict with one; gzip or not.
+
+    Nothing in the file is run. ``UserError`` where it cannot be read or holds no state dict.
+    """
+    try:
+        content = read_file(file)
+    except Exception as error:  # damaged bytes make unpicklers and unzippers raise nearly anything
+        raise UserError(
+            f"cannot read the checkpoint {file}: it is no checkpoint, or is damaged or incomplete ({brief(error)}); "
+            "give a state dict, a .safetensors file or OpenAI's archive"
+        ) from error
+    weights = _weights(content, file)
+    if not isinstance(weights, dict):
+        kind = f"an object {weights.kind}" if isinstance(weights, Ignored) else f"a {type(weights).__name__}"
+        raise UserError(f"{file} holds no state dict (a dict of tensors), but {kind}{_of_optimiser(content)}")
+    wrong = [key for key, value in weights.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if wrong or not weights:
+        which = f"its entry {wrong[0]!r} is none" if wrong else "it is empty"
+        raise UserError(
+            f"{file} holds no state dict, in which every entry is a name with a tensor: {which}{_of_optimiser(content)}"
+        )
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}
+
+
+def _weights(content: Any, file: Path) -> Any:
+    """The state dict in what a file holds, where it has one; ``UserError`` for a whole model."""
+    for _ in range(3):  # {"model": {"state_dict": ...}}
+        if isinstance(content, Ignored) and not content.kind.startswith(("numpy", "argparse")):
+            raise UserError(f"{file} {_WHOLE} (its class is {content.kind})")
+        if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
+            return content
+        names = [name for name in (*_WEIGHTS, *_AVERAGED) if isinstance(content.get(name), (dict, Ignored))]
+        if not names:
+            return content
+        if len(names) > 1:
+            logger.info(f"Note: {file}: weights are read from {names[0]!r}, not from {', '.join(map(repr, names[1:]))}")
+        content = content[names[0]]
+    return content
+
+
+def _of_optimiser(content: Any) -> str:
+    """What to say of a file that has an optimiser's state and no weights."""
+    if isinstance(content, dict) and {"state", "param_groups"} & content.keys() or _has(content, "optim"):
+        return "; it has the state of an optimiser and no weights: give the file of the model"
+    return ""
+
+
+def _has(content: Any, word: str) -> bool:
+    return isinstance(content, dict) and any(isinstance(key, str) and word in key for key in content)
+
+
+def clip_state_dict(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The entries of a CLIP in OpenAI's layout, without whatever prefix the names have in ``file``.
+
+    Entries without that prefix are counted in a line. ``UserError`` says what a file is that has no such CLIP, or two.
+    """
+    starts = [
+        [key.removesuffix(end) for key in weights if re.search(rf"(^|\.){re.escape(end)}$", key)] for end in _ENDS
+    ]
+    prefixes = sorted(set(starts[0]) & set(starts[1]), key=len)
+    if not prefixes:
+        if what := _other_layout(list(weights)):
+            raise UserError(f"{file} is no CLIP in OpenAI's layout: it is {what}")
+        return weights
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{file} holds {len(prefixes)} CLIPs, with names that begin with {', '.join(map(repr, prefixes))}; "
+            "save the state dict of one of them"
+        )
+    prefix = prefixes[0]
+    if not prefix:
+        return weights
+    others = [key for key in weights if not key.startswith(prefix)]
+    if others:
+        logger.info(
+            f"Note: {file}: {len(others):,} entries whose names do not begin with {prefix!r} are not used ({others[0]}, ...)"
+        )
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _other_layout(keys: list[str]) -> str:
+    """What weights with these names are, with what to do; "" where that is not known."""
+
+    def some(pattern: str) -> bool:
+        return any(re.search(pattern, key) for key in keys)
+
+    if some(r"lora_|\.lora\.|adapter"):
+        return "an adapter (LoRA) without the CLIP below it; merge it into its CLIP and save that model's state_dict()"
+    if some(r"(^|\.)(vision_model|text_model)\."):
+        return (
+            "a model of Hugging Face's transformers, whose layers have other names; save the same weights from OpenAI's "
+            "clip or from OpenCLIP"
+        )
+    if some(r"(^|\.)visual\.trunk\.") or some(r"(^|\.)text\.transformer\."):
+        return "a model of OpenCLIP with towers of another kind; a ViT or ResNet as OpenAI's is needed"
+    if some(r"(^|\.)(prompt_learner\.|ctx$|VPT|text_encoder\.|image_encoder\.)"):
+        return "a trained prompt learner; give it by MODEL.INIT_WEIGHTS, or its run by --model-dir with --eval-only"
+    if some(r"(^|\.)visual\.") and not some(r"token_embedding"):
+        return "an image tower alone; the text tower is needed too"
+    if some(r"(^|\.)(fc|head|classifier)\.weight$"):
+        return "an image classifier without a text tower"
+    return ""
+
+
+def brief(error: BaseException) -> str:
+    """Kind and message of an error in one line; PyTorch's first line is often but a heading, so two are taken."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return ": ".join([type(error).__name__, " ".join(lines[:2])[:300]]) if lines else type(error).__name__

@@ -13,8 +13,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.errors import UserError
+from oodprompt.files import sweep, temporary_folder
 
 _UNKNOWN = "{key}: there is no {value!r}: {known}"
 _NO_RANGE = "{{key}} is a range (low, high) above 0 and up to {}, not {{value}}"
@@ -137,25 +136,20 @@ def render_once(parent: Path, keys: CfgNode) -> Path:
     folder = parent / f"correlation{keys.CORRELATION:g}-{digest}"
     if (folder / "metadata.csv").is_file():
         return folder
-    temporary = None
+    sweep(parent)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".rendering-"))
-        os.chmod(temporary, 0o755)
-        _render_all(temporary, keys)
-        (temporary / "settings.json").write_text(settings + "\n")
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "metadata.csv").is_file():
-                raise
+        with temporary_folder(parent) as temporary:
+            _render_all(temporary, keys)
+            (temporary / "settings.json").write_text(settings + "\n")
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not (folder / "metadata.csv").is_file():
+                    raise
     except OSError as error:
         raise UserError(
             f"cannot render ShapesOnScenes into {folder}: {error.strerror or error}; choose another --root"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -49,12 +49,15 @@ def run(argv: Sequence[str] | None = None) -> None:
         return
     if args.model_dir and not Path(args.model_dir).is_dir():
         raise UserError(f"--model-dir: there is no folder {args.model_dir}; give the output folder of a run")
-    cfg = setup_cfg(args)
+    notes: list[str] = []
+    cfg = setup_cfg(args, notes.append)
     with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
         from oodprompt.data.distributed import leave_together  # here: they take PyTorch, for which --help does not wait
         from oodprompt.engine.check import check_run
         from oodprompt.engine.trainer import build_trainer
 
+        for note in notes:
+            print(note)
         if cfg.VERBOSE:
             print(f"** Arguments: {' '.join(argv if argv is not None else sys.argv[1:])}")
             random_seed = args.seed is not None and args.seed < 0

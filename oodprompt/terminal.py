@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from oodprompt.errors import UserError, nearest
+from oodprompt.files import LOCK, only_run_in, sweep
 from oodprompt.log import Forgiving
 
 
@@ -55,38 +56,50 @@ class _Tee(Forgiving):
 
 @contextlib.contextmanager
 def logged(directory: str, rank: int) -> Iterator[None]:
-    """Everything printed also goes to ``<directory>/log.txt`` (appended); only the first process prints at all."""
+    """Everything printed also goes to ``<directory>/log.txt`` (appended); only the first process prints at all.
+
+    The folder is this run's alone meanwhile: ``UserError`` where another run writes to it. What a killed run left half
+    written in it is deleted.
+    """
     if rank:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
         return
-    path = Path(directory) / "log.txt"
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A line at a time, so that a kill loses none. Characters that UTF-8 lacks are halves of undecodable file names.
-        log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-    except OSError as error:
-        _remove(made)
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --output-dir") from error
-    tee = _Tee(sys.stdout, log)
-    refused = False
-    try:
-        with contextlib.redirect_stdout(tee):
-            yield
-    except UserError as error:
-        tee.log.write(f"error: {error}\n")
-        refused = True
-        raise
-    except Exception:
-        tee.log.write(traceback.format_exc())
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            log.close()
-        if refused and path.parent in made and [file.name for file in path.parent.iterdir()] == [path.name]:
-            path.unlink()  # a run that was refused before it did anything leaves nothing
-            _remove(made)
+    folder = Path(directory)
+    path = folder / "log.txt"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove, made)  # what is empty in the end
+        try:
+            is_locked = stack.enter_context(only_run_in(folder))
+            # A line at a time, so that a kill loses none. Characters that UTF-8 lacks are halves of undecodable file names.
+            log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; free some space or choose another --output-dir"
+            ) from error
+        stack.callback(_close, log)
+        tee = _Tee(sys.stdout, log)
+        try:
+            with contextlib.redirect_stdout(tee):
+                if not is_locked:
+                    print(f"Note: {folder} is on a file system without locks; see to it that no other run writes to it")
+                if size := sweep(folder) + sum(sweep(part) for part in folder.glob("*/")):
+                    print(f"Note: deleted what a killed run had half written in {folder} ({size:,} bytes)")
+                yield
+        except UserError as error:
+            tee.log.write(f"error: {error}\n")
+            if folder in made and {file.name for file in folder.iterdir()} <= {path.name, LOCK}:
+                path.unlink()  # a run that was refused before it did anything leaves nothing
+            raise
+        except Exception:
+            tee.log.write(traceback.format_exc())
+            raise
+
+
+def _close(log: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        log.close()
 
 
 def _remove(folders: Sequence[Path]) -> None:

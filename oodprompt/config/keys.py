@@ -227,8 +227,11 @@ def _literal(raw: Any) -> Any:
     return raw
 
 
-def merge_file(cfg: CfgNode, path: str | Path) -> None:
-    """Merge a yaml file, key by key. ``UserError`` for a missing or malformed file, unknown keys, wrong types."""
+def merge_file(cfg: CfgNode, path: str | Path) -> list[str]:
+    """Merge a yaml file, key by key; returns the names of the keys that it gives.
+
+    ``UserError`` for a missing or malformed file, unknown keys, wrong types.
+    """
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -240,11 +243,13 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid yaml: {' '.join(str(error).split())[:300]}") from error
     if tree is None:
-        return
+        return []
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the top of the file must be a mapping of sections, not a {type(tree).__name__}")
-    for name, value in _walk(tree):
+    given = list(_walk(tree))
+    for name, value in given:
         set_key(cfg, name, value, str(path))
+    return [name for name, _ in given]
 
 
 def _walk(tree: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:

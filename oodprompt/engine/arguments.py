@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from yacs.config import CfgNode
 
 from oodprompt.config import extensions
-from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
+from oodprompt.config.keys import check_values, get_cfg_default, leaves, merge_file, merge_opts, set_key
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 from oodprompt.methods.resolve import base_of
 from oodprompt.terminal import Parser
 
@@ -44,8 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source-domains", nargs="+", metavar="NAME", help="domains to train on")
     parser.add_argument("--target-domains", nargs="+", metavar="NAME", help="domains to test on")
     parser.add_argument("--transforms", nargs="+", metavar="NAME", help="training transforms (INPUT.TRANSFORMS)")
-    parser.add_argument("--config-file", help="yaml file of the method")
-    parser.add_argument("--dataset-config-file", help="yaml file of the data set, merged first")
+    parser.add_argument("--config-file", help="yaml file of the method; its keys win over those of the data set's file")
+    parser.add_argument(
+        "--dataset-config-file",
+        help="yaml file of the data set; a data set that it names wins over one that --config-file names",
+    )
     parser.add_argument("--trainer", help="name of the trainer (TRAINER.NAME)")
     parser.add_argument("--base", help="prompt learner that a debiaser wraps (TRAINER.BASE)")
     extensions.add_flag(parser)
@@ -60,8 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def setup_cfg(args: argparse.Namespace) -> CfgNode:
-    """The frozen config: defaults, data set's file, method's file, flags, KEY VALUE pairs, in this order."""
+def setup_cfg(args: argparse.Namespace, say: Callable[[str], None] = logger.info) -> CfgNode:
+    """The frozen config: defaults, data set's file, method's file, flags, KEY VALUE pairs, in this order.
+
+    A data set that the data set's file names wins over the one of the method's file. ``say`` shows a line on what one
+    file overrides of the other.
+    """
     extensions.add(args.imports)
     opts = list(args.opts)
     for flag in ("source_domains", "target_domains", "transforms"):
@@ -73,9 +82,7 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
                 opts = words[i:] + opts
                 break
     cfg = get_cfg_default()
-    for file in (args.dataset_config_file, args.config_file):
-        if file:
-            merge_file(cfg, file)
+    _merge_files(cfg, args.dataset_config_file, args.config_file, say)
     for flag, key in _FLAG_KEYS.items():
         value = getattr(args, flag)
         if value is not None:
@@ -93,6 +100,31 @@ def setup_cfg(args: argparse.Namespace) -> CfgNode:
         cfg.OUTPUT_DIR = _output_dir(cfg, args)
     cfg.freeze()
     return cfg
+
+
+def _merge_files(cfg: CfgNode, of_data: str | None, of_method: str | None, say: Callable[[str], None]) -> None:
+    """Merge the file of the data set, then that of the method, whose keys win.
+
+    The section DATASET is that of the data set's file where both files name a data set: the keys that this file gives
+    win, and of another data set the method's file says nothing that counts here.
+    """
+    first = merge_file(cfg, of_data) if of_data else []
+    before = leaves(cfg)
+    second = merge_file(cfg, of_method) if of_method else []
+    after = leaves(cfg)
+    kept: list[str] = []
+    if "DATASET.NAME" in first and "DATASET.NAME" in second:
+        another = before["DATASET.NAME"] != after["DATASET.NAME"]
+        kept = [key for key in second if key.startswith("DATASET.") and (another or key in first)]
+    for key in kept:
+        set_key(cfg, key, before[key], str(of_data))
+    changed = [key for key in first if key in second and key not in kept]
+    for winner, loser, keys, now, was in (
+        (of_data, of_method, kept, before, after),
+        (of_method, of_data, changed, after, before),
+    ):
+        if pairs := [f"{key} {now[key]!r} (was {was[key]!r})" for key in keys if now[key] != was[key]]:
+            say(f"Note: {winner} overrides of {loser}: {', '.join(pairs)}")
 
 
 def _seed_of_run(cfg: CfgNode) -> int | None:

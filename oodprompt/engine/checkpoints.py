@@ -143,9 +143,13 @@ class Checkpoints:
         previous = self.newest_epoch(self.folder)
         for file in self.files(epoch):
             checkpoint.write_pointer(file)
-        kept = previous is not None and self.keep_every > 0 and previous % self.keep_every == 0
-        if previous is not None and previous < epoch and not kept:
-            for file in self.files(previous):
+        if previous is not None and previous < epoch:
+            self._prune(previous)
+
+    def _prune(self, epoch: int) -> None:
+        """Delete the checkpoint after ``epoch`` epochs, unless it is one to keep."""
+        if self.keep_every <= 0 or epoch % self.keep_every:
+            for file in self.files(epoch):
                 file.unlink(missing_ok=True)
 
     def _check_finite(self, epoch: int) -> None:
@@ -184,8 +188,10 @@ class Checkpoints:
         state.train_seconds, state.loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
         self.trained.scaler.load_state_dict(engine["scaler"])
         logger.info(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {state.max_epoch}")
-        if Path(directory).resolve() != self.folder.resolve() and is_main_process:
+        if is_main_process and Path(directory).resolve() != self.folder.resolve():
             self._take_over(Path(directory), epoch)
+        elif is_main_process:
+            self._prune(epoch - 1)  # where the run was killed ahead of that
         return epoch
 
     def _take_over(self, directory: Path, epoch: int) -> None:

@@ -248,6 +248,7 @@ class PromptTrainer(DasslNames):
         done = self.epoch + 1
         metrics = self.evaluate("val") if self._validates_after(done) else None
         improved = self.selection.improved(metrics, done) if metrics and self.selection.is_on else []
+        self.pseudo_report.update(is_resumed=False)  # ahead of the checkpoint, from which a killed run goes on
         row = epoch_row(done, self._last_lr, self._epoch_means, metrics, self.objective.by_group())
         self.history.append(row)
         if self.progress is not None:

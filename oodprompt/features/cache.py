@@ -33,6 +33,7 @@ from oodprompt.data.datum import Datum
 from oodprompt.data.transforms import is_random
 from oodprompt.errors import UserError
 from oodprompt.features.store import FeatureStore, PartialFile, default_folder
+from oodprompt.files import sweep
 from oodprompt.log import logger
 
 Views = Tensor | Sequence[np.ndarray]  # V views [N, d] of a split: on the compute device, or memory-mapped files
@@ -253,7 +254,10 @@ class _View:
         """Whether the file is whole; None: another run holds the lock after ``patience`` s."""
         if self._is_there():
             return True
-        return self._is_there() if self._locks(lock, patience) else None
+        if not self._locks(lock, patience):
+            return None
+        sweep(self.cache.store.folder)
+        return self._is_there()
 
     def _locks(self, lock: BaseFileLock, patience: float = 0.0) -> bool:
         self.cache.store.folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from oodprompt.errors import UserError
-from oodprompt.files import write_atomically
+from oodprompt.files import replacing, write_atomically
 
 _SYNC = 20.0  # seconds between the moments when the rows of an unfinished file are made safe
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -95,12 +95,8 @@ class PartialFile:
 
     def _make_safe(self) -> None:
         os.fsync(self._stream.fileno())
-        temporary = self.progress.with_suffix(".next")
-        try:
-            temporary.write_text(str(self.done))
-            os.replace(temporary, self.progress)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self.progress) as file:
+            file.write(str(self.done).encode())
         self._synced = time.monotonic()
 
     def rows(self) -> np.ndarray:

@@ -87,10 +87,9 @@ def flag_runs(
             main, *stack = trainer.split("+")
             words = ["--trainer", main, *(["--base", base] if base else [])]
             words += ["TRAINER.STACK", repr(tuple(stack))] if stack else []
-            # A method's file may name another data set.
-            words += ["DATASET.NAME", _config(flags[:2]).DATASET.NAME] if dataset else []
             line = [*common, *flags, *words, *keys]
-            setting, method = Path(dataset).stem or dataset_of(line), "-".join([trainer, *([base] if base else [])])
+            named = dataset_of(line)
+            setting, method = Path(dataset).stem or named, "-".join([trainer, *([base] if base else [])])
             for seed in seeds:
                 folder = out / setting / method / f"seed{seed}"
                 if folder in found:
@@ -171,4 +170,5 @@ def _dataset_flags(dataset: str) -> list[str]:
 
 
 def _config(line: Sequence[str]) -> CfgNode:
-    return setup_cfg(build_parser().parse_intermixed_args([*line, "--output-dir", os.devnull]))
+    arguments = build_parser().parse_intermixed_args([*line, "--output-dir", os.devnull])
+    return setup_cfg(arguments, say=lambda line: None)  # the run itself says it

@@ -36,7 +36,7 @@ def changed_keys(folder: Path, command: Sequence[str]) -> list[str]:
     old = get_cfg_default()
     merge_file(old, folder / "config.yaml")
     arguments = build_parser().parse_intermixed_args([*command, "--output-dir", str(folder)])
-    new = leaves(setup_cfg(arguments))
+    new = leaves(setup_cfg(arguments, say=lambda line: None))
     return [f"{k} was {v!r}, is now {new[k]!r}" for k, v in leaves(old).items() if k not in FREE_KEYS and new[k] != v]
 
 

@@ -18,6 +18,14 @@ def reference() -> str:
         "Written by `python scripts/maintain/config_reference.py` from the declarations beside the code. Set a key in a yaml file or "
         "at the end of the command line: `python train.py ... OPTIM.LR 0.01`. Keys marked [open] are points that the "
         "method's sources leave open. Where no values are given, any value of the default's type is taken.\n",
+        "## Which value counts\n",
+        "A value counts over those before it in this list:\n",
+        "1. the default in the tables below\n2. the file of the data set, `--dataset-config-file`\n"
+        "3. the file of the method, `--config-file`\n4. flags, such as `--seed`\n5. `KEY VALUE` pairs at the end\n",
+        "The section `DATASET` is an exception. If both files set `DATASET.NAME`, the file of the data set counts. Its "
+        "`DATASET` keys win over those of the method's file. If the two names differ, the other `DATASET` keys of the "
+        "method's file are not used either: they describe another data set. One line, which begins with `Note:`, names "
+        "each key that one file overrides of the other, with both values.\n",
     ]
     sections: dict[str, list[tuple[str, ...]]] = {}
     for name, key in declared_keys().items():

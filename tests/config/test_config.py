@@ -89,12 +89,45 @@ def test_every_key_has_documentation() -> None:
 
 def test_later_sources_win(tmp_path: Path) -> None:
     dataset = yaml_file(tmp_path / "d.yaml", "DATASET: {NAME: A, ROOT: a}\nSEED: 1\nOPTIM: {LR: 1.0, GAMMA: 0.5}")
-    method = yaml_file(tmp_path / "m.yaml", "DATASET: {NAME: B, ROOT: b, TEMPLATE: 'é {}'}\nSEED: 2\nOPTIM: {LR: 2.0}")
+    method = yaml_file(tmp_path / "m.yaml", "DATASET: {ROOT: b, TEMPLATE: 'é {}'}\nSEED: 2\nOPTIM: {LR: 2.0}")
     files = ("--config-file", method, "--dataset-config-file", dataset)
-    cfg = cfg_of(*files, "--trainer", "CoOp", "--seed", 3, "--root", "c", "OPTIM.LR", "4", "SEED", "4")
-    assert (cfg.OPTIM.GAMMA, cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.SEED, cfg.OPTIM.LR) == (0.5, "B", "c", 4, 4.0)
+    cfg = cfg_of(*files, "--trainer", "CoOp", "--seed", 3, "OPTIM.LR", "4", "SEED", "4")
+    assert (cfg.OPTIM.GAMMA, cfg.DATASET.NAME, cfg.DATASET.ROOT, cfg.SEED, cfg.OPTIM.LR) == (0.5, "A", "b", 4, 4.0)
     assert DASSL["OPTIM.MAX_EPOCH"] == cfg.OPTIM.MAX_EPOCH
     assert cfg.DATASET.TEMPLATE == "é {}"
+    assert cfg_of(*files, "--trainer", "CoOp", "--root", "c").DATASET.ROOT == "c"
+
+
+def test_data_set_of_its_own_file_wins_over_the_embedded_one(tmp_path: Path) -> None:
+    dataset = yaml_file(tmp_path / "d.yaml", "DATASET: {NAME: A, NUM_SHOTS: 4}\nOPTIM: {LR: 1.0}")
+    method = yaml_file(tmp_path / "m.yaml", "DATASET: {NAME: B, ROOT: b, NUM_SHOTS: 16}\nOPTIM: {LR: 2.0}")
+    files = ["--config-file", str(method), "--dataset-config-file", str(dataset), "--trainer", "CoOp"]
+    cfg = cfg_of(*files)
+    assert (cfg.DATASET.NAME, cfg.DATASET.NUM_SHOTS, cfg.DATASET.ROOT, cfg.OPTIM.LR) == ("A", 4, "", 2.0)
+    yaml_file(method, "DATASET: {NAME: A, ROOT: b, NUM_SHOTS: 16}")  # the same data set: what is said of it in addition
+    cfg = cfg_of(*files)
+    assert (cfg.DATASET.NAME, cfg.DATASET.NUM_SHOTS, cfg.DATASET.ROOT) == ("A", 4, "b")
+
+
+def test_what_a_file_overrides_of_another_is_said(tmp_path: Path) -> None:
+    dataset = yaml_file(tmp_path / "d.yaml", "DATASET: {NAME: A}\nOPTIM: {LR: 1.0, GAMMA: 0.5}\nSEED: 1")
+    method = yaml_file(tmp_path / "m.yaml", "DATASET: {NAME: B, ROOT: b}\nOPTIM: {LR: 2.0, STEPSIZE: 7}\nSEED: 1")
+    said: list[str] = []
+    words = [
+        "--config-file",
+        str(method),
+        "--dataset-config-file",
+        str(dataset),
+        "--trainer",
+        "CoOp",
+        "OPTIM.GAMMA",
+        "0.1",
+    ]
+    setup_cfg(build_parser().parse_intermixed_args(words), said.append)
+    assert said == [
+        f"Note: {dataset} overrides of {method}: DATASET.NAME 'A' (was 'B'), DATASET.ROOT '' (was 'b')",
+        f"Note: {method} overrides of {dataset}: OPTIM.LR 2.0 (was 1.0)",
+    ]
 
 
 def test_upstream_file_merges_unchanged(tmp_path: Path) -> None:

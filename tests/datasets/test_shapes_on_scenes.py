@@ -48,7 +48,7 @@ def test_same_settings_give_the_same_bytes(make_cfg: MakeCfg, tmp_path: Path, na
     assert len({content for path, content in files.items() if path.endswith(".png")}) > 30
     shapes(make_cfg, tmp_path / "b", **SETS[name], RENDER_SEED=1)
     assert len(files_of(tmp_path / "b")) == 2 * len(files)
-    assert not list((tmp_path / "b" / "shapes_on_scenes").glob(".rendering*"))
+    assert not list((tmp_path / "b" / "shapes_on_scenes").glob(".*"))
 
 
 def test_rendered_files_are_kept(make_cfg: MakeCfg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from yacs.config import CfgNode
 
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
-from oodprompt.data.dataset import Datum
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum
 from oodprompt.data.folders import IMAGE_ENDINGS, as_words, check_spelling, image_names, note_passed_over, subfolders
 from oodprompt.errors import UserError, nearest
 
@@ -52,16 +53,17 @@ class Folders(FilesDataset):
         values = {attribute for images in found.values() for _, attribute, _ in images} - {""}
         value_of, self.attribute_names = number_attributes(cfg, root, values)
         self.attribute_prompts = [(f"a photo of {name}.",) for name in self.attribute_names]
+        label_of = {name: label for label, name in enumerate(classes)}
         splits: dict[str, list[Datum]] = {"train": [], "val": [], "test": []}
         for split, images in found.items():
             for name, attribute, path in images:
                 if name not in classes:
                     raise UserError(f"{path}: class {name!r} has no folder in train: {nearest(name, classes)}")
                 number = value_of.get(attribute, -1)
-                splits[split].append(Datum(str(path), classes.index(name), number, name, number))
+                splits[split].append(Datum.unchecked(str(path), label_of[name], number, name, number, ""))
         if not splits["test"]:
             raise self.missing(f"no image in {(root / 'test').absolute()}")
-        train, val = splits["train"], splits["val"]
+        train, val = Images.of(splits["train"]), Images.of(splits["val"])
         if not val:
             train, val = split_off_validation(cfg, str(root), train)
         super().__init__(cfg, train, val, splits["test"])

@@ -19,7 +19,7 @@ from oodprompt.data import seeding
 from oodprompt.data.dataset import Datum, attribute_name, build_dataset
 from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.sampling import EpochBatches
-from oodprompt.data.transforms import build_transform
+from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
@@ -143,6 +143,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._generator.manual_seed(seeding.derive_seed(self.batches.cfg.SEED, seeding.AUGMENT, self.batches.epoch))
+        if isinstance(self.dataset.transform, Transform):
+            self.dataset.transform.compose()  # once, and not in every worker
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -161,7 +163,7 @@ class DataManager:
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
             logger.warning("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
-        self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
+        self.transform_train, self.transform_test = Transform(cfg, is_train=True), Transform(cfg, is_train=False)
         self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)
         self.val_loader = self.loader(self.dataset.val) if self.dataset.val else None
         self.test_loader = self.loader(self.dataset.test)

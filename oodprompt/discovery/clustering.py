@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import kmedoids
 import numpy as np
 
 from oodprompt.discovery.result import Clustering
@@ -152,6 +151,8 @@ def _start(d: np.ndarray, k: int, seed: int) -> np.ndarray:
     """``k`` medoids by FasterPAM on a sample."""
     size = min(len(d), max(START_SAMPLE, 10 * k))
     sample = np.sort(np.random.default_rng(seed).choice(len(d), size, replace=False))
+    import kmedoids  # here: it takes scikit-learn, which takes more than a second
+
     found = kmedoids.fasterpam(d[sample[:, None], sample], k, random_state=seed, n_cpu=1)
     return sample[found.medoids.astype(np.int64)]
 

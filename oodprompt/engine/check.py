@@ -17,7 +17,7 @@ from oodprompt.log import logger
 _EXAMPLES = 3
 
 
-def check_images(cfg: CfgNode, dataset: DatasetBase, until: float = math.inf, show: bool | None = None) -> Report:
+def check_images(cfg: CfgNode, dataset: DatasetBase, until: float = math.inf, show: bool = True) -> Report:
     """``check_data`` with the pixels and the view of a run with ``cfg``."""
     return check_data(dataset, PixelRules.of(cfg), build_transform(cfg, is_train=False).transforms[0], until, show)
 

@@ -11,7 +11,6 @@ from oodprompt.config.keys import Key, declare
 from oodprompt.data.images import PixelRules
 from oodprompt.errors import UserError, nearest
 from oodprompt.regions.boxes import Regions, coco_regions, csv_regions, given_file, is_json
-from oodprompt.regions.proposals import proposal_regions
 
 SOURCES = ("grid", "boxes", "proposals")
 
@@ -74,6 +73,8 @@ def build_regions(
         of_coco = is_json(given_file(file))
         return (coco_regions if of_coco else csv_regions)(file, paths, input_size)
     if source == "proposals":
+        from oodprompt.regions.proposals import proposal_regions  # here: it takes torchvision, which takes seconds
+
         return proposal_regions(paths, input_size, file, per_image, device=device, show=show, rules=rules)
     raise UserError(f"unknown source of regions {source!r}: {nearest(source, SOURCES)}")
 

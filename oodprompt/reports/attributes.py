@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import draw, literal, write_in_cells
+from oodprompt.reports.style import draw, literal, new_figure, write_in_cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PSEUDO_ATTRIBUTES = "pseudo_attributes.json"
 
@@ -54,7 +55,7 @@ def _confusions(rows: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Fig
     """One square per split: how images of each attribute (row) were labelled (column), in per cent of the row."""
     labels = [literal(name) for name in names]
     side = 1.6 + 0.55 * max(len(names), 2)
-    figure = Figure(figsize=(side * len(rows) + 0.8, side + 0.4), layout="constrained")
+    figure = new_figure(side * len(rows) + 0.8, side + 0.4)
     for axes, (split, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         values = [[100 * share for share in line] for line in row["confusion"]]
         axes.imshow(values, cmap="Blues", vmin=0, vmax=100)

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.files import write_atomically
 from oodprompt.log import optional
-from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, draw, literal, markdown_table, percent
+from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, draw, literal, markdown_table, new_figure, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = "results.json"
 FRACTIONS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
@@ -120,7 +121,7 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
         names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
     names = [literal(name) for name in names]
     values = [100 * r["accuracy"] for r in rows]
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    figure = new_figure(7, 1.2 + 0.5 * len(rows))
     axes = figure.add_subplot()
     worst = min(values)
     bars = axes.barh(names, values, color=[RED if v == worst else BLUE for v in values])

@@ -216,11 +216,10 @@ def coco_pairs(
         if len(found) == count:
             break
         pair = _label_set(train, e, a, np.flatnonzero(enough[e]), sizes, rng)
-        if pair is None or (smallest := _smallest_cell(train, pair, captions_file is not None)) < min_images:
+        if pair is None or _smallest_cell(train, pair, captions_file is not None) < min_images:
             continue
         if evaluation is None or _smallest_cell(evaluation, pair, False) >= min_evaluation:
             found.append(pair)
-            bar.set_postfix(found=len(found), images=smallest)
     if not found:
         raise UserError(
             f"{annotation_file}: no pair of categories has {min_images} images in every cell (and {min_evaluation} for "

@@ -65,7 +65,7 @@ def test_messages_without_a_command_end_nothing_either(monkeypatch: pytest.Monke
 def test_a_reader_that_leaves_does_not_end_the_run(arguments: Arguments, forks: Forks, tmp_path: Path) -> None:
     """As ``train.py ... | head -1``: the pipe breaks at the first line."""
     close = "import os\nread, write = os.pipe()\nos.dup2(write, 1)\nos.close(write)\nos.close(read)\n"
-    close += "import sys\nsys.stdout.reconfigure(write_through=True)\n"
+    close += "import sys\nsys.stdout.reconfigure(line_buffering=True)\n"
     process = forks.start(["train.py", *arguments("CoOp", "out", *ONE)], first=close)
     done = forks.wait(process)[0]
     assert (done.returncode, done.stderr) == (0, "")

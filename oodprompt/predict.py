@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from oodprompt.config import extensions
+from oodprompt.data.dataset import told_apart
 from oodprompt.data.images import IMAGE_SUFFIXES
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
@@ -66,7 +67,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     paths = images_of(args.images)
 
     trainer = load_run(args.model_dir, args.load_epoch, root=args.root)
-    names, probabilities = trainer.dataset.classnames, trainer.classify(paths)
+    names, probabilities = told_apart(trainer.dataset.classnames), trainer.classify(paths)
     write_atomically(args.output, predictions_csv(paths, names, probabilities))
     counts = ", ".join(
         f"{int(n)} {name}"

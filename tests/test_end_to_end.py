@@ -41,7 +41,7 @@ def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> N
     required = {
         *("trainer", "base", "stack", "dataset", "backbone", "seed", "split", "num_samples", "accuracy", "macro_f1"),
         *("worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes", "time", "peak_memory_mib"),
-        *("environment", "checkpoint"),
+        *("environment", "checkpoint", "notes", "num_without_attribute"),
     }
     assert required <= results.keys()
     assert (results["trainer"], results["base"], results["stack"]) == ("CoOpOOD", "CoOp", [])
@@ -160,11 +160,19 @@ def test_few_shot_and_base_classes(build: Callable[..., PromptTrainer]) -> None:
     assert len(trainer.dataset.train_x) == 8 and len(trainer.dataset.val) == 16
     classes = "('circle', 'diamond', 'star')"
     scenes = "('water', 'land', 'sky')"
-    trainer = build(
-        *("CoOp", "DATASET.SHAPES.CLASSES", classes, "DATASET.SHAPES.SCENES", scenes),
-        *("DATASET.SUBSAMPLE_CLASSES", "new", "OPTIM.LR", 0.1),
-    )
-    assert trainer.dataset.classnames == ["star"]
+    keys = ["DATASET.SHAPES.CLASSES", classes, "DATASET.SHAPES.SCENES", scenes, "DATASET.SUBSAMPLE_CLASSES"]
+    assert build("CoOp", *keys, "base").dataset.classnames == ["circle", "diamond"]
+    with pytest.raises(UserError, match="has one class only .'star'."):
+        build("CoOp", *keys, "new")
+
+
+@pytest.mark.parametrize(("trainer", "times"), [("CoOp", 2), ("ZeroshotCLIP", 1)])
+def test_what_to_mind_of_the_data_stays_with_the_results(run: Run, tmp_path: Path, trainer: str, times: int) -> None:
+    results = run(trainer, "run", "DATASET.SHAPES.CORRELATION", 1.0, "OPTIM.MAX_EPOCH", 1)
+    (note, _), start = results["notes"], "The attribute is the class in training: every class has one value"
+    assert note.startswith(start) and results["num_without_attribute"] == 0
+    assert (tmp_path / "run" / "log.txt").read_text().count(f"Note: {note}\n") == times
+    assert f"- {note}\n" in (tmp_path / "run" / "results.md").read_text()
 
 
 def test_nan_loss_stops_with_one_line_and_keeps_the_last_epoch(arguments: Arguments, run: Run, tmp_path: Path) -> None:

@@ -172,6 +172,15 @@ def build_dataset(cfg: CfgNode) -> DatasetBase:
     return DATASET_REGISTRY.get(cfg.DATASET.NAME, "DATASET.NAME")(cfg)
 
 
+def told_apart(classnames: Sequence[str]) -> list[str]:
+    """The names of the classes for a reader: those that several classes have get the class's number, "crane (class 134)".
+
+    For tables, pictures and columns only. Prompts keep the names as they are: ImageNet has two missiles.
+    """
+    count = Counter(classnames)
+    return [name if count[name] == 1 else f"{name} (class {i})" for i, name in enumerate(classnames)]
+
+
 def attribute_name(dataset: DatasetBase, attribute: int) -> str:
     names = dataset.attribute_names
     if attribute < 0:

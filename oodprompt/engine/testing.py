@@ -81,6 +81,8 @@ class Testing:
         """
         self.evaluator.report(metrics)
         report_other_predictions(metrics)
+        for note in results.get("notes", ()):
+            logger.warning(f"Note: {note}")
         if results["selections"]:
             logger.info(selections_table(results["selections"]))
         files = write_results(results, folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import EVALUATOR_REGISTRY
-from oodprompt.data.dataset import DatasetBase, Datum, attribute_name
+from oodprompt.data.dataset import DatasetBase, Datum, attribute_name, told_apart
 from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch
 from oodprompt.log import logger
@@ -198,7 +198,7 @@ def group_metrics(
         groups=[],
         classes=[],
     )
-    for i, name in enumerate(dataset.classnames):
+    for i, name in enumerate(told_apart(dataset.classnames)):
         mine = label == i
         if mine.any():
             metrics["classes"].append(
@@ -210,7 +210,7 @@ def group_metrics(
     for datum in train:
         key = (datum.label, datum.attribute)
         in_train[key] = in_train.get(key, 0) + 1
-    for i, name in enumerate(dataset.classnames):
+    for i, name in enumerate(told_apart(dataset.classnames)):
         for a in attribute[attribute >= 0].unique().tolist():
             mine = (label == i) & (attribute == a)
             if mine.any():
@@ -254,7 +254,7 @@ def attribute_metrics(pseudo: Tensor, label: Tensor, attribute: Tensor, dataset:
         return row
     right = (pseudo == attribute).double()
     row["accuracy"] = right[known].mean().item()
-    for i, name in enumerate(dataset.classnames):
+    for i, name in enumerate(told_apart(dataset.classnames)):
         for a in range(values):
             mine = (label == i) & (attribute == a)
             if mine.any():

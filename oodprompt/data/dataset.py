@@ -10,6 +10,7 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -56,7 +57,10 @@ class DatasetBase:
     A subclass is built by ``Cls(cfg)``; it reads its files and calls ``super().__init__``, which draws the few-shot
     sample (``DATASET.NUM_SHOTS``) and keeps the classes that ``DATASET.SUBSAMPLE_CLASSES`` asks for.
 
-    Class attributes: ``dataset_dir`` (folder under ROOT), ``template`` (prompt of zero-shot classification),
+    Without training images (an empty ``train_x``) it serves methods that train nothing, and trained models. Classes are
+    then those of the other splits.
+
+    Class attributes: ``dataset_dir (folder under ROOT), ``template`` (prompt of zero-shot classification),
     ``attribute_names`` and ``attribute_prompts`` (per value of the spurious attribute, the prompts that name it).
     """
 
@@ -79,7 +83,8 @@ class DatasetBase:
         self.train_x, self.val, self.test = subsample_classes(cfg.DATASET.SUBSAMPLE_CLASSES, train_x, val, test)
         if not self.test:
             raise UserError(f"{type(self).__name__}: the test split is empty; give it at least one image")
-        self.lab2cname = {datum.label: datum.classname for datum in sorted(self.train_x, key=lambda d: d.label)}
+        named = self.train_x or [*self.val, *self.test]
+        self.lab2cname = {datum.label: datum.classname for datum in sorted(named, key=lambda d: d.label)}
         self.classnames = [self.lab2cname[label] for label in range(len(self.lab2cname))]
         self.num_classes = len(self.classnames)
         self.template = cfg.DATASET.TEMPLATE or self.template
@@ -101,16 +106,16 @@ class DatasetBase:
             )
 
     def _check_classes(self, train_x: Sequence[Datum], *others: Sequence[Datum]) -> None:
+        """``UserError`` where a class has no training image; no image at all, where nothing can be trained."""
         name = type(self).__name__
-        if not train_x:
-            raise UserError(f"{name}: the train split is empty; give it at least one image of every class")
-        count = Counter(datum.label for datum in train_x)
-        last = max(datum.label for split in (train_x, *others) for datum in split)
+        count = Counter(datum.label for datum in train_x or chain(*others))
+        last = max((datum.label for split in (train_x, *others) for datum in split), default=-1)
         missing = [label for label in range(last + 1) if label not in count]
         if missing:
             raise UserError(
                 f"{name}: class{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 0..{last} "
-                "has no training image; every class needs one (are the labels consecutive, is the folder empty?)"
+                f"has no {'training ' if train_x else ''}image; every class needs one (are the labels consecutive, is the "
+                "folder empty?)"
             )
 
     @property
@@ -145,7 +150,7 @@ def subsample_classes(which: str, train: Sequence[Datum], *others: Sequence[Datu
     splits = [train, *others]
     if which == "all":
         return [list(split) for split in splits]
-    labels = sorted({datum.label for datum in train})
+    labels = sorted({datum.label for datum in train or chain(*others)})
     half = (len(labels) + 1) // 2
     choices = {"base": labels[:half], "new": labels[half:]}
     new_label = {label: i for i, label in enumerate(choices[which])}

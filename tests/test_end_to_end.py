@@ -18,6 +18,7 @@ from PIL import Image
 from oodprompt import cli
 from oodprompt.backbones.weights import TINY
 from oodprompt.config import extensions
+from oodprompt.data.dataset import DatasetBase
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
@@ -173,6 +174,21 @@ def test_what_to_mind_of_the_data_stays_with_the_results(run: Run, tmp_path: Pat
     assert note.startswith(start) and results["num_without_attribute"] == 0
     assert (tmp_path / "run" / "log.txt").read_text().count(f"Note: {note}\n") == times
     assert f"- {note}\n" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_test_images_are_enough_for_what_does_not_train(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_training = run("ZeroshotCLIP", "all")
+    run("CoOp", "trained", "OPTIM.MAX_EPOCH", 1)
+    build = DatasetBase.__init__
+    monkeypatch.setattr(DatasetBase, "__init__", lambda self, cfg, train, val, test: build(self, cfg, [], [], test))
+    results = run("ZeroshotCLIP", "test only")
+    assert results["accuracy"] == with_training["accuracy"] and results["groups"][0]["num_train"] == 0
+    assert results["adjusted_average_accuracy"] == results["accuracy"]
+    assert run("CoOp", "evaluated", "--eval-only", "--model-dir", tmp_path / "trained")["num_samples"] == 24
+    with pytest.raises(UserError, match="^ShapesOnScenes has no training images, and CoOp trains: train on another"):
+        run("CoOp", "untrained")
 
 
 def test_nan_loss_stops_with_one_line_and_keeps_the_last_epoch(arguments: Arguments, run: Run, tmp_path: Path) -> None:

@@ -173,10 +173,10 @@ class PromptTrainer(DasslNames):
         if not self.trainable:
             self.objective.note_what_does_nothing()
         self.time_start = time.time()
-        if self.trainable and self.dataset.test_only:
+        if self.trainable and (self.dataset.test_only or not self.dataset.train_x):
             raise UserError(
-                f"{self.cfg.DATASET.NAME} has test images only; train on another data set and come back with --eval-only "
-                "--model-dir OUTPUT_FOLDER"
+                f"{self.cfg.DATASET.NAME} has no training images, and {self.cfg.TRAINER.NAME} trains: train on another data "
+                "set and come back with --eval-only --model-dir OUTPUT_FOLDER, or take a method that does not (ZeroshotCLIP)"
             )
         if self.start_epoch < self.max_epoch:
             self._prepare_training()

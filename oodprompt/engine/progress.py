@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def announce(encoder: Encoder, num_processes: int) -> None:
     logger.info(f"Image features: {cached}")
 
 
+def _no_traceback(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. Of a full disk or the like the next write tells; a traceback would be printed too."""
+    if not (failed.exc_type and issubclass(failed.exc_type, OSError)):
+        threading.__excepthook__(failed)
+
+
 class Progress:
     """Shows the steps of a run whose epochs have ``num_batches`` steps.
 
@@ -39,6 +46,7 @@ class Progress:
         done = state.start_epoch * num_batches
         self._writer: SummaryWriter | None = None
         if folder:
+            threading.excepthook = _no_traceback
             with optional("TensorBoard's file"):
                 self._writer = SummaryWriter(str(folder), purge_step=done if state.start_epoch else None)
         left = num_batches if state.start_epoch < state.max_epoch else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.tables import missing, read_header, read_lines, read_rows, whole
 from oodprompt.errors import UserError, nearest
 
 declare(
@@ -125,8 +126,9 @@ class CelebA(FilesDataset):
         prefix = f"{images}/"
         for line, name, *values in _read_attributes(list_attr, {"TARGET": keys.TARGET, "ATTRIBUTE": keys.ATTRIBUTE}):
             try:
-                label, attribute = (_PRESENT[value] for value in values)
-            except KeyError:
+                label = _PRESENT[whole(values[0])]
+                attribute = -1 if missing(values[1]) else _PRESENT[whole(values[1])]
+            except (KeyError, ValueError):
                 both = f"{keys.TARGET} {values[0]!r} and {keys.ATTRIBUTE} {values[1]!r}"
                 raise UserError(f"{list_attr}, line {line}: {both} must be 1 or -1") from None
             if name not in split_of:
@@ -139,55 +141,57 @@ class CelebA(FilesDataset):
         return splits
 
 
-_PRESENT = {"1": 1, "-1": 0, "0": 0}
-_SPLIT = {"0": 0, "1": 1, "2": 2}
+_PRESENT = {1: 1, -1: 0, 0: 0}
 
 
 def _read_splits(path: Path) -> Iterator[tuple[str, int]]:
     """(image name, split) of list_eval_partition; only the csv form has a header."""
-    for line, row in _table(path):
-        if path.suffix == ".csv" and row == ["image_id", "partition"]:
-            continue
-        if len(row) != 2 or row[1] not in _SPLIT:
+    if path.suffix == ".csv":
+        rows = read_rows(path, ("image_id", "partition"))
+    else:
+        rows = ((line, text.split()) for line, text in read_lines(path))
+    for line, row in rows:
+        try:
+            name, number = row
+            split = whole(number)
+        except ValueError:
+            split = -1
+        if split not in (0, 1, 2):
             raise UserError(
                 f"{path}, line {line}: expected an image and its split (0 train, 1 val, 2 test), "
                 f"not {' '.join(row)[:80]!r}"
             )
-        yield row[0], _SPLIT[row[1]]
+        yield name, split
 
 
 def _read_attributes(path: Path, wanted: dict[str, str]) -> Iterator[tuple[int, str, str, str]]:
     """(line, image name, values of the two ``wanted`` attributes) of list_attr_celeba."""
-    rows = _table(path)
-    count = None
-    if path.suffix == ".txt":  # the number of images, then the names of the attributes without one for the image
-        _, first = next(rows, (1, []))
-        if len(first) != 1 or not first[0].isdecimal():
-            raise UserError(f"{path}, line 1: expected the number of images, not {' '.join(first)[:80]!r}")
-        count = int(first[0])
-    header = next(rows, (1, []))[1]
-    header = header if path.suffix == ".csv" else ["image_id", *header]
-    for key, attribute in wanted.items():
-        if attribute not in header[1:]:
-            raise UserError(f"DATASET.CELEBA.{key}: {path} has no {attribute!r}: {nearest(attribute, header[1:])}")
-    one, other = (header.index(attribute) for attribute in wanted.values())
+    if path.suffix == ".csv":
+        image, *names = read_header(path) or [""]
+        _check_attributes(path, wanted, names)
+        for line, (name, one, other) in read_rows(path, (image, *wanted.values())):
+            yield line, name, one, other
+        return
+    rows = read_lines(path)  # the number of images, then the names of the attributes without one for the image
+    _, first = next(rows, (1, ""))
+    if not first.isdecimal():
+        raise UserError(f"{path}, line 1: expected the number of images, not {first[:80]!r}")
+    names = next(rows, (1, ""))[1].split()
+    _check_attributes(path, wanted, names)
+    places = [0, *(1 + names.index(attribute) for attribute in wanted.values())]
     found = 0
-    for line, row in rows:
-        if len(row) != len(header):
-            raise UserError(f"{path}, line {line} has {len(row)} fields, not {len(header)}; fetch it again")
+    for line, text in rows:
+        row = text.split()
+        if len(row) != 1 + len(names):
+            raise UserError(f"{path}, line {line} has {len(row)} fields, not {1 + len(names)}; fetch it again")
         found += 1
-        yield line, row[0], row[one], row[other]
-    if count not in (None, found):
-        raise UserError(f"{path} lists {found} images, but line 1 says {count}; fetch it again")
+        name, one, other = (row[i] for i in places)
+        yield line, name, one, other
+    if found != int(first):
+        raise UserError(f"{path} lists {found} images, but line 1 says {first}; fetch it again")
 
 
-def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of every line that is not empty; fields are split at commas or, in txt, at blanks."""
-    separator = "," if path.suffix == ".csv" else None
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    yield line, text.split() if separator is None else text.strip().split(separator)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; fetch it again") from error
+def _check_attributes(path: Path, wanted: dict[str, str], names: Sequence[str]) -> None:
+    for key, attribute in wanted.items():
+        if attribute not in names:
+            raise UserError(f"DATASET.CELEBA.{key}: {path} has no {attribute!r}: {nearest(attribute, names)}")

@@ -9,7 +9,7 @@ from oodprompt.datasets.file_lists import FilesDataset, Splits, check_names, nam
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
-from oodprompt.data.tables import read_lines
+from oodprompt.data.tables import portable, read_lines
 from oodprompt.errors import UserError, nearest
 from oodprompt.log import logger
 
@@ -72,8 +72,9 @@ def read_split(path: Path, images: Path) -> Splits:
         for number, entry in enumerate(entries, 1):
             where = f"{path}, {name!r} entry {number}"
             match entry:
-                case [str(image), int(label), str(classname)] if label >= 0:
-                    data.append(named(where, "restore it", images / image, label, 0, classname))
+                case [str(image), int() | float() as label, str(classname)] if label >= 0 and float(label).is_integer():
+                    file = images / portable(image, images)
+                    data.append(named(where, "restore it", file, int(label), 0, classname))
                 case _:
                     raise UserError(f"{where}: expected [image, label, class name], not {str(entry)[:80]}")
     check_names(path, *splits)
@@ -172,7 +173,8 @@ class FGVCAircraft(FilesDataset):
         splits: Splits = ([], [], [])
         for file, data in zip(files, splits, strict=True):
             for line, text in read_lines(folder / file):
-                image, _, variant = text.partition(" ")
+                image, *rest = text.split(maxsplit=1)
+                variant = "".join(rest)
                 where = f"{folder / file}, line {line}"
                 if variant not in label_of:
                     raise UserError(f"{where}: no variant {variant!r} in variants.txt: {nearest(variant, label_of)}")

@@ -64,7 +64,7 @@ class _Rows:
         self.path, self.keys = path, keys
         self.line, self.images = array("i"), Texts(prefix=os.path.join(path.parent, ""))
         self.label, self.split, self.attribute = _Values(), _Values(), _Values()
-        self.captions: Texts | None = Texts()
+        self.captions: Texts | None = None
         self._read()
 
     def _read(self) -> None:
@@ -72,7 +72,7 @@ class _Rows:
         needed = (keys.IMAGE, keys.LABEL, keys.SPLIT)
         optional = attributes if attributes == _DEFAULT_ATTRIBUTES else ()
         columns = needed if optional else (*needed, *attributes)
-        captioned = False
+        captioned, captions = False, Texts()
         for line, (image, label, split, *values, caption) in read_rows(self.path, columns, (*optional, keys.CAPTION)):
             image = image.strip()
             if not (image and label and split):
@@ -84,9 +84,9 @@ class _Rows:
             self.attribute.append(tuple(values), line)
             caption = caption.strip()
             captioned = captioned or bool(caption)
-            self.captions.append(caption)
-        if not captioned:
-            self.captions = None
+            captions.append(caption)
+        if captioned:
+            self.captions = captions
 
     def _refuse_blank(self, line: int, *values: str) -> None:
         for column, value in zip((self.keys.IMAGE, self.keys.LABEL, self.keys.SPLIT), values, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,18 +10,18 @@ from pathlib import Path
 from oodprompt.datasets.file_lists import (
     FilesDataset,
     check_names,
-    image_names,
     listed,
     readable,
     sorted_values,
     split_off_validation,
-    subfolders,
 )
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
-from oodprompt.data.tables import read_lines
+from oodprompt.data.folders import check_spelling, image_names, note_passed_over, subfolders
+from oodprompt.data.tables import portable, read_lines, whole
 from oodprompt.errors import UserError, nearest
 from oodprompt.log import logger
 
@@ -59,12 +60,14 @@ class DomainsDataset(FilesDataset):
         name = type(self).__name__
         sources, targets = self.choose(cfg)
         self.attribute_names = tuple(readable(domain) for domain in self.domains)
+        self._passed_over: Counter[str] = Counter()
         read = self._reader(cfg, (*sources, *targets))
         train, val, test = (
-            [datum for domain in domains for datum in read(split, domain)]
+            Images.of([datum for domain in domains for datum in read(split, domain)])
             for split, domains in (("train", sources), ("val", sources), ("test", targets))
         )
         check_names(name, train, val, test)
+        note_passed_over(self._passed_over, name)
         logger.info(f"{name}: training on {', '.join(sources)}; testing on {', '.join(targets)}")
         if not val:
             train, val = split_off_validation(cfg, name, train)
@@ -135,8 +138,12 @@ class DomainsDataset(FilesDataset):
             if not path.is_file():
                 raise self.missing(f"no file {path}")
             for line, text in read_lines(path):
-                image, _, number = text.rpartition(" ")
-                label = int(number) - self.first_label if number.isdecimal() else -1
+                image, *number = text.rsplit(maxsplit=1)
+                image = portable(image, folder / self.images)
+                try:
+                    label = whole("".join(number)) - self.first_label
+                except ValueError:
+                    label = -1
                 if label < 0 or "/" not in image:
                     raise UserError(
                         f"{path}, line {line}: expected an image's path and its class's number from {self.first_label}, "
@@ -154,7 +161,9 @@ class DomainsDataset(FilesDataset):
         if not any((folder / part).is_dir() for folder in folders.values() for part in parts):
             split_folders, parts = {"train": ("",), "val": (), "test": ("",)}, {""}
         places = [folder / part for folder in folders.values() for part in parts]
-        classes = {path.name for place in places if place.is_dir() for path in subfolders(place)}
+        class_folders = [path for place in places if place.is_dir() for path in subfolders(place)]
+        check_spelling(class_folders, "class")
+        classes = {path.name for path in class_folders}
         label_of = {name: label for label, name in enumerate(sorted_values(classes))}
         return lambda split, domain: [
             datum
@@ -168,7 +177,7 @@ class DomainsDataset(FilesDataset):
         data = []
         for path in subfolders(folder) if folder.is_dir() else []:
             classname = self.numbered.get(path.name, readable(path.name))
-            for name in image_names(path):
+            for name in image_names(path, passed_over=self._passed_over):
                 data.append(Datum(str(path / name), label_of[path.name], attribute, classname, attribute))
         if not data:
             raise self.missing(f"no image in {folder}/<class>")

@@ -1,8 +1,7 @@
-"""What data sets that read the user's files share: finding folders, listing images, lines and csv rows, a validation split."""
+"""What data sets that read the user's files share: finding folders, lines and csv rows, a validation split."""
 
 from __future__ import annotations
 
-import os
 import random
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,6 @@ from yacs.config import CfgNode
 
 from oodprompt.data.columns import Images
 from oodprompt.data.dataset import DatasetBase, Datum
-from oodprompt.data.images import IMAGE_SUFFIXES
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
@@ -52,18 +50,6 @@ class FilesDataset(DatasetBase):
         tree = textwrap.indent(textwrap.dedent(cls.tree).strip("\n"), "  ")
         source = f"\nget it from {cls.address}" if cls.address else ""
         return UserError(f"{cls.__name__}: {problem}; expected (ROOT is --root):\n{tree}{source}")
-
-
-def image_names(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[str]:
-    """Names of the images right in ``folder``, sorted: the order in which a disk lists them differs by machine."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries]
-    return sorted(name for name in names if name.lower().endswith(tuple(suffixes)) and not name.startswith("."))
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders right in ``folder`` that are not hidden, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def readable(name: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from oodprompt.datasets.coop_sets import GUIDE, note_few_shot
-from oodprompt.datasets.file_lists import FilesDataset, image_names, sorted_values, split_off_validation, subfolders
+from oodprompt.datasets.file_lists import FilesDataset, sorted_values, split_off_validation
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names, note_passed_over, subfolders
 from oodprompt.data.tables import read_lines
 from oodprompt.errors import UserError
 from oodprompt.log import logger
@@ -32,22 +35,24 @@ class ClassFolders(FilesDataset):
             raise cls.missing(f"no classnames.txt in {root.absolute() / cls.dataset_dir}")
         names: dict[str, str] = {}
         for line, text in read_lines(found[0]):
-            wnid, _, name = text.partition(" ")
+            wnid, *rest = text.split(maxsplit=1)
+            name = "".join(rest)
             if not name or wnid in names:
                 problem = "comes twice" if wnid in names else "has no name"
                 raise UserError(f"{found[0]}, line {line}: {wnid!r} {problem}; expected a WordNet id and a class name")
-            names[wnid] = name.strip()
+            names[wnid] = name
         return names
 
     @classmethod
     def read(cls, folder: Path, names: Mapping[str, str], labels: Mapping[str, int]) -> list[Datum]:
         """The images of ``folder``/<class>, for the classes of ``labels``."""
-        data = []
+        data, passed_over = [], Counter[str]()
         for key, label in labels.items():
-            images = image_names(folder / key) if (folder / key).is_dir() else []
+            images = image_names(folder / key, passed_over=passed_over) if (folder / key).is_dir() else []
             if not images:
                 raise cls.missing(f"no image in {folder / key}, the folder of the class {names[key]!r}")
             data += [Datum(str(folder / key / image), label, 0, names[key]) for image in images]
+        note_passed_over(passed_over, folder)
         return data
 
     @classmethod
@@ -86,8 +91,8 @@ class ImageNet(ClassFolders):
         labels = self.labels(images / "train", names)
         if other := set(labels) ^ set(self.labels(images / "val", names)):
             raise UserError(f"ImageNet: {images} has a folder {min(other)} in one of train and val only; complete it")
-        train, test = (self.read(images / split, names, labels) for split in ("train", "val"))
-        train, val = split_off_validation(cfg, "ImageNet", train)
+        listed, test = (Images.of(self.read(images / split, names, labels)) for split in ("train", "val"))
+        train, val = split_off_validation(cfg, "ImageNet", listed)
         super().__init__(cfg, train, val, test)
 
 

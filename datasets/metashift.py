@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from oodprompt.datasets.file_lists import FilesDataset, Splits, image_names
+from oodprompt.datasets.file_lists import FilesDataset, Splits
 from oodprompt.datasets.metadata import SUBPOPBENCH, read_metadata
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names
 
 BUILD = "MetaShift-Cat-Dog-indoor-outdoor"
 _CLASSES = ("dog", "cat")

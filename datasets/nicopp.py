@@ -6,12 +6,13 @@ import json
 import random
 from pathlib import Path
 
-from oodprompt.datasets.file_lists import FilesDataset, Splits, image_names
+from oodprompt.datasets.file_lists import FilesDataset, Splits
 from oodprompt.datasets.metadata import SUBPOPBENCH, read_metadata
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names
 from oodprompt.errors import UserError
 
 _CLASSES_FILE = "dg_label_id_mapping.json"

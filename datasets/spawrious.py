@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oodprompt.datasets.file_lists import FilesDataset, image_names, split_off_validation
+from oodprompt.datasets.file_lists import FilesDataset, split_off_validation
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names
 
 _BREEDS = ("bulldog", "corgi", "dachshund", "labrador")
 _PLACES = ("desert", "jungle", "dirt", "mountain", "snow", "beach")
@@ -71,8 +72,8 @@ class Spawrious(FilesDataset):
     def __init__(self, cfg: CfgNode) -> None:
         setting = cfg.DATASET.SPAWRIOUS.SETTING
         folder = self.folder(cfg, "0")
-        train, test = ([d for part in parts for d in self._read(folder, *part)] for parts in parts_of(setting))
-        train, val = split_off_validation(cfg, "Spawrious", train)
+        listed, test = ([d for part in parts for d in self._read(folder, *part)] for parts in parts_of(setting))
+        train, val = split_off_validation(cfg, "Spawrious", listed)
         super().__init__(cfg, train, val, test)
 
     def _read(self, root: Path, number: int, place: str, breed: str, limit: int | None) -> list[Datum]:

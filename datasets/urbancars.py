@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 
-from oodprompt.datasets.file_lists import FilesDataset, image_names
+from oodprompt.datasets.file_lists import FilesDataset
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names
 
 _KINDS = ("urban", "country")
 _FOLDERS = {

@@ -1,4 +1,4 @@
-"""``oodprompt doctor`` and ``oodprompt train ...``: the commands of an installed package, also as ``python -m oodprompt``."""
+"""``oodprompt doctor``, ``oodprompt train ...`` and ``oodprompt cache``: the commands of an installed package, also as ``python -m oodprompt``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 USAGE = """usage: oodprompt COMMAND ...
   doctor [--root DIR]   what is installed and found, what is wrong and what to do
   train ...             what train.py does, with its flags
+  cache [prune ...]     image features that are kept on disk; which to remove
 """
 
 
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from oodprompt.cli import main as train
 
         return train(words[1:])
+    if command == "cache":
+        from oodprompt.cache import main as cache
+
+        return cache(words[1:])
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0

@@ -53,7 +53,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     cfg = setup_cfg(args, notes.append)
     with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
         from oodprompt.data.distributed import leave_together  # here: they take PyTorch, for which --help does not wait
-        from oodprompt.data.images import check_images
+        from oodprompt.engine.check import check_run
         from oodprompt.engine.trainer import build_trainer
 
         for note in notes:
@@ -69,10 +69,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
         elif args.no_train:
-            data = trainer.dataset
-            number = check_images(data.train_x, data.val, data.test)
-            trainer.encoder.note_long_captions()
-            print(f"Config, weights and all {number:,} images are in order; nothing is trained (--no-train)")
+            print(check_run(cfg, trainer.dataset, trainer.clip.shape.context_length))
         else:
             trainer.train()
         leave_together()

@@ -19,12 +19,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import oodprompt
 from oodprompt.errors import UserError
 from oodprompt.terminal import Parser, exit_status
 
-_SECONDS = 3.0  # for reading data sets, and again for digests of weights
+if TYPE_CHECKING:  # they take PyTorch, whose absence the doctor reports
+    from yacs.config import CfgNode
+
+    from oodprompt.data.dataset import DatasetBase
+
+_SECONDS = 3.0  # for reading data sets, again for looking at their images, and again for digests of weights
 _LOW_GIB = 2.0
 _PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "accelerate", "kmedoids", "yacs", "clip-anytorch")
 
@@ -210,7 +216,10 @@ def weights(folder: Path | None = None, seconds: float = _SECONDS) -> Section:
 
 
 def data_sets(root: str, seconds: float = _SECONDS) -> Section:
-    """Which data sets would load from ``root``, by their own checks; large ones are not read to the end."""
+    """Which data sets would load from ``root``, by their own checks; large ones are not read to the end.
+
+    Of those that load, as many images are looked at as the time allows.
+    """
     from oodprompt.config.keys import get_cfg_default
     from oodprompt.config.registry import DATASET_REGISTRY
     from oodprompt.datasets.file_lists import FilesDataset
@@ -221,6 +230,7 @@ def data_sets(root: str, seconds: float = _SECONDS) -> Section:
     if not Path(root).expanduser().is_dir():
         return lines, [f"--root: there is no folder {Path(root).absolute()}; give the one that holds the data sets"]
     absent, end = [], time.monotonic() + seconds
+    loaded: list[tuple[CfgNode, DatasetBase]] = []
     for name, cls in DATASET_REGISTRY.items():
         if not issubclass(cls, FilesDataset):
             continue
@@ -238,14 +248,35 @@ def data_sets(root: str, seconds: float = _SECONDS) -> Section:
                 data = cls(cfg)
             counts = " / ".join(f"{len(split):,}" for split in (data.train_x, data.val, data.test))
             lines.append(f"{name}: {counts} images to train, validate, test; {data.num_classes} classes")
+            loaded.append((cfg, data))
         except _TimeUp:
             lines.append(f"{name}: {found[0]} is there; not read to the end for lack of time")
         except (UserError, OSError) as error:
             lines.append(f"{name}: {found[0]} is there, but would not load")
             problems.append(str(error))
+    end = time.monotonic() + seconds
+    for number, (cfg, data) in enumerate(loaded):
+        said, wrong = _images(cfg, data, (end - time.monotonic()) / (len(loaded) - number))
+        lines, problems = lines + said, problems + wrong
     if absent:
         lines.append(f"not in {root}: {', '.join(absent)} (datasets/README.md says where to get them)")
     return lines, problems
+
+
+def _images(cfg: CfgNode, data: DatasetBase, seconds: float) -> Section:
+    """What the images of a data set have to say, of as many as can be looked at in so many seconds."""
+    from oodprompt.engine.check import check_images
+
+    name = cfg.DATASET.NAME
+    try:
+        with _at_most(seconds):
+            found = check_images(cfg, data, until=time.monotonic() + 0.8 * seconds, show=False)
+    except _TimeUp:
+        return [f"{name}: its images are not looked at for lack of time (train.py --no-train does)"], []
+    part = "all" if found.looked == found.images else f"{found.looked:,} of"
+    lines = [f"{name}: {part} {found.images:,} images looked at", *(f"{name}: {finding}" for finding in found.findings)]
+    error = found.error()
+    return lines, str(error).splitlines() if error is not None else []
 
 
 # --- a trial run -----------------------------------------------------------------------------------------------

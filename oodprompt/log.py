@@ -1,4 +1,4 @@
-"""Messages of the package: the logger ``oodprompt``, whose lines are the bare messages.
+"""Messages of the package: the logger ``oodprompt``, whose lines are the bare messages; and how far long work is.
 
 A command calls ``show_messages`` once. A library's user attaches handlers of their own, or calls it too.
 """
@@ -6,13 +6,19 @@ A command calls ``show_messages`` once. A library's user attaches handlers of th
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from typing import IO, Any
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager
+from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
+
+_EVERY = 30.0  # seconds between lines of progress where there is no terminal
+T = TypeVar("T")
 
 logger = logging.getLogger("oodprompt")
 logger.setLevel(logging.INFO)
@@ -91,3 +97,58 @@ def show_messages() -> None:
         handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+
+
+class progress(AbstractContextManager["progress"]):  # noqa: N801: it is called like a function
+    """How far long work is: a bar in a terminal; elsewhere a line every 30 seconds, so that a log shows it too.
+
+    ``total`` is how many of ``unit`` there are (None: not known), ``initial`` how many were done before. ``show``:
+    whether this process shows anything; ``keep``: whether the finished bar stays.
+    """
+
+    def __init__(
+        self, total: int | None, title: str, unit: str, show: bool = True, initial: int = 0, keep: bool = False
+    ) -> None:
+        self.total, self.title, self.unit, self.done, self._initial = total, title, unit, initial, initial
+        self._bar = tqdm(
+            total=total, desc=title, unit=unit, initial=initial, disable=None if show else True, leave=keep
+        )
+        self._speaks = show and self._bar.disable
+        self._began = self._said = time.monotonic()
+
+    def update(self, number: int = 1) -> None:
+        """So many more are done."""
+        self.done += number
+        self._bar.update(number)
+        if self._speaks and (now := time.monotonic()) - self._said >= _EVERY:
+            self._said = now
+            logger.info(self._line(now - self._began))
+
+    def _line(self, seconds: float) -> str:
+        spent, unit = _minutes(seconds), self.unit if self.unit[-1].isupper() else f"{self.unit}s"  # "MiB", "images"
+        if self.total is None:
+            return f"{self.title}: {self.done:,} {unit} after {spent}"
+        left = seconds * (self.total - self.done) / max(self.done - self._initial, 1)
+        share = self.done / max(self.total, 1)
+        return f"{self.title}: {self.done:,} of {self.total:,} {unit} ({share:.0%}) after {spent}, about {_minutes(left)} left"
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @classmethod
+    def over(
+        cls, items: Iterable[T], title: str, unit: str, total: int | None = None, show: bool = True
+    ) -> Iterator[T]:
+        """``items``, whose number is ``total`` or their length, with their progress."""
+        total = len(items) if total is None and isinstance(items, Sized) else total
+        with cls(total, title, unit, show) as bar:
+            for item in items:
+                yield item
+                bar.update()
+
+
+def _minutes(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from oodprompt.config import extensions
-from oodprompt.data.images import IMAGE_SUFFIXES
+from oodprompt.data.folders import IMAGE_ENDINGS, images_below, note_passed_over
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -19,40 +19,82 @@ from oodprompt.terminal import Parser, exit_status
 
 DESCRIPTION = """Classify images with a trained model: ``python scripts/predict.py --model-dir RUN --output predictions.csv IMAGE_OR_FOLDER ...``.
 
-Folders are searched with all folders in them. The csv file has one row per image: its path, the class, its probability, and the
-probability of every class. The run's data set must be there, for the names of its classes and what its debiaser was built from.
+Folders are searched with all folders in them, but for hidden files and folders. The csv file has one row per image: its path, the
+class, its probability, and the probability of every class. Where some file is no image that can be read, a last column ``error``
+says why, its row has no prediction, and the exit status is 1. The run's data set must be there, for the names of its classes and what its debiaser was built from.
 """
 
 
 def images_of(places: Sequence[Path]) -> list[Path]:
     """The files that are given, and the images in folders, in sorted order; ``UserError`` for what is not there."""
     found: list[Path] = []
+    passed_over: Counter[str] = Counter()
     for place in places:
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = images_below(place, passed_over)
             if not inside:
-                raise UserError(f"no image in {place}; images end in {', '.join(IMAGE_SUFFIXES)}")
+                raise UserError(f"no image in {place}; {IMAGE_ENDINGS}")
             found += inside
         elif place.is_file():
             found.append(place)
         else:
             raise UserError(f"there is no file or folder {place}")
+    note_passed_over(passed_over, "the folders given")
     return list(dict.fromkeys(found))
 
 
-def predictions_csv(paths: Sequence[Path], names: Sequence[str], probabilities: Tensor) -> str:
-    """A row per image: path, class, its probability, and ``probabilities`` [N, C] of all classes, with four digits."""
+def _line(cells: Iterable[Any]) -> str:
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["image", "prediction", "probability", *names])
-    for path, row in zip(paths, probabilities.tolist(), strict=True):
-        best = max(range(len(names)), key=row.__getitem__)
-        writer.writerow([path, names[best], f"{row[best]:.4f}", *(f"{value:.4f}" for value in row)])
+    csv.writer(table, lineterminator="").writerow(cells)
     return table.getvalue()
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Classify images and write the csv file."""
+class Predictions:
+    """Rows of the csv file, in the order of ``paths``: path, class, its probability, that of all classes, four digits each.
+
+    The column ``error`` is there where some image could not be read, whose row has nothing else.
+    """
+
+    def __init__(self, paths: Sequence[Path], names: Sequence[str]) -> None:
+        self.paths, self.names = paths, names
+        self.counts: Counter[str] = Counter()
+        self.errors: dict[int, str] = {}
+        self._rows: dict[int, str] = {}
+
+    def add(self, places: Sequence[int], probabilities: Sequence[Sequence[float]], errors: dict[int, str]) -> None:
+        """Rows of a batch: places in ``paths``, ``probabilities`` [n, C] of theirs, and what ails other images by place."""
+        self.errors |= errors
+        for i, row in zip(places, probabilities, strict=True):
+            best = max(range(len(self.names)), key=row.__getitem__)
+            self.counts[self.names[best]] += 1
+            self._rows[i] = _line(
+                [self.paths[i], self.names[best], f"{row[best]:.4f}", *(f"{value:.4f}" for value in row)]
+            )
+
+    def csv(self) -> str:
+        """The content of the file."""
+        last = ["error"] if self.errors else []
+        lines = [_line(["image", "prediction", "probability", *self.names, *last])]
+        for i, path in enumerate(self.paths):
+            if i in self.errors:
+                lines.append(_line([path, "", "", *("" for _ in self.names), self.errors[i]]))
+            else:
+                lines.append(self._rows[i] + ("," if last else ""))
+        return "\n".join(lines) + "\n"
+
+    def summary(self, most: int = 20) -> str:
+        """What was found, and the images that could not be read, in lines."""
+        counts = ", ".join(f"{self.counts[name]} {name}" for name in self.names if self.counts[name])
+        read = f"{len(self._rows)} images" + (f": {counts}" if counts else "")
+        if not self.errors:
+            return read
+        listed = [f"  {text}" for text in list(self.errors.values())[:most]]
+        more = [f"  and {len(self.errors) - most} more, in the column error"] if len(self.errors) > most else []
+        return "\n".join([read, f"{len(self.errors)} files could not be read and have no prediction:", *listed, *more])
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Classify images and write the csv file; returns 1 where some of them could not be read, else 0."""
     show_messages()
     parser = Parser(prog="predict.py", description=DESCRIPTION)
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
@@ -66,14 +108,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     paths = images_of(args.images)
 
     trainer = load_run(args.model_dir, args.load_epoch, root=args.root)
-    names, probabilities = trainer.dataset.classnames, trainer.classify(paths)
-    write_atomically(args.output, predictions_csv(paths, names, probabilities))
-    counts = ", ".join(
-        f"{int(n)} {name}"
-        for name, n in zip(names, probabilities.argmax(1).bincount(minlength=len(names)), strict=True)
-        if n
-    )
-    print(f"{len(paths)} images: {counts}\nWrote {args.output}")
+    found = Predictions(paths, trainer.dataset.classnames)
+    for places, probabilities, errors in trainer.testing.classify_readable(paths):
+        found.add(places, probabilities.tolist(), errors)
+    write_atomically(args.output, found.csv())
+    print(f"{found.summary()}\nWrote {args.output}")
+    return 1 if found.errors else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,18 +38,20 @@ class _Tee(Forgiving):
         self.log = Forgiving(log)
 
     def write(self, text: str) -> int:
-        had_log, had_reader = self.log.is_open, self.is_open
+        had_log = self.log.is_open
         self.log.write(text)
         super().write(text)
-        if had_reader and not self.is_open:
-            self.log.write("Note: nobody reads the output any more; the run goes on\n")
         if had_log and not self.log.is_open:
-            super().write("Note: log.txt cannot be written any more; the run goes on\n")
+            super().write("\nNote: log.txt cannot be written any more; the run goes on\n")
         return len(text)
 
     def flush(self) -> None:
         self.log.flush()
         super().flush()
+
+    def _leave(self) -> None:
+        super()._leave()
+        self.log.write("\nNote: nobody reads the output any more; the run goes on\n")
 
 
 @contextlib.contextmanager

@@ -140,6 +140,8 @@ def test_data_sets_that_would_load(tmp_path: Path) -> None:
     assert "CSV: 4 / 2 / 2 images to train, validate, test; 2 classes" in lines
     assert "Waterbirds: waterbirds is there, but would not load" in lines
     assert {problem.split(":")[0] for problem in problems} == {"Waterbirds", "PACS", "CelebA"}
+    assert "CSV: all 1 images looked at" in lines
+    assert f"CSV: 1 of 1 images (100.0%) show one constant colour: {images / 'x.png'}" in lines
     assert "OxfordPets" in lines[-1] and "CSV" not in lines[-1] and "MetaShift" in lines[-1]
     lines, problems = doctor.data_sets(str(tmp_path), seconds=0)
     assert "CSV: metadata.csv is there; not read to the end for lack of time" in lines and problems == []

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from oodprompt.log import logger, show_messages
+from oodprompt import log
+from oodprompt.log import logger, progress, show_messages
 from tests.helpers.forks import Forks
 from tests.helpers.runs import REPOSITORY
 
@@ -48,3 +49,20 @@ def test_no_room_prints(room: str) -> None:
 
     files = sorted((REPOSITORY / room).rglob("*.py"))
     assert files and {str(path): lines for path in files if (lines := printing(path))} == {}
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    show_messages()
+    with progress(4000, "Features of val images", "image", initial=1000) as bar:
+        for _ in range(30):
+            now[0] += 10
+            bar.update(100)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10  # one in 30 s
+    assert lines[0] == "Features of val images: 1,300 of 4,000 images (32%) after 0:00:30, about 0:04:30 left"
+    assert list(progress.over(range(3), "x", "image", show=False)) == [0, 1, 2]
+    assert capsys.readouterr().out == ""

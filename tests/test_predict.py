@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,44 @@ def test_what_is_wrong_is_said(run: Run, tmp_path: Path) -> None:
     assert f"no image in {tmp_path}; images end in .jpg" in problem(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "fine.png")
     assert "give the output folder of a run of train.py" in problem(tmp_path / "fine.png")
-    run("ZeroshotCLIP", "run")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:30])
-    assert f"cannot read the image {tmp_path / 'broken.png'}" in problem(tmp_path / "fine.png", tmp_path / "broken.png")
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_file_that_is_no_image_costs_its_own_prediction_alone(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("ZeroshotCLIP", "run", "DATALOADER.TEST.BATCH_SIZE", "2")
+    test = load_run(tmp_path / "run").dataset.test
+    photos, out = tmp_path / "photos", tmp_path / "out.csv"
+    (photos / ".ipynb_checkpoints").mkdir(parents=True)
+    for i in range(3):
+        Image.open(test[i].impath).save(photos / f"{i}.png")
+    command = ["--model-dir", str(tmp_path / "run"), "--output", str(out), str(photos)]
+    assert predict.main(command) == 0
+    whole = list(csv.reader(out.open()))
+    assert whole[0] == ["image", "prediction", "probability", "circle", "diamond"]
+
+    (photos / ".ipynb_checkpoints" / "0-checkpoint.png").write_bytes((photos / "0.png").read_bytes())
+    (photos / "._0.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for name in ("1 cut.png", "3.png", "4.png"):  # the last batch has nothing else
+        (photos / name).write_bytes((photos / "0.png").read_bytes()[:30])
+    (tmp_path / "notes, all.txt").write_text("no image")
+    capsys.readouterr()
+    assert predict.main([*command, str(tmp_path / "notes, all.txt")]) == 1
+    rows = {Path(row["image"]).name: row for row in csv.DictReader(out.open())}
+    assert list(rows) == ["0.png", "1 cut.png", "1.png", "2.png", "3.png", "4.png", "notes, all.txt"]
+    for name, *values in ((Path(row[0]).name, *row[1:]) for row in whole[1:]):
+        assert list(rows[name].values())[1:] == [*values, ""]
+    for name in ("1 cut.png", "3.png", "4.png", "notes, all.txt"):
+        assert list(rows[name].values())[1:5] == [""] * 4 and "cannot read the image" in rows[name]["error"]
+    said = capsys.readouterr().out
+    assert "\n4 files could not be read and have no prediction:\n  cannot read the image" in said and "cut.png" in said
+
+
+def test_a_name_that_is_no_utf_8_is_written_readably(run: Run, tmp_path: Path) -> None:
+    run("ZeroshotCLIP", "run")
+    photo = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.open(load_run(tmp_path / "run").dataset.test[0].impath).save(photo)
+    command = ["--model-dir", str(tmp_path / "run"), "--output", str(tmp_path / "out.csv"), str(photo)]
+    assert predict.main(command) == 0
+    assert r"caf\udce9.png," in (tmp_path / "out.csv").read_text(encoding="utf-8")

@@ -33,7 +33,7 @@ def test_killed_mid_epoch_and_resumed_equals_never_stopped(arguments: Arguments,
     # A slow image reader holds the process inside an epoch, so that the kill falls there and not between epochs.
     slow = (
         "import time\nfrom oodprompt.data import loading\nread = loading.read_image\n"
-        "def slowly(path):\n    time.sleep(0.01)\n    return read(path)\n"
+        "def slowly(path, rules):\n    time.sleep(0.01)\n    return read(path, rules)\n"
         "loading.read_image = slowly\n"
     )
     process = forks.start(["train.py", *arguments("CoOpOOD", "killed", *KEYS)], first=slow)

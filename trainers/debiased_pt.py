@@ -117,7 +117,8 @@ class GroupWeights(Debiaser):
             split = self.context.data.train if self.keys.MEASURE == "pass" else self.context.data.val
             assert split is not None, "check has seen to it"
             _, logits = self.context.first_stage.outputs(split)
-            self._measure(logits, split.label, self.context.attributes.groups(split).index)
+            groups = self.context.attributes.groups(split)
+            self._measure(logits[groups.known], split.label[groups.known], groups.index[groups.known])
             self._update()
 
     def _measure(self, logits: Tensor, y: Tensor, g: Tensor) -> None:

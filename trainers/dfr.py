@@ -24,13 +24,12 @@ ICLR 2023 (arXiv 2204.02937), DFR on validation data; the authors' dfr_evaluate_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from oodprompt.trainers.resampling import balanced_subset
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -57,9 +56,6 @@ declare(
         ),
     },
 )
-
-# scikit-learn 1.8 says the penalty by l1_ratio; before, that was for another solver alone.
-_L1 = {"l1_ratio": 1} if getattr(LogisticRegression(), "penalty", "deprecated") == "deprecated" else {"penalty": "l1"}
 
 
 class LastLayer(Debiaser):
@@ -88,17 +84,25 @@ class LastLayer(Debiaser):
                 "TEST.FINAL_MODEL best_val: DFR uses the validation data up to fit its last layer, after the last "
                 "epoch; use last_step"
             )
-        count = torch.bincount(val.label, minlength=len(self.context.data.classnames)).tolist()
-        if 0 in count:
-            raise UserError(
-                f"DFR: the validation data have no image of {self.context.data.classnames[count.index(0)]!r}"
-            )
         self.context.attributes.check_groups(val)
+        label = val.label[val.attribute >= 0] if self.context.attributes.choice == "true" else val.label
+        count = torch.bincount(label, minlength=len(self.context.data.classnames)).tolist()
+        if 0 in count:
+            which = " with an attribute label" if len(label) < len(val.label) else ""
+            raise UserError(
+                f"DFR: the validation data have no image of {self.context.data.classnames[count.index(0)]!r}{which}"
+            )
 
     def before_train(self) -> None:
         val = self.context.data.val
         assert val is not None, "check has seen to it"
-        self.g = self.context.attributes.groups(val).index.cpu().numpy()
+        groups = self.context.attributes.groups(val)
+        self.g, self.known = groups.index[groups.known].cpu().numpy(), groups.known.cpu().numpy()
+        if not self.known.all():
+            logger.warning(
+                f"Note: {(~self.known).sum():,} of {len(self.known):,} validation images have no attribute label; DFR is "
+                "fitted on the others"
+            )
         if self.cfg.TEST.SPLIT == "val":
             logger.warning("Note: DFR fits its last layer on validation data, so results on them are too good")
 
@@ -121,8 +125,10 @@ class LastLayer(Debiaser):
         train, val = (
             self.context.first_stage.outputs(s)[0].double().cpu().numpy() for s in (self.context.data.train, held_out)
         )
-        y = held_out.label.cpu().numpy()
+        val, y = val[self.known], held_out.label.cpu().numpy()[self.known]
         rng = np.random.default_rng(derive_seed(self.cfg.SEED, HEAD))
+        from sklearn.preprocessing import StandardScaler  # here: it takes more than a second
+
         scaler = StandardScaler().fit(train)
         z = scaler.transform(val)
         c, worst = choose_c(z, y, self.g, self.keys.C, rng)
@@ -143,9 +149,14 @@ class LastLayer(Debiaser):
 def logistic(x: np.ndarray, y: np.ndarray, c: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """L1-regularised logistic regression of labels y [n] on x [n, d]: weights [C, d] and biases [C] of the logits."""
     classes = y.max() + 1
+    from sklearn.linear_model import LogisticRegression
+
+    # scikit-learn 1.8 says the penalty by l1_ratio; before, that was for another solver alone.
+    old = getattr(LogisticRegression(), "penalty", "deprecated") != "deprecated"
+    l1: dict[str, Any] = {"penalty": "l1"} if old else {"l1_ratio": 1}
     seed, rows = int(rng.integers(2**31)), []
     for one in [1] if classes == 2 else range(classes):
-        model = LogisticRegression(C=c, solver="liblinear", max_iter=1000, random_state=seed, **_L1).fit(x, y == one)
+        model = LogisticRegression(C=c, solver="liblinear", max_iter=1000, random_state=seed, **l1).fit(x, y == one)
         rows.append(np.append(model.coef_[0], model.intercept_))
     head = np.stack([-rows[0] / 2, rows[0] / 2] if classes == 2 else rows)
     return head[:, :-1], head[:, -1]

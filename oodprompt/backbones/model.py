@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import roi_align
 
 from oodprompt.backbones.packing import pack
 from oodprompt.errors import UserError
@@ -441,6 +440,8 @@ def _roi_align(maps: Tensor, rois: Tensor, side: int) -> Tensor:
     k + 1 and read its neighbours, so boxes give up 1e-5 of a cell on every side. Resampled, no box is larger than the
     map, and one sample for every cell is enough.
     """
+    from torchvision.ops import roi_align  # here: it takes seconds, and few runs look at regions
+
     cells = maps.shape[-1]
     if side == 1:
         rois = rois + rois.new_tensor([0, 1, 1, -1, -1]) * (1e-5 / cells)

@@ -6,12 +6,21 @@ Bounds of Dassl's keys refuse only what cannot run, as files of other repositori
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from oodprompt.config.keys import Key, declare
 
 _NOT_OFFERED = "DATALOADER.K_TRANSFORMS and RETURN_IMG0 are not offered here; leave them at 1 and False"
 _SAMPLERS = ("RandomSampler", "SequentialSampler", "RandomClassSampler", "RandomDomainSampler")
 PRECISIONS = ("fp32", "bf16", "amp", "fp16")
+
+
+def is_range(value: Sequence[Any]) -> bool:
+    """Whether ``value`` is empty or two finite numbers, the lower first."""
+    numbers = all(type(end) in (int, float) and math.isfinite(end) for end in value)
+    return numbers and (len(value) == 0 or (len(value) == 2 and value[0] < value[1]))
+
 
 declare(
     "",
@@ -37,6 +46,17 @@ declare(
             "How images are resized; bicubic is CLIP's own.",
             choices=("bilinear", "bicubic", "nearest"),
             error="{key}: unknown mode: {known}",
+        ),
+        "MAX_PIXELS": Key(
+            250_000_000,
+            "Largest width times height of an image that is decoded, which takes 4 bytes a pixel; 0: no limit.",
+            at_least=0,
+        ),
+        "IMAGE_RANGE": Key(
+            (),
+            "Values of grey images with more than 8 bits that become black and white, as (0, 4095); empty: by the file.",
+            test=is_range,
+            error='{key}: {value} is no range; give two numbers, the lower first, as "(0, 4095)", or "()"',
         ),
         "TRANSFORMS": Key(
             (),
@@ -126,19 +146,30 @@ declare(
         "FEATURE_CACHE": Key(
             "auto",
             "Keep image features instead of encoding images at every step, where the image tower is not trained: "
-            "memory or disk (insist), off, or auto (where it changes nothing, see INPUT.VIEWS; on disk what is larger than "
-            "CACHE_MEMORY_MIB). Evaluation uses it too.",
+            "memory or disk (insist), off, or auto (where it changes nothing, see INPUT.VIEWS; on disk what took longer than "
+            "CACHE_SECONDS or is larger than CACHE_MEMORY_MIB). Evaluation uses it too.",
             choices=("auto", "memory", "disk", "off"),
         ),
         "CACHE_DIR": (
             "",
             "Folder of the features on disk, which runs share; empty: ~/.cache/oodprompt/features. What is deleted there "
-            "is computed anew; nothing is deleted by itself.",
+            "is computed anew. `python -m oodprompt.cache` lists and prunes it.",
+        ),
+        "CACHE_SECONDS": Key(
+            3.0,
+            "FEATURE_CACHE auto: features of a split that take more seconds than this to compute go to disk, so that they "
+            "outlive the run.",
+            at_least=0,
         ),
         "CACHE_MEMORY_MIB": Key(
             64.0,
-            "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk; so many images take long "
-            "to encode that their features should outlive the run.",
+            "FEATURE_CACHE auto: features of a split that take more MiB than this go to disk, from where batches are read.",
+            at_least=0,
+        ),
+        "CACHE_LIMIT_GIB": Key(
+            0.0,
+            "Most GiB that CACHE_DIR may hold; before more is written, the features that were used longest ago are "
+            "removed. 0: no limit.",
             at_least=0,
         ),
         "IMAGE_CACHE_MIB": Key(

@@ -97,12 +97,14 @@ class Images(Sequence[Datum]):
         if isinstance(data, Images):
             return data
         code: dict[str, int] = {}
-        numbers = np.array(
-            [(d.label, d.domain, d.attribute, code.setdefault(d.classname, len(code))) for d in data], dtype=np.int32
-        ).reshape(len(data), 4)
+        label, domain, attribute = (
+            np.fromiter((getattr(d, key) for d in data), np.int32, len(data))
+            for key in ("label", "domain", "attribute")
+        )
+        name = np.fromiter((code.setdefault(d.classname, len(code)) for d in data), np.int32, len(data))
         captions = Texts(d.caption for d in data) if any(d.caption for d in data) else None
         paths = Texts.of_paths([d.impath for d in data])
-        return cls(paths, np.arange(len(data)), *numbers.T, tuple(code), captions)
+        return cls(paths, np.arange(len(data)), label, domain, attribute, name, tuple(code), captions)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -87,8 +87,8 @@ class DatasetBase:
 
     @property
     def has_attributes(self) -> bool:
-        """Whether every test image carries a known attribute, so that groups can be told apart."""
-        return bool((self.test.attribute >= 0).all())
+        """Whether a test image carries a known attribute, so that there are groups to report."""
+        return bool((self.test.attribute >= 0).any())
 
     @classmethod
     def root(cls, cfg: CfgNode) -> Path:
@@ -153,4 +153,6 @@ def build_dataset(cfg: CfgNode) -> DatasetBase:
 
 def attribute_name(dataset: DatasetBase, attribute: int) -> str:
     names = dataset.attribute_names
+    if attribute < 0:
+        return "unknown"
     return names[attribute] if 0 <= attribute < len(names) else str(attribute)

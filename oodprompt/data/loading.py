@@ -17,13 +17,14 @@ from yacs.config import CfgNode
 
 from oodprompt.data import seeding
 from oodprompt.data.dataset import Datum, attribute_name, build_dataset
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.sampling import EpochBatches
-from oodprompt.data.transforms import build_transform
+from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
 Batch = dict[str, Any]
+Unreadable = tuple[int, UserError]  # the index of an image, and what is wrong with its file
 _NUMBERS = ("label", "domain", "attribute", "index")
 
 
@@ -33,23 +34,23 @@ class DatasetWrapper(Dataset):
     ``room`` is how many bytes of transformed images may stay in memory (``kept``); where nothing is random.
     """
 
-    def __init__(self, data_source: Sequence[Datum], transform: Callable) -> None:
-        self.data_source, self.transform = data_source, transform
+    def __init__(self, data_source: Sequence[Datum], transform: Callable, rules: PixelRules = PixelRules()) -> None:
+        self.data_source, self.transform, self.rules = data_source, transform, rules
         self.room = 0
         self.kept: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.data_source)
 
-    def __getitem__(self, item: tuple[int, int]) -> Batch | UserError:
+    def __getitem__(self, item: tuple[int, int]) -> Batch | Unreadable:
         index, seed = item
         datum = self.data_source[index]
         image: Any = self.kept.get(index)
         if image is None:
             try:
-                image = read_image(datum.impath)
+                image = read_image(datum.impath, self.rules)
             except UserError as error:
-                return error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
+                return index, error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
             with _random_numbers_from(seed):
                 image = self.transform(image)
             if self.room >= image.nbytes:
@@ -78,19 +79,28 @@ def _random_numbers_from(seed: int) -> Iterator[None]:
 
 
 class _Collate:
-    """Stacks items into a batch. A process may get no item of a small last batch: then tensors of length 0."""
+    """Stacks items into a batch. A process may get no item of a small last batch: then tensors of length 0.
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
+    With ``skip_unreadable`` the batch has the images that can be read; ``unreadable`` says of others why not.
+    """
 
-    def __call__(self, items: list[Batch | UserError]) -> Batch | UserError:
+    def __init__(self, size: tuple[int, int], skip_unreadable: bool = False) -> None:
+        self.size, self.skip_unreadable = size, skip_unreadable
+
+    def __call__(self, items: list[Batch | Unreadable]) -> Batch | UserError:
         read: list[Batch] = []
+        unreadable: dict[int, str] = {}
         for item in items:
-            if isinstance(item, UserError):
-                return item
-            read.append(item)
+            if not isinstance(item, tuple):
+                read.append(item)
+            elif self.skip_unreadable:
+                unreadable[item[0]] = str(item[1])
+            else:
+                return item[1]
         images = torch.stack([item["img"] for item in read]) if read else torch.empty(0, 3, *self.size)
         batch: Batch = {"img": images, "impath": [item["impath"] for item in read]}
+        if unreadable:
+            batch["unreadable"] = unreadable
         for key in _NUMBERS:
             batch[key] = torch.tensor([item[key] for item in read], dtype=torch.long)
         return batch
@@ -99,16 +109,23 @@ class _Collate:
 class Loader:
     """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch."""
 
-    def __init__(self, cfg: CfgNode, data: Sequence[Datum], transform: Callable, batches: EpochBatches) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        data: Sequence[Datum],
+        transform: Callable,
+        batches: EpochBatches,
+        skip_unreadable: bool = False,
+    ) -> None:
         workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
-        self.batches, self.dataset = batches, DatasetWrapper(data, transform)
+        self.batches, self.dataset = batches, DatasetWrapper(data, transform, PixelRules.of(cfg))
         # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
         self._generator = torch.Generator()
         self._loader = DataLoader(
             self.dataset,
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_Collate(tuple(cfg.INPUT.SIZE)),
+            collate_fn=_Collate(tuple(cfg.INPUT.SIZE), skip_unreadable),
             pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
             generator=self._generator,
         )
@@ -126,6 +143,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self._generator.manual_seed(seeding.derive_seed(self.batches.cfg.SEED, seeding.AUGMENT, self.batches.epoch))
+        if isinstance(self.dataset.transform, Transform):
+            self.dataset.transform.compose()  # once, and not in every worker
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -144,16 +163,25 @@ class DataManager:
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
             logger.warning("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
-        self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
+        self.transform_train, self.transform_test = Transform(cfg, is_train=True), Transform(cfg, is_train=False)
         self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)
         self.val_loader = self.loader(self.dataset.val) if self.dataset.val else None
         self.test_loader = self.loader(self.dataset.test)
 
-    def loader(self, data: Sequence[Datum], is_train: bool = False, transform: Callable | None = None) -> Loader:
-        """A loader over ``data``; test order and test transform unless ``is_train``."""
+    def loader(
+        self,
+        data: Sequence[Datum],
+        is_train: bool = False,
+        transform: Callable | None = None,
+        skip_unreadable: bool = False,
+    ) -> Loader:
+        """A loader over ``data``; test order and test transform unless ``is_train``.
+
+        ``UserError`` for an image that cannot be read; with ``skip_unreadable`` batches lack it and say why.
+        """
         batches = EpochBatches(self.cfg, data, is_train, self.rank, self.num_processes)
         transform = transform or (self.transform_train if is_train else self.transform_test)
-        return Loader(self.cfg, data, transform, batches)
+        return Loader(self.cfg, data, transform, batches, skip_unreadable)
 
     def summary(self) -> list[tuple[str, Any]]:
         """What a person wants to know of the data before training starts."""

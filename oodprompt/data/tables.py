@@ -87,6 +87,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield line, stripped
 
 
+def read_header(path: Path) -> list[str]:
+    """The names of the columns of a csv file; ``UserError`` where it cannot be read."""
+    with _opened(path, "csv") as lines:
+        _, first, separator = _first_line(lines, ())
+        return _header(next(csv.reader(chain((first,), lines), delimiter=separator, skipinitialspace=True), []))
+
+
 def read_rows(
     path: Path, columns: Sequence[str], optional: Sequence[str] = (), strict: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
@@ -127,14 +134,9 @@ def read_rows(
 
 def _first_line(lines: Iterator[str], columns: Sequence[str]) -> tuple[int, str, str]:
     """(number of lines before the header, its first line, separator); Excel's line "sep=;" may come before it."""
-    stated = ""
     for skipped, text in enumerate(lines):
         bare = text.strip("".join((*SEPARATORS, ' "\r\n')))
-        if bare.lower() == "sep=" or text.lower().startswith("sep="):
-            stated = text.rstrip("\r\n")[4:5]
-        elif bare:
-            if stated in SEPARATORS:
-                return skipped, text, stated
+        if bare and not bare.lower().startswith("sep="):
             found = {s: _header(next(csv.reader((text,), delimiter=s, skipinitialspace=True), [])) for s in SEPARATORS}
             return skipped, text, max(found, key=lambda s: (len({*columns} & {*found[s]}), len(found[s])))
     return 0, "", ","
@@ -188,7 +190,7 @@ def _opened(path: Path, kind: str) -> Iterator[Iterator[str]]:
                 if head.startswith(start):
                     raise UserError(f"{path} is not a {kind} file: it is {what}; give the {kind} file itself")
             encoding = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), encoding)
-            with io.TextIOWrapper(raw, encoding, newline="" if kind == "csv" else None) as text:
+            with io.TextIOWrapper(raw, encoding, newline="") as text:
                 yield _without_nul(path, kind, text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -196,7 +198,7 @@ def _opened(path: Path, kind: str) -> Iterator[Iterator[str]]:
         where = str(error) if encoding.startswith("utf-16") else _where_not_utf8(path)
         raise UserError(
             f'{path} is not a {kind} file in UTF-8: {where}; save it as UTF-8 (Excel: "CSV UTF-8"; pandas: '
-            'encoding="utf-8")'
+            'encoding="utf-8") or fetch it again'
         ) from error
 
 

@@ -1,23 +1,34 @@
-"""The transforms of training and test images, as Dassl composes them."""
+"""The transforms of training and test images, as Dassl composes them.
+
+Torchvision is imported when the first image is transformed: it takes more than a second, and a run over features that
+are kept on disk reads no image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 from yacs.config import CfgNode
 
-INTERPOLATION_MODES = {
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-    "nearest": InterpolationMode.NEAREST,
-}
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose, InterpolationMode
+
+
+class _Later:
+    """The module ``torchvision.transforms``, imported when something of it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        from torchvision import transforms
+
+        return getattr(transforms, name)
+
+
+T: Any = _Later()
+INTERPOLATION_MODES = ("bilinear", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
@@ -31,14 +42,15 @@ class CentreView:
     """
 
     size: tuple[int, int]
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    interpolation: InterpolationMode | str = "bilinear"  # torchvision's, or its value
 
     def __call__(self, image: Any) -> Any:
         """The image (PIL or tensor) as the model sees it, of ``size``."""
-        _, height, width = F.get_dimensions(image)
+        _, height, width = T.functional.get_dimensions(image)
         resized, (left, top) = self._plan(width, height)
-        image = F.resize(image, [resized[1], resized[0]], interpolation=self.interpolation)
-        return F.crop(image, top, left, *self.size)
+        mode = T.InterpolationMode(self.interpolation)
+        image = T.functional.resize(image, [resized[1], resized[0]], interpolation=mode)
+        return T.functional.crop(image, top, left, *self.size)
 
     def window(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of an image of that size which is kept: left, top, right, bottom in its own pixels."""
@@ -91,7 +103,7 @@ class _Cutout:
 
 
 def _mode(cfg: CfgNode) -> InterpolationMode:
-    return INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]
+    return T.InterpolationMode(cfg.INPUT.INTERPOLATION)
 
 
 # Training transforms by name, in the order in which they are applied: on the image, then on the tensor.
@@ -121,7 +133,7 @@ _ON_TENSOR: dict[str, Callable[[CfgNode], Any]] = {
 _NOT_RANDOM = {"center_crop", "normalize", "instance_norm"}
 
 
-def build_transform(cfg: CfgNode, is_train: bool = True) -> T.Compose:
+def build_transform(cfg: CfgNode, is_train: bool = True) -> Compose:
     """The transform of training or test images, as Dassl composes it.
 
     Training: resize to SIZE (unless a random crop does), the named transforms, tensor, normalisation.
@@ -136,9 +148,26 @@ def build_transform(cfg: CfgNode, is_train: bool = True) -> T.Compose:
         steps.append(T.ToTensor())
         steps += [make(cfg) for name, make in _ON_TENSOR.items() if name in names]
     else:
-        steps = [CentreView(size, _mode(cfg)), T.ToTensor()]
+        steps = [CentreView(size, cfg.INPUT.INTERPOLATION), T.ToTensor()]
         steps += [_ON_TENSOR[name](cfg) for name in ("normalize", "instance_norm") if name in names]
     return T.Compose(steps)
+
+
+class Transform:
+    """``build_transform(cfg, is_train)``, composed when the first image comes."""
+
+    def __init__(self, cfg: CfgNode, is_train: bool) -> None:
+        self._cfg, self._is_train = cfg, is_train
+        self._composed: Compose | None = None
+
+    def compose(self) -> Compose:
+        """The transform itself; also to have it ready before processes are forked."""
+        if self._composed is None:
+            self._composed = build_transform(self._cfg, self._is_train)
+        return self._composed
+
+    def __call__(self, image: Any) -> Any:
+        return self.compose()(image)
 
 
 def is_random(cfg: CfgNode) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import kmedoids
 import numpy as np
-from tqdm import tqdm
 
 from oodprompt.discovery.result import Clustering
 from oodprompt.errors import UserError
+from oodprompt.log import progress
 
 START_SAMPLE = 1000  # regions, or ten per cluster where that is more, on which the first medoids are found
 CANDIDATES = 32  # regions of each of two kinds that are tried as a new medoid in one step
@@ -122,7 +121,7 @@ def sweep(d: np.ndarray, ks: Sequence[int], seed: int = 0, show: bool = False) -
     state = _Search(d, _start(d, min(wanted), seed), max(wanted))
     found: dict[int, Swept] = {}
     best: dict[int, float] = {}
-    with tqdm(total=len(wanted), desc="K-medoids", unit="K", disable=None if show else True, leave=False) as bar:
+    with progress(len(wanted), "K-medoids", "K", show) as bar:
         while True:
             state.improve()
             loss = state.removal_loss()
@@ -152,6 +151,8 @@ def _start(d: np.ndarray, k: int, seed: int) -> np.ndarray:
     """``k`` medoids by FasterPAM on a sample."""
     size = min(len(d), max(START_SAMPLE, 10 * k))
     sample = np.sort(np.random.default_rng(seed).choice(len(d), size, replace=False))
+    import kmedoids  # here: it takes scikit-learn, which takes more than a second
+
     found = kmedoids.fasterpam(d[sample[:, None], sample], k, random_state=seed, n_cpu=1)
     return sample[found.medoids.astype(np.int64)]
 

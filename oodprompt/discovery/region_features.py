@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.data.distributed import gather_rows, sum_over_processes
+from oodprompt.data.images import PixelRules
 from oodprompt.data.loading import Batch, Loader
 from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.features.encoder import Encoder, evaluating
 from oodprompt.features.views import whole
+from oodprompt.log import progress
 from oodprompt.methods.contracts import PromptLearner, StepRegions
 from oodprompt.regions.boxes import Regions, digest, per_image, rows_of_images
 from oodprompt.regions.sources import build_regions
@@ -42,6 +43,7 @@ class RegionFeatures:
                 keys.PER_IMAGE,
                 self.encoder.device,
                 self.encoder.show_progress,
+                PixelRules.of(self.cfg),
             )
         return self._regions[split]
 
@@ -104,7 +106,7 @@ def extract_region_features(
     total = len(loader.dataset)
     features: Tensor | None = None
     boxes = per_image(regions, total)
-    with tqdm(total=total, desc=title, unit="image", disable=None if show else True, leave=False) as bar:
+    with progress(total, title, "image", show) as bar:
         for batch in loader:
             index = batch["index"]
             z = F.normalize(encode(batch["img"], [boxes[i] for i in index.tolist()]).float(), dim=-1)
@@ -131,10 +133,10 @@ def region_view(
     ``how`` names what ``encode`` makes of a region, as in ``CLIP.region_features``: files are named by it.
     """
 
-    def compute(view: int) -> Tensor:
-        return extract_region_features(encode, loader, regions, f"Features of {split} regions", show)
+    def compute(view: int, start: int = 0) -> Iterator[Tensor]:
+        yield extract_region_features(encode, loader, regions, f"Features of {split} regions", show)[start:]
 
     if cache is None:
-        return compute(0)[None]
+        return next(compute(0))[None]
     rows, images = len(regions.owner), loader.dataset.data_source
     return cache.views(f"regions of {split}", images, 1, False, compute, rows, f"regions {digest(regions, how)}")

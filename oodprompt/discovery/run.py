@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from oodprompt.data.columns import Images
 from oodprompt.discovery import keys as _declares_the_keys  # noqa: F401
 from oodprompt.discovery.ravl import assign, discover
 from oodprompt.discovery.region_features import RegionFeatures
@@ -79,7 +80,7 @@ def run_discovery(
     return DiscoveryRun(discovery, clusters, split, regions, features, label, predicted, ks, planted)
 
 
-def _labelled_images(encoder: Encoder, split: str) -> list:
+def _labelled_images(encoder: Encoder, split: str) -> Images:
     """The images that discovery looks at; ``UserError`` where there are none."""
     data = encoder.data_of(split)
     if not data:

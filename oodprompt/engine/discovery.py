@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import build_transform
 from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.discovery.run import DiscoveryRun, run_discovery
@@ -92,7 +92,7 @@ class RunDiscovery:
         look = build_transform(_plain_pixels(cfg), is_train=False)
 
         def load(index: int) -> Image.Image:
-            pixels = look(read_image(data.impath(index)))
+            pixels = look(read_image(data.impath(index), PixelRules.of(cfg)))
             return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
 
         files = write_discovery(

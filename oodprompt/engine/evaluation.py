@@ -105,14 +105,11 @@ def report_groups(metrics: dict[str, Any]) -> None:
     """Report worst-group accuracy and the groups, in lines of Dassl's form; nothing where all attributes are unknown."""
     if not metrics["groups"]:
         return
-    if unknown := metrics["num_without_attribute"]:
-        logger.info(
-            f"Note: {unknown:,} of {metrics['num_samples']:,} images have no attribute label; they are in no group, and "
-            "the groups below are those of the other images"
-        )
     logger.info(f"* worst_group: {100 * metrics['worst_group_accuracy']:.1f}%")
     logger.info(f"* adjusted_average: {100 * metrics['adjusted_average_accuracy']:.1f}%")
     logger.info(f"* gap: {100 * metrics['gap']:.1f}%")
+    if unknown := metrics.get("num_without_attribute", 0):
+        logger.info(f"* without attribute, in no group: {unknown:,} of {metrics['num_samples']:,} images")
     for group in metrics["groups"]:
         logger.info(
             f"* group: {group['class']} / {group['attribute']}\ttotal: {group['num_samples']:,}\t"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.data import seeding
@@ -15,6 +14,7 @@ from oodprompt.engine.loop import LossCheck, RunState, fit_epoch, remedy
 from oodprompt.engine.objective import Objective
 from oodprompt.engine.optim import TrainedModels, scales_losses
 from oodprompt.features.encoder import Encoder, evaluating, gathered
+from oodprompt.log import progress
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
 
@@ -68,10 +68,9 @@ class FirstStage:
         # Without ``choose`` the sampler's order, not that of a debiaser beside the one that asks.
         indices = None if choose is None else choose.cpu().numpy()
         order = None if indices is None else (lambda epoch, rng: rng.permutation(indices))
-        hidden = None if encoder.show_progress else True
         with (
             batches.batches.ordered_by(order),
-            tqdm(total=epochs * len(batches), desc="First stage", unit="step", disable=hidden, leave=False) as bar,
+            progress(epochs * len(batches), "First stage", "step", encoder.show_progress) as bar,
         ):
 
             def step(number: int, batch: Batch) -> dict[str, Tensor]:

@@ -6,14 +6,14 @@ import datetime
 import statistics
 import threading
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.engine.loop import RunState, StepReport
 from oodprompt.features.encoder import Encoder
-from oodprompt.log import logger, optional
+from oodprompt.log import logger, optional, progress
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _RECENT = 50  # steps whose mean time tells the time left
 
@@ -44,20 +44,10 @@ class Progress:
     ) -> None:
         self.state, self.num_batches, self.print_freq = state, num_batches, print_freq
         done = state.start_epoch * num_batches
+        self._folder, self._purge_step = folder, done if state.start_epoch else None
         self._writer: SummaryWriter | None = None
-        if folder:
-            threading.excepthook = _no_traceback
-            with optional("TensorBoard's file"):
-                self._writer = SummaryWriter(str(folder), purge_step=done if state.start_epoch else None)
         left = num_batches if state.start_epoch < state.max_epoch else 0
-        self._bar = tqdm(
-            total=state.max_epoch * left,
-            initial=state.start_epoch * left,
-            desc=title,
-            unit="step",
-            disable=None if show_progress else True,
-            leave=False,
-        )
+        self._bar = progress(state.max_epoch * left, title, "step", show_progress, initial=state.start_epoch * left)
 
     def after_step(self, report: StepReport, learning_rate: float) -> None:
         self._bar.update()
@@ -95,11 +85,17 @@ class Progress:
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
         """Add a value to TensorBoard's curve ``tag``."""
-        writer, self._writer = self._writer, None  # given back unless it fails
-        if writer is not None:
-            with optional("the rest of TensorBoard's file"):
-                writer.add_scalar(tag, value, step)
-                self._writer = writer
+        if self._folder is None:
+            return
+        folder, self._folder = self._folder, None  # given back unless it fails
+        with optional("the rest of TensorBoard's file"):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # here: the first step need not wait for it
+
+                threading.excepthook = _no_traceback
+                self._writer = SummaryWriter(str(folder), purge_step=self._purge_step)
+            self._writer.add_scalar(tag, value, step)
+            self._folder = folder
 
     def close_bar(self) -> None:
         self._bar.close()

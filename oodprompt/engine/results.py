@@ -47,6 +47,7 @@ def results_of(
         "seed": cfg.SEED,
         "split": split,
         **{key: metrics[key] for key in _METRICS},
+        "num_without_attribute": metrics.get("num_without_attribute", 0),  # an evaluator of the user's may not count
         "groups": metrics["groups"],
         "classes": metrics["classes"],
         "other_predictions": metrics["other_predictions"],

@@ -27,9 +27,9 @@ class Selection:
         """``UserError`` for a choice that the validation data cannot give."""
         if not self.is_on or self.choice in ("auto", "accuracy"):
             return
-        if self.choice == "worst_group_accuracy" and bool((val.attribute < 0).any()):
+        if self.choice == "worst_group_accuracy" and bool((val.attribute < 0).all()):
             raise UserError(
-                f"TEST.SELECTION {self.choice}: the validation data have images without an attribute label; use accuracy, "
+                f"TEST.SELECTION {self.choice}: no validation image has an attribute label; use accuracy, "
                 "or worst_pseudo_group_accuracy, which needs names of the attribute's values only"
             )
         if self.choice == "worst_pseudo_group_accuracy":

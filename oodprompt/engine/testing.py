@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,12 @@ class Testing:
         """Probabilities [N, C] of the classes for images that are in no split, by the test transform."""
         self.trained.set_mode(training=False)
         return self.encoder.probabilities(paths, self.objective.predict)
+
+    @torch.no_grad()
+    def classify_readable(self, paths: Sequence[str | Path]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """As ``classify``, batch by batch: places of readable images, their probabilities, and what ails the others."""
+        self.trained.set_mode(training=False)
+        yield from self.encoder.probabilities_by_batch(paths, self.objective.predict, skip_unreadable=True)
 
     def tested_split(self) -> str:
         """TEST.SPLIT, or test where there are no validation data."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, is_too_long
@@ -24,7 +23,7 @@ from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.features import views
 from oodprompt.features.cache import FeatureCache
-from oodprompt.log import logger
+from oodprompt.log import logger, progress
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
@@ -188,8 +187,10 @@ class Encoder:
 
     def note_long_captions(self) -> None:
         """Say how many training images have captions that are longer than the text encoder takes, if any."""
-        length = self.clip.shape.context_length
-        images = Counter(datum.caption for datum in self.data_of("train") if datum.caption)
+        data, length = self.data_of("train"), self.clip.shape.context_length
+        if data.captions is None:
+            return
+        images = Counter(datum.caption for datum in data if datum.caption)
         long = sum(number for caption, number in images.items() if is_too_long(caption, length))
         if long:
             logger.info(
@@ -232,10 +233,27 @@ class Encoder:
 
     @torch.no_grad()
     def probabilities(self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor]) -> Tensor:
-        """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform."""
-        batches = self.data.loader([Datum(str(path)) for path in paths])
-        bar = tqdm(batches, "images", unit="batch", disable=None if self.show_progress else True)
-        return torch.cat([predict(self.align(batch)).softmax(dim=1).cpu() for batch in bar])
+        """softmax of ``predict``'s logits, [N, C] on the CPU, for images that are in no split, by the test transform.
+
+        ``UserError`` for the first image that cannot be read.
+        """
+        return torch.cat([part for _, part, _ in self.probabilities_by_batch(paths, predict)])
+
+    @torch.no_grad()
+    def probabilities_by_batch(
+        self, paths: Sequence[str | Path], predict: Callable[[Alignment], Tensor], skip_unreadable: bool = False
+    ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+        """As ``probabilities``, batch by batch: places in ``paths``, their probabilities, and what ails unreadable images.
+
+        With ``skip_unreadable`` the last is by place in ``paths``, and the first two are of the other images.
+        """
+        batches = self.data.loader([Datum(str(path)) for path in paths], skip_unreadable=skip_unreadable)
+        for batch in progress.over(batches, "Images", "batch", show=self.show_progress):
+            if len(batch["index"]):
+                probabilities = predict(self.align(batch)).softmax(dim=1).cpu()
+            else:
+                probabilities = torch.empty(0, len(self.learner.classnames))
+            yield batch["index"].tolist(), probabilities, batch.get("unreadable", {})
 
 
 def gathered(alignment: Alignment) -> Alignment:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
-from oodprompt.data.distributed import sum_over_processes
+from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch, DataManager, Loader
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.errors import UserError
 from oodprompt.features.cache import FeatureCache, Views
+from oodprompt.log import progress
 
 
 class FeatureLoader:
@@ -97,18 +97,27 @@ def views_to_cache(cfg: CfgNode, trains_image_tower: bool, own_encoder: bool = F
 
 
 @torch.no_grad()
+def rows_in_order(
+    encode: Callable[[Tensor], Tensor], loader: Loader, title: str, show: bool = True, start: int = 0
+) -> Iterator[Tensor]:
+    """Features of the images of ``loader`` from the index ``start`` on, batch by batch, [b, d] on the encoder's device.
+
+    They come in the order of the indices, whatever the loader's sampler; processes share the work.
+    """
+    total = len(loader.dataset)
+    with (
+        loader.batches.ordered_by(lambda epoch, rng: np.arange(start, total)),
+        progress(total, title, "image", show, start) as bar,
+    ):
+        for batch in loader:
+            z = gather_rows(encode(batch["img"]))
+            yield z
+            bar.update(len(z))
+
+
 def extract(encode: Callable[[Tensor], Tensor], loader: Loader, title: str, show: bool = True) -> Tensor:
     """Features of every image of ``loader`` by its index, [N, d] on the encoder's device; processes share the work."""
-    features: Tensor | None = None
-    with tqdm(total=len(loader.dataset), desc=title, unit="image", disable=None if show else True, leave=False) as bar:
-        for batch in loader:
-            z = encode(batch["img"])
-            if features is None:
-                features = z.new_zeros(len(loader.dataset), z.shape[1])
-            features[batch["index"].to(z.device)] = z
-            bar.update(len(z))
-    assert features is not None, "every split that is encoded has images"
-    return sum_over_processes(features)
+    return torch.cat(list(rows_in_order(encode, loader, title, show)))
 
 
 def train_views(
@@ -124,13 +133,13 @@ def train_views(
     is_train = views > 1 or not is_random(data.cfg)
     transform = data.transform_train if is_train else data.transform_test
 
-    def compute(view: int) -> Tensor:
+    def compute(view: int, start: int = 0) -> Iterator[Tensor]:
         loader = data.loader(data.dataset.train_x, transform=transform)
         loader.set_epoch(view)
-        return extract(encode, loader, f"Features of training images, view {view + 1}/{views}", show)
+        return rows_in_order(encode, loader, f"Features of training images, view {view + 1}/{views}", show, start)
 
     if cache is None:
-        return torch.stack([compute(view) for view in range(views)])
+        return torch.stack([torch.cat(list(compute(view))) for view in range(views)])
     return cache.views("train", data.dataset.train_x, views, is_train, compute)
 
 
@@ -139,7 +148,9 @@ def evaluation_view(
 ) -> Views:
     """The one view of the images of an evaluation split, [1, N, d]."""
 
-    def compute(view: int) -> Tensor:
-        return extract(encode, images, f"Features of {split} images", show)
+    def compute(view: int, start: int = 0) -> Iterator[Tensor]:
+        return rows_in_order(encode, images, f"Features of {split} images", show, start)
 
-    return compute(0)[None] if cache is None else cache.views(split, images.dataset.data_source, 1, False, compute)
+    if cache is None:
+        return torch.cat(list(compute(0)))[None]
+    return cache.views(split, images.dataset.data_source, 1, False, compute)

@@ -224,7 +224,10 @@ class GroupSource:
         return len(self.names)
 
     def of(self, split: Split) -> Tensor:
-        """The value of every image of the split, [N], from 0 to A - 1, on the device of ``split.label``."""
+        """The value of every image of the split, [N], from 0 to A - 1, on the device of ``split.label``.
+
+        -1 is unknown; no training image may have it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define of")
 
 

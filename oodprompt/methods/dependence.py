@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor, nn
 
 from oodprompt.errors import UserError
@@ -84,6 +83,8 @@ def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
     cross, covariance = (moment.double() for moment in within_class_moments(x.double(), q.double(), label))
     if covariance.diagonal().mean() < 1e-12:  # all images of a class are the same
         return torch.eye(len(covariance)).to(x)
+    from sklearn.covariance import ledoit_wolf_shrinkage  # here: it takes most of a second
+
     share = max(ledoit_wolf_shrinkage(centred_within(x, label).cpu().numpy(), assume_centered=True), 1e-6)
     identity = torch.eye(len(covariance)).to(covariance)
     values, vectors = torch.linalg.eigh((1 - share) * covariance + share * covariance.diagonal().mean() * identity)

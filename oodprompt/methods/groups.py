@@ -16,7 +16,10 @@ from oodprompt.methods.splits import LabelledData, Split
 
 @dataclass(frozen=True)
 class Groups:
-    """The group g_i = y_i A + a_i of every image of a split, [N], and the names of all G = C A groups."""
+    """The group g_i = y_i A + a_i of every image of a split, [N], and the names of all G = C A groups.
+
+    An image whose attribute is not known is in no group, -1. Only splits other than the training split have such.
+    """
 
     index: Tensor
     names: tuple[str, ...]
@@ -24,7 +27,12 @@ class Groups:
     @property
     def count(self) -> Tensor:
         """N_g [G], the number of images of each group."""
-        return torch.bincount(self.index, minlength=len(self.names))
+        return torch.bincount(self.index[self.known], minlength=len(self.names))
+
+    @property
+    def known(self) -> Tensor:
+        """Which images are in a group, [N] bool."""
+        return self.index >= 0
 
 
 class SourceOfGroups(Protocol):
@@ -39,7 +47,7 @@ class SourceOfGroups(Protocol):
         """A, the number of values. ``UserError`` where the source cannot tell them; asks for no image features."""
 
     def of(self, split: Split) -> Tensor:
-        """The value of every image of the split, [N], from 0 to A - 1."""
+        """The value of every image of the split, [N], from 0 to A - 1; -1: unknown, which no training image may be."""
 
 
 class AttributeSources:
@@ -73,7 +81,7 @@ class AttributeSources:
         attribute = source.of(split)
         named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
         names = tuple(f"{c} / {a}" for c in self.data.classnames for a in named)
-        return Groups(split.label * values + attribute, names)
+        return Groups(torch.where(attribute < 0, -1, split.label * values + attribute), names)
 
     def num_groups(self) -> int:
         """G = C A of the training split, without asking for image features. ``UserError`` as ``check_groups``."""

@@ -16,18 +16,19 @@ from oodprompt.methods.splits import Split
 
 @GROUP_SOURCE_REGISTRY.register(name="true")
 class AttributeLabels(GroupSource):
-    """The data set's attribute labels."""
+    """The data set's attribute labels. Every training image needs one; other images without are in no group."""
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
         self.names = tuple(context.data.attribute_names)
 
     def num_values(self, split: Split) -> int:
-        unknown = int((split.attribute < 0).sum())
-        if unknown:
+        unknown, count = int((split.attribute < 0).sum()), len(split.attribute)
+        if unknown and (split.name == "train" or unknown == count):
+            remedy = "give them one or take them out of the list, or " if unknown < count else ""
             raise UserError(
-                f"TRAINER.GROUPS true: {unknown:,} of {len(split.attribute):,} images of the {split.name} split have no "
-                "attribute label; use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
+                f"TRAINER.GROUPS true: {unknown:,} of {count:,} images of the {split.name} split have no attribute label; "
+                f"{remedy}use TRAINER.GROUPS pseudo, which needs the names of its values only, or regions"
             )
         return max(len(self.names), self.context.data.num_attribute_values)
 

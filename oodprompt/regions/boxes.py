@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from oodprompt.data.tables import read_rows
+from oodprompt.data.images import image_size
+from oodprompt.data.tables import portable, read_rows
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
 
@@ -126,7 +126,8 @@ def csv_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) ->
         left, top, right, bottom = (_number(corner, where) for corner in corners)
         if right <= left or bottom <= top:
             raise UserError(f"{where}: the box must have left < right and top < bottom, not {', '.join(corners)}")
-        by_image[_absolute(path.parent / image.strip())].append(Box(left, top, right, bottom, label.strip()))
+        image = portable(image.strip(), path.parent)
+        by_image[_absolute(path.parent / image)].append(Box(left, top, right, bottom, label.strip()))
     matches = {i: by_image[_absolute(name)] for i, name in enumerate(paths) if _absolute(name) in by_image}
     if not matches:
         raise _no_match(file, list(by_image), paths)
@@ -140,7 +141,7 @@ def in_view(
     view = CentreView(input_size)
     boxes, owner, names = [], [], []
     for i, of_image in by_image.items():
-        size = _size(paths[i])
+        size = image_size(paths[i])
         window = view.window(*size)
         for box in of_image:
             seen = _clip(_in_pixels(box, size, source, paths[i]), window)
@@ -183,17 +184,6 @@ def _clip(corners: Sequence[float], window: Sequence[float]) -> tuple[float, flo
     if min(width, height) < _SMALLEST or width * height < _VISIBLE * (right - left) * (bottom - top):
         return None
     return seen
-
-
-def _size(path: str) -> tuple[int, int]:
-    """Width and height, from the header of the image file."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read the image {path}: {error}; replace the file or take it out of the list"
-        ) from error
 
 
 def given_file(file: str) -> Path:

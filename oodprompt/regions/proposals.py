@@ -14,12 +14,12 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import to_tensor
-from tqdm import tqdm
 
 from oodprompt.backbones.state_dicts import read_state_dict
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import CentreView
 from oodprompt.errors import UserError
+from oodprompt.log import progress
 from oodprompt.regions.boxes import Box, Regions, in_view
 
 _ROUNDING = 1e-6  # pixels by which an edge may miss a whole number through rounding
@@ -33,6 +33,7 @@ def proposal_regions(
     short_edge: int = 800,
     device: torch.device | str = "cpu",
     show: bool = True,
+    rules: PixelRules = PixelRules(),
 ) -> Regions:
     """Proposals of torchvision's Faster R-CNN (Ren et al. 2015; ResNet-50 with a feature pyramid), class-agnostic.
 
@@ -46,9 +47,9 @@ def proposal_regions(
     weights = _weights(weights_file)
     network = _proposal_network(weights, short_edge).to(device)
     matches: dict[int, list[Box]] = {}
-    bar = tqdm(paths, desc="Region proposals", unit="image", disable=None if show else True, leave=False)
+    bar = progress.over(paths, "Region proposals", "image", show=show)
     for i, name in enumerate(bar):
-        image = read_image(name)
+        image = read_image(name, rules)
         window = CentreView(input_size).window(*image.size)
         left, top = (math.floor(edge + _ROUNDING) for edge in window[:2])
         right, bottom = (math.ceil(edge - _ROUNDING) for edge in window[2:])

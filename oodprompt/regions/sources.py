@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from oodprompt.config.keys import Key, declare
+from oodprompt.data.images import PixelRules
 from oodprompt.errors import UserError, nearest
 from oodprompt.regions.boxes import Regions, coco_regions, csv_regions, given_file, is_json
-from oodprompt.regions.proposals import proposal_regions
 
 SOURCES = ("grid", "boxes", "proposals")
 
@@ -58,11 +58,12 @@ def build_regions(
     per_image: int = 32,
     device: torch.device | str = "cpu",
     show: bool = True,
+    rules: PixelRules = PixelRules(),
 ) -> Regions:
     """The regions of the images ``paths``, in their order.
 
     ``source`` is "grid" (``grid`` rows and columns, see ``grid_regions``), "boxes" (of ``file``: a COCO json or a csv,
-    by its content) or "proposals" (``per_image`` of the network whose weights ``file`` holds). ``input_size`` is the
+    by its content) or "proposals" (``per_image`` of the network whose weights ``file`` holds, with images read by ``rules``). ``input_size`` is the
     height and width of the test transform. Images may be without regions; ``Regions.source`` says how many have some.
     Raises ``UserError`` for an unknown source, an unusable file, and where no image has a region.
     """
@@ -72,7 +73,9 @@ def build_regions(
         of_coco = is_json(given_file(file))
         return (coco_regions if of_coco else csv_regions)(file, paths, input_size)
     if source == "proposals":
-        return proposal_regions(paths, input_size, file, per_image, device=device, show=show)
+        from oodprompt.regions.proposals import proposal_regions  # here: it takes torchvision, which takes seconds
+
+        return proposal_regions(paths, input_size, file, per_image, device=device, show=show, rules=rules)
     raise UserError(f"unknown source of regions {source!r}: {nearest(source, SOURCES)}")
 
 

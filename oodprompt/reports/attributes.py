@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import draw, literal, write_in_cells
+from oodprompt.reports.style import draw, literal, new_figure, write_in_cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PSEUDO_ATTRIBUTES = "pseudo_attributes.json"
 
@@ -41,7 +42,9 @@ def _lines(split: str, row: dict[str, Any]) -> list[str]:
     """The agreement of one split, overall and by group."""
     if row["accuracy"] is None:
         return [f"Pseudo-attributes ({split}): no attribute labels to compare with"]
-    lines = [f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels"]
+    known, count = sum(g["num_samples"] for g in row["groups"]), sum(map(sum, row["counts"]))
+    of = f" of the {known:,} images, of {count:,}, that have one" if known < count else ""
+    lines = [f"Pseudo-attributes ({split}): {100 * row['accuracy']:.1f}% agree with the attribute labels{of}"]
     return lines + [
         f"  {g['class']} / {g['attribute']}\ttotal: {g['num_samples']:,}\tagree: {100 * g['accuracy']:.1f}%"
         for g in row["groups"]
@@ -52,7 +55,7 @@ def _confusions(rows: Mapping[str, dict[str, Any]], names: Sequence[str]) -> Fig
     """One square per split: how images of each attribute (row) were labelled (column), in per cent of the row."""
     labels = [literal(name) for name in names]
     side = 1.6 + 0.55 * max(len(names), 2)
-    figure = Figure(figsize=(side * len(rows) + 0.8, side + 0.4), layout="constrained")
+    figure = new_figure(side * len(rows) + 0.8, side + 0.4)
     for axes, (split, row) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         values = [[100 * share for share in line] for line in row["confusion"]]
         axes.imshow(values, cmap="Blues", vmin=0, vmax=100)

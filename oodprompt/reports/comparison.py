@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+from oodprompt.reports.style import BLUE, RED, bar_axis, literal, new_figure, write_in_cells
 
-from oodprompt.reports.style import BLUE, RED, bar_axis, literal, write_in_cells
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def comparison_figure(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
@@ -14,7 +16,7 @@ def comparison_figure(rows: Sequence[tuple[str, float, float]], title: str) -> F
 
     ``rows`` are (name, average, worst group), the accuracies as fractions from 0 to 1; the first is drawn on top.
     """
-    figure = Figure(figsize=(7, 1.2 + 0.6 * len(rows)), layout="constrained")
+    figure = new_figure(7, 1.2 + 0.6 * len(rows))
     axes = figure.add_subplot()
     places = range(len(rows))
     for offset, column, colour, label in ((-0.2, 1, BLUE, "average"), (0.2, 2, RED, "worst group")):
@@ -34,7 +36,7 @@ def grid_figure(rows: Mapping[str, Sequence[tuple[str, float, float]]]) -> Figur
     settings. Colours run from 40 to 95 per cent.
     """
     settings = [point[0] for point in next(iter(rows.values()))]
-    figure = Figure(figsize=(5.2 + 1.3 * len(settings), 1.4 + 0.3 * len(rows)), layout="constrained")
+    figure = new_figure(5.2 + 1.3 * len(settings), 1.4 + 0.3 * len(rows))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title, column in zip(panels, ("worst group", "average"), (1, 2), strict=True):
         values = [[float(point[column]) for point in points] for points in rows.values()]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from oodprompt.reports.style import BLUE, GREEN, GREY, RED, draw, epoch_axis, literal, new_figure
 
-from oodprompt.reports.style import BLUE, GREEN, GREY, RED, draw, epoch_axis, literal
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DOTTED = 60  # epochs: a line of fewer has a dot at each
 
@@ -27,7 +28,7 @@ def write_training_curves(history: Sequence[dict[str, Any]], directory: str | Pa
 
 def _training_figure(history: Sequence[dict[str, Any]]) -> Figure:
     """Loss, learning rate, and accuracies in per cent, by epoch."""
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    figure = new_figure(13, 3.2)
 
     def draw(axes: Axes, key: str, label: str, colour: str, factor: float = 1.0, line: str = "-") -> None:
         points = [(row["epoch"], factor * row[key]) for row in history if row.get(key) is not None]
@@ -69,7 +70,7 @@ def group_curves(history: Sequence[dict[str, Any]], most: int = 12) -> Figure | 
     names = sorted(last, key=lambda name: -last[name])[:most] if len(last) > most else list(last)
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     styles = {name: "-" if i < 10 else "--" for i, name in enumerate(names)}
-    figure = Figure(figsize=(4.3 * len(titles), 3.6), layout="constrained")
+    figure = new_figure(4.3 * len(titles), 3.6)
     for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
         for name in names:
             points = [(r["epoch"], r["by_group"][title][name]) for r in rows if name in r["by_group"].get(title, {})]

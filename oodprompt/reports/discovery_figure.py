@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from oodprompt.reports.discovery_text import NEAREST, dropped, largest_gaps, survivors, verdict
 from oodprompt.reports.pictures import is_small
-from oodprompt.reports.style import BLUE, GREY, RED, listing, literal, number, signed, whole_percent
+from oodprompt.reports.style import BLUE, GREY, RED, listing, literal, new_figure, number, signed, whole_percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _YELLOW = "#ffd93b"  # the outline of a region
 _WIDTH, _PITCH_X, _PITCH_Y = 12.5, 1.72, 1.95  # of the figure, and from one picture in it to the next, in inches
@@ -30,7 +31,7 @@ def discovery_figure(content: dict[str, Any], image: Callable[[int], Image.Image
     charts = [largest_gaps(cluster, _CLASSES) for cluster in clusters]
     heights = [max(2 * _PITCH_Y, 0.9 + 0.34 * len(rows)) + 0.55 for rows in charts]
     height = sum(heights) + 0.85
-    figure = Figure(figsize=(_WIDTH, height))
+    figure = new_figure(_WIDTH, height, layout=None)
     figure.text(0.25 / _WIDTH, 1 - 0.38 / height, _short(content["title"], 100), fontsize=15, fontweight="bold")
     outcome = verdict(content).split(". ")[0].rstrip(".")
     figure.text(0.25 / _WIDTH, 1 - 0.65 / height, literal(outcome), fontsize=11)
@@ -94,6 +95,8 @@ def _draw_region(axes: Axes, row: dict[str, Any], image: Image.Image) -> None:
         interpolation="nearest" if is_small(image) else "antialiased",
     )
     for colour, line in (("black", 3.5), (_YELLOW, 1.8)):
+        from matplotlib.patches import Rectangle
+
         frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=line)
         frame.set_clip_on(False)
         axes.add_patch(frame)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
 from oodprompt.reports.discovery_text import (
@@ -26,6 +25,9 @@ from oodprompt.reports.discovery_text import (
 )
 from oodprompt.reports.pictures import SIDES, Pictures, is_small
 from oodprompt.reports.style import count, listing, number, signed, whole_percent
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _CARDS = 12  # clusters shown in full
 _LISTED = 20  # clusters with pictures among those that did not survive
@@ -66,8 +68,10 @@ def _render(content: dict[str, Any], pictures: Pictures, level: int) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template() -> Template:
     """The template. It escapes everything that it is given, except the style, which is marked as markup."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("oodprompt.reports", "."),
         autoescape=True,

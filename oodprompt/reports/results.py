@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.files import write_atomically
 from oodprompt.log import optional
-from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, draw, literal, markdown_table, percent
+from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, draw, literal, markdown_table, new_figure, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = "results.json"
 FRACTIONS = ("accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
@@ -54,6 +55,7 @@ def results_markdown(results: dict[str, Any]) -> str:
         ("checkpoint", results["checkpoint"] or "none"),
     ]
     parts = [f"# {title}\n", markdown_table(("", ""), head)]
+    outside = without_attribute(results)
     if results["groups"]:
         rows: list[Sequence[Any]] = [
             (g["class"], g["attribute"], f"{g['num_train']:,}", f"{g['num_samples']:,}", percent(g["accuracy"]))
@@ -61,6 +63,7 @@ def results_markdown(results: dict[str, Any]) -> str:
         ]
         parts += [
             "\n## Groups\n",
+            *([f"{outside} and in no group.\n"] if outside else []),
             markdown_table(("class", "attribute", "training images", "images", "accuracy"), rows),
         ]
     rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
@@ -75,6 +78,14 @@ def results_markdown(results: dict[str, Any]) -> str:
     if results.get("selections"):
         parts += ["\n## Which epoch\n", selections_table(results["selections"])]
     return "\n".join(parts) + "\n"
+
+
+def without_attribute(results: dict[str, Any]) -> str:
+    """How many of the images of the groups' split are in none; empty where all are, or where there are no groups."""
+    unknown = results.get("num_without_attribute", 0)
+    if not unknown or not results["groups"]:
+        return ""
+    return f"{unknown:,} of {results['num_samples']:,} images {'is' if unknown == 1 else 'are'} without an attribute"
 
 
 def selections_table(selections: Sequence[dict[str, Any]]) -> str:
@@ -110,7 +121,7 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
         names = [f"{name}\n{r['num_train']:,} in training" for name, r in zip(names, rows, strict=True)]
     names = [literal(name) for name in names]
     values = [100 * r["accuracy"] for r in rows]
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    figure = new_figure(7, 1.2 + 0.5 * len(rows))
     axes = figure.add_subplot()
     worst = min(values)
     bars = axes.barh(names, values, color=[RED if v == worst else BLUE for v in values])
@@ -123,7 +134,9 @@ def groups_figure(results: dict[str, Any], most: int = 60) -> Figure:
     )
     bar_axis(axes, "accuracy, %")
     title = f"{method_title(results)}\n{results['dataset']} ({results['split']}, seed {results['seed']})"
-    axes.set_title(literal(title) + (f"\nthe {most} worst of {count:,}" if count > most else ""))
+    further = [f"the {most} worst of {count:,}"] if count > most else []
+    further += [f"{outside}, in no bar"] if (outside := without_attribute(results)) else []
+    axes.set_title("\n".join([literal(title), *further]))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.5 * len(rows) + 0.4)), frameon=False)
     return figure
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from oodprompt.files import write_atomically
 from oodprompt.log import optional
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, RED, GREY, GREEN = "#3465a4", "#cc3333", "#888888", "#4e9a06"
 
@@ -72,6 +73,13 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
+    """An empty figure of that size in inches. Matplotlib is imported here: a run need not wait for it before it trains."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
 def epoch_axis(axes: Axes) -> None:
     """The x axis counts epochs: its name, whole numbers only, and a faint grid."""
     axes.set_xlabel("epoch")
@@ -112,5 +120,7 @@ def draw(path: str | Path, make: Callable[[], Figure | None]) -> list[Path]:
 def write_figure(figure: Figure, path: str | Path) -> None:
     """Save a figure as PNG. The file appears whole or not at all; raises ``UserError`` where it cannot be written."""
     buffer = io.BytesIO()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomically(path, buffer.getvalue())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from oodprompt.reports.style import BLUE, GREEN, GREY, RED, markdown_table
+from oodprompt.reports.style import BLUE, GREEN, GREY, RED, markdown_table, new_figure
 from oodprompt.runs.aggregate import LABELS, Difference, Row, Tree, cell_of, columns_of, differences
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def tables(tree: Tree, form: str = "markdown", baseline: str = "", digits: int = 1) -> str:
@@ -97,7 +99,7 @@ def figure(tree: Tree, title: str) -> Figure:
     colours = (BLUE, RED, GREY, GREEN)
     panels = [rows for rows in (tree.rows, tree.base2new) if rows]
     count = sum(len(rows) * max(1, len(columns_of(rows))) for rows in panels)
-    drawn = Figure(figsize=(8, 1.6 * len(panels) + 0.26 * count), layout="constrained")
+    drawn = new_figure(8, 1.6 * len(panels) + 0.26 * count)
     for axes, rows in zip(drawn.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         columns = columns_of(rows)
         height = 0.8 / len(columns)

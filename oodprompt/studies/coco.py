@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from oodprompt.data.seeding import derive_seed
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import progress
 from oodprompt.studies.planting import Table, check_v, contingency
 from oodprompt.studies.writing import Picture, Region, Sizes, build_once, digest, hold_out, write_setting
 
@@ -211,16 +211,15 @@ def coco_pairs(
         enough &= (_apart(evaluation) >= min_evaluation)[columns][:, columns]
     candidates = np.argwhere(enough)
     found: list[CocoPair] = []
-    bar = tqdm(rng.permutation(candidates), desc="Drawing pairs", unit="pair", disable=None, leave=False)
+    bar = progress.over(rng.permutation(candidates), "Drawing pairs", "pair")
     for e, a in bar:
         if len(found) == count:
             break
         pair = _label_set(train, e, a, np.flatnonzero(enough[e]), sizes, rng)
-        if pair is None or (smallest := _smallest_cell(train, pair, captions_file is not None)) < min_images:
+        if pair is None or _smallest_cell(train, pair, captions_file is not None) < min_images:
             continue
         if evaluation is None or _smallest_cell(evaluation, pair, False) >= min_evaluation:
             found.append(pair)
-            bar.set_postfix(found=len(found), images=smallest)
     if not found:
         raise UserError(
             f"{annotation_file}: no pair of categories has {min_images} images in every cell (and {min_evaluation} for "

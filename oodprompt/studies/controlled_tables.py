@@ -6,14 +6,15 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.files import write_atomically
-from oodprompt.reports.style import markdown_table, write_figure
+from oodprompt.reports.style import markdown_table, new_figure, write_figure
 from oodprompt.runs.tables import spread
 from oodprompt.studies.metrics import TAU_EVAL, is_valid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Key = tuple[str, float]  # target (of COCO also the feature), V
 
@@ -44,7 +45,7 @@ def mitigation_table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 def figure(rows: dict[str, list[dict[str, Any]]], labels: Sequence[str]) -> Figure:
     """Worst-group accuracy of every method in every setting and seed."""
-    picture = Figure(figsize=(max(7, 2.5 + 0.45 * len(labels)), 4.6), layout="constrained")
+    picture = new_figure(max(7, 2.5 + 0.45 * len(labels)), 4.6)
     axes = picture.add_subplot()
     for i, (name, measured) in enumerate(rows.items()):
         values = [100 * row["image_worst_group"] for row in measured]

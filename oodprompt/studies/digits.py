@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
-from tqdm import tqdm
 
 from oodprompt.data.seeding import derive_seed
 from oodprompt.data.tables import read_rows
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import progress
 from oodprompt.studies.planting import apportion, check_v, class_counts, contingency
 from oodprompt.studies.writing import Picture, Region, Sizes, build_once, digest, hold_out, write_rows, write_setting
 
@@ -271,7 +271,7 @@ def base_folder(kind: str, root: str | Path, out: str | Path, sizes: Sizes, seed
         rng = np.random.default_rng(derive_seed(seed, _BASE, list(KINDS).index(kind)))
         rows = _base_rows(kind, classes, {part: labels for part, (_, labels) in items.items()}, sizes, rng)
         (temporary / "images").mkdir()
-        for row in tqdm(rows, desc=f"Drawing {kind}", unit="image", disable=None, leave=False):
+        for row in progress.over(rows, f"Drawing {kind}", "image"):
             images = items[_ITEM_PARTS[row.split]][0]
             pixels = quadrant_image(images[row.item], row.place, row.rectangle)
             Image.fromarray(pixels).save(temporary / row.image, compress_level=1)

@@ -14,13 +14,13 @@ from collections import Counter
 from matplotlib.figure import Figure
 
 from oodprompt.data.dataset import DatasetBase, attribute_name, build_dataset
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.reports.style import write_figure
 from oodprompt.terminal import exit_status
 
 
-def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:
+def groups_picture(dataset: DatasetBase, examples: int = 6, rules: PixelRules = PixelRules()) -> Figure:
     """One row per group (class, attribute) with its first training images."""
     counts = [Counter((d.label, d.attribute) for d in split) for split in (dataset.train_x, dataset.val, dataset.test)]
     groups = sorted(set().union(*counts))
@@ -32,7 +32,7 @@ def groups_picture(dataset: DatasetBase, examples: int = 6) -> Figure:
         row[0].text(0, 0.5, f"{title}\n{train:,} train, {val:,} val, {test:,} test", va="center", fontsize=9)
         mine = [d for d in (*dataset.train_x, *dataset.test) if (d.label, d.attribute) == (label, attribute)]
         for axes, datum in zip(row[1:], mine, strict=False):
-            axes.imshow(read_image(datum.impath))
+            axes.imshow(read_image(datum.impath, rules))
         for axes in row:
             axes.axis("off")
     return figure
@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--out", default="dataset.png", help="file to write")
     args = parser.parse_intermixed_args()
     args.trainer = args.trainer or "ZeroshotCLIP"
-    write_figure(groups_picture(build_dataset(setup_cfg(args))), args.out)
+    cfg = setup_cfg(args)
+    write_figure(groups_picture(build_dataset(cfg), rules=PixelRules.of(cfg)), args.out)
     print(f"Wrote {args.out}")
 
 

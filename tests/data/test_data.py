@@ -341,7 +341,9 @@ def test_kept_images_are_read_once_and_the_same(
     keeping.cache_images()
     first = batches_of(keeping)
     read: list[str] = []
-    monkeypatch.setattr("oodprompt.data.loading.read_image", lambda path: (read.append(path), read_image(path))[1])
+    monkeypatch.setattr(
+        "oodprompt.data.loading.read_image", lambda path, rules: (read.append(path), read_image(path))[1]
+    )
     again = batches_of(keeping)
     assert len(read) == read_again
     for batches in (first, again):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_other_attributes(build: MakeDataset, tmp_path: Path) -> None:
     assert data.classnames == ["female", "male"] and data.attribute_names == ("dark hair", "blond hair")
 
 
+def test_lists_of_a_spreadsheet_with_floats_and_a_gap(build: MakeDataset, tmp_path: Path) -> None:
+    tree(tmp_path / "celeba", "csv")
+    expected = [(d.impath, d.label, d.attribute) for d in build("CelebA").train_x]
+    rows = [CSV[0], *(re.sub(r",(-?\d)", r",\1.0", line) for line in CSV[1:])]
+    rows[2] = re.sub(r",[^,]*(,[^,]*)$", r",nan\1", rows[2])
+    write(tmp_path / "celeba/list_attr_celeba.csv", *(row.replace(",", ";") for row in rows), encoding="utf-16")
+    write(tmp_path / "celeba/list_eval_partition.csv", SPLIT_CSV[0], *(f"{line}.0" for line in SPLIT_CSV[1:]))
+    found = [(d.impath, d.label, d.attribute) for d in build("CelebA").train_x]
+    assert [a for *_, a in found].count(-1) == 1
+    assert [row if row[2] >= 0 else (*row[:2], old[2]) for row, old in zip(found, expected, strict=True)] == expected
+
+
 @pytest.mark.parametrize("form", ["txt", "csv"])
 @pytest.mark.parametrize(("key", "attribute"), [("TARGET", "Blond_hair"), ("ATTRIBUTE", "Mail")])
 def test_unknown_attributes(build: MakeDataset, tmp_path: Path, form: str, key: str, attribute: str) -> None:
@@ -91,8 +104,9 @@ LONG = "000001.jpg  1  1  1  1  1"
         ("txt", 3, LONG, "^{attr}, line 3 has 6 fields, not 5; fetch it again"),
         ("txt", 5, "000003.jpg 1 2 1 1", "^{attr}, line 5: Blond_Hair '2' and Male '1' must be 1 or -1"),
         ("txt", 9, "000009.jpg 1 1 1 1", "^{attr}, line 9: '000009.jpg' comes twice or has no split in {split}"),
-        ("csv", 2, "000001.jpg,1,1,1", "^{attr}, line 2 has 4 fields, not 5"),
-        ("csv", 4, "000003.jpg,1,1,,1", "^{attr}, line 4: Blond_Hair '1' and Male '' must be 1 or -1"),
+        ("csv", 2, "000001.jpg,1,1,1", "^{attr}, line 2 has 4 fields and the header 5"),
+        ("csv", 4, "000003.jpg,1,,1,1", "^{attr}, line 4: Blond_Hair '' and Male '1' must be 1 or -1"),
+        ("csv", 4, "000003.jpg,1,1,0.5,1", "^{attr}, line 4: Blond_Hair '1' and Male '0.5' must be 1 or -1"),
         ("csv", 8, "000001.jpg,1,1,1,1", "^{attr}, line 8: '000001.jpg' comes twice or has no split in {split}"),
     ],
 )
@@ -109,14 +123,16 @@ def test_corrupt_attribute_lists(
 
 
 @pytest.mark.parametrize("form", ["txt", "csv"])
-@pytest.mark.parametrize(("row", "shown"), [("000003.jpg 3", "3"), ("000003.jpg", ""), ("000003.jpg 0 1", "0 1")])
-def test_corrupt_split_lists(build: MakeDataset, tmp_path: Path, form: str, row: str, shown: str) -> None:
+@pytest.mark.parametrize("row", ["000003.jpg 3", "000003.jpg", "000003.jpg 0 1", "000003.jpg 0.5"])
+def test_corrupt_split_lists(build: MakeDataset, tmp_path: Path, form: str, row: str) -> None:
     path = tree(tmp_path / "celeba", form).with_name(f"list_eval_partition.{form}")
     lines = path.read_text().splitlines()
     number = 3 if form == "txt" else 4
     lines[number - 1] = row.replace(" ", " " if form == "txt" else ",")
     write(path, *lines)
     message = f"^{path}, line {number}: expected an image and its split .0 train, 1 val, 2 test., not '{row}'"
+    if form == "csv" and row.count(" ") != 1:
+        message = f"^{path}, line {number} has {1 + row.count(' ')} fields and the header 2"
     with pytest.raises(UserError, match=message):
         build("CelebA")
 
@@ -135,7 +151,9 @@ def test_missing_image_binary_list_and_empty_list(build: MakeDataset, tmp_path: 
     with pytest.raises(UserError, match=rf"^{path}, line 4 names .*000002\.jpg, which is missing"):
         build("CelebA")
     path.write_bytes(b"7\n\xff\xfe\n")
-    with pytest.raises(UserError, match=f"^cannot read {path}: .*fetch it again"):
+    with pytest.raises(
+        UserError, match=f"^{path} is not a text file in UTF-8: line 2 holds the byte 0xff.*fetch it again"
+    ):
         build("CelebA")
     path.write_text("")
     with pytest.raises(UserError, match=f"^{path}, line 1: expected the number of images"):

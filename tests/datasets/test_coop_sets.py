@@ -125,3 +125,15 @@ def test_wrong_aircraft(build: MakeDataset, tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(UserError, match=f"^{path} is not a text file"):
         build("FGVCAircraft")
+
+
+def test_a_split_file_of_windows_and_pandas(build: MakeDataset, tmp_path: Path) -> None:
+    tree(tmp_path, "Caltech101")
+    expected = [(d.impath, d.label) for d in build("Caltech101").train_x]
+    other = {key: [[i.replace("/", "\\"), float(y), c] for i, y, c in rows] for key, rows in SPLIT.items()}
+    path = tree(tmp_path, "Caltech101", other)
+    assert [(d.impath, d.label) for d in build("Caltech101").train_x] == expected
+    other["test"][1][1] = 0.5
+    tree(tmp_path, "Caltech101", other)
+    with pytest.raises(UserError, match=f"^{path}, 'test' entry 2: expected .image, label, class name., not "):
+        build("Caltech101")

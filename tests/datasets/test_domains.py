@@ -75,6 +75,14 @@ def test_lists_of_domainnet(build: MakeDataset, tmp_path: Path) -> None:
     assert data.classnames == ["axe", "the tower"] and all(d.impath.endswith("/3.jpg") for d in data.val + data.test)
 
 
+def test_lists_with_backslashes_tabs_and_floats(build: MakeDataset, tmp_path: Path) -> None:
+    domainnet_lists(tmp_path)
+    expected = [(d.impath, d.label) for d in build("DomainNet").train_x]
+    for path in (tmp_path / "domainnet/splits").iterdir():
+        path.write_text(path.read_text().replace("/", "\\").replace(" ", "\t").replace("\n", ".0\n"))
+    assert [(d.impath, d.label) for d in build("DomainNet").train_x] == expected
+
+
 def test_classes_are_those_of_all_domains(build: MakeDataset, tmp_path: Path) -> None:
     """A class that the target lacks, and one that a domain out of use has alone."""
     plain(tmp_path / "terra_incognita", ("location_38", "location_100", "location_46"), ("bird", "cat", "empty"))

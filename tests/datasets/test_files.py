@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from oodprompt.datasets.file_lists import image_names, number_attributes, sorted_values, split_off_validation
+from oodprompt.datasets.file_lists import number_attributes, sorted_values, split_off_validation
 
 from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
+from oodprompt.data.folders import image_names
 from oodprompt.data.tables import read_rows
 from oodprompt.errors import UserError
 from tests.helpers.trees.writing import put, write

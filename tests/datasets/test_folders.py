@@ -68,6 +68,10 @@ def test_without_val_some_training_images_are_set_aside(
         ("test/cow/1.jpg", r"^{root}/test/cow/1\.jpg: class 'cow' has no folder in train: .*known: big cat, dog"),
         ("train/dog/snow/2020/1.jpg", "^{root}/train/dog/snow/2020 is a folder below class and attribute"),
         ("train/cow/readme.txt", r"^no image in {root}/train/cow; images end in \.jpg, "),
+        ("train/big cat/1.jpg", "^{root}/train/big cat and {root}/train/big_cat are two spellings of one class; put"),
+        ("train/Dog/1.jpg", "^{root}/train/Dog and {root}/train/dog are two spellings of one class"),
+        ("val/big cat/1.jpg", ""),
+        ("val/DOG/1.jpg", "^{root}/train/dog and {root}/val/DOG are two spellings of one class"),
         ("val/dog/snow/1.jpg", ""),
     ],
 )
@@ -78,6 +82,59 @@ def test_stray_files(build: MakeDataset, tmp_path: Path, extra: str, message: st
         return
     with pytest.raises(UserError, match=message.format(root=tmp_path)):
         build("Folders")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("train/dog/on land/2.jpg", "^{root}/train/dog/on land and {root}/train/dog/on_land are two spellings"),
+        ("test/big_cat/On land/2.jpg", "^{root}/train/dog/on_land and {root}/test/big_cat/On land are two spellings"),
+        ("test/big_cat/on land/2.jpg", ""),
+    ],
+)
+def test_spellings_of_attribute_values(build: MakeDataset, tmp_path: Path, extra: str, message: str) -> None:
+    put(tmp_path, *PLAIN, "train/dog/on_land/1.jpg", extra)
+    if not message:
+        assert build("Folders").attribute_names == ("on land",)
+        return
+    with pytest.raises(UserError, match=message.format(root=tmp_path) + " of one attribute value"):
+        build("Folders")
+
+
+def test_accents_have_one_form(build: MakeDataset, tmp_path: Path) -> None:
+    put(tmp_path, *PLAIN, "train/cafe\u0301/1.jpg", "test/caf\u00e9/1.jpg")
+    data = build("Folders")
+    assert data.classnames == ["big cat", "caf\u00e9", "dog"] and [d.label for d in data.test] == [0, 1, 2]
+
+
+def test_what_systems_leave_is_no_data(build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, *PLAIN, "train/dog/snow/1.jpg")
+    left = (
+        "__MACOSX/dog/._1.jpg",
+        "@eaDir/1.jpg/SYNO_M.jpg",
+        ".ipynb_checkpoints/1-checkpoint.jpg",
+        "._1.jpg",
+        "Thumbs.db",
+    )
+    put(tmp_path, *(f"train/{place}{name}" for place in ("", "dog/", "dog/snow/") for name in left))
+    assert len(build("Folders").train_x) == 4 and "passed over" not in capsys.readouterr().out
+
+
+def test_other_files_are_counted_in_one_line(
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, *PLAIN, "train/dog/a.txt", "train/dog/x/1.jpg", "train/dog/x/b.TXT", "test/dog/c.HEIC", "test/README")
+    build("Folders")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
+    assert notes == [
+        "Note: passed over 4 files that are no images: 2 .txt, 1 .heic, 1 without a suffix "
+        f"(in {tmp_path}); convert .heic to png or jpeg to use them"
+    ]
+
+
+def test_every_format_that_the_reader_opens_is_found(build: MakeDataset, tmp_path: Path) -> None:
+    put(tmp_path, *PLAIN, *(f"train/dog/x.{end}" for end in ("jfif", "GIF", "jpe", "jp2", "tiff", "webp")))
+    assert len(build("Folders").train_x) == 9
 
 
 def test_wrong_number_of_attribute_names(build: MakeDataset, tmp_path: Path) -> None:

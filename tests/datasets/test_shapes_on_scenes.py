@@ -206,6 +206,19 @@ def test_file_list_is_read(tmp_path: Path, encoding: str) -> None:
     assert fields == [(a, 0, "landbird", 1, 1), (a, 1, "waterbird", 3, 3), (b, 1, "waterbird", 0, 0)]
 
 
+def test_file_list_with_floats_gaps_and_backslashes(tmp_path: Path) -> None:
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds/c.png").touch()
+    path = write_list(tmp_path, HEAD, "1,birds\\c.png,1.0,0.0,1.0", "2,birds/c.png,0.0,1.0,nan", "3,a.png,1,2,")
+    splits = read_metadata(path, tmp_path, ("landbird", "waterbird"), attributes=2)
+    c, a = (str(tmp_path / name) for name in ("birds/c.png", "a.png"))
+    assert [[(d.impath, d.label, d.attribute) for d in split] for split in splits] == [
+        [(c, 1, 1)],
+        [(c, 0, -1)],
+        [(a, 1, -1)],
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -215,6 +228,8 @@ def test_file_list_is_read(tmp_path: Path, encoding: str) -> None:
         ((HEAD, "1,a.png,2,0,0"), "line 2: y 2, split 0, place 0 are out of range .y below 2"),
         ((HEAD, "1,a.png,0,3,0"), "line 2: y 0, split 3"),
         ((HEAD, "1,a.png,0,0,-1"), "line 2: y 0, split 0, place -1"),
+        ((HEAD, "1,a.png,0,0,0.5"), "line 2: y, split and place must be whole numbers"),
+        ((HEAD, "1,a.png,nan,0,0"), "line 2: y, split and place must be whole numbers"),
         ((HEAD, "1,a.png,0,0,0", "2,c.png,0,0,0"), r"line 3 names .*c\.png, which is missing"),
         ((HEAD, "1,,0,0,0"), "line 2 names .*, which is missing"),
         (("img_id,img_filename,y", "1,a.png,0"), ": column split, place is missing; expected img_filename, y"),

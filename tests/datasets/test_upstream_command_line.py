@@ -133,8 +133,7 @@ def test_every_file_is_run() -> None:
 
 
 def test_helpers_of_files(tmp_path: Path) -> None:
-    from oodprompt.datasets.file_lists import subfolders
-
+    from oodprompt.data.folders import subfolders
     from oodprompt.data.tables import read_lines
 
     put(tmp_path / "b", ".hidden/1.jpg", "z/1.jpg", "a/1.jpg", "0.jpg")

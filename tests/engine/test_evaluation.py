@@ -12,7 +12,7 @@ import torch
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data.datum import Datum
-from oodprompt.engine.evaluation import Classification, GroupCounts, group_metrics, report_groups
+from oodprompt.engine.evaluation import Classification, GroupCounts, group_metrics
 
 BIRDS = SimpleNamespace(classnames=["landbird", "waterbird"], num_classes=2, attribute_names=("land", "water"))
 
@@ -71,23 +71,33 @@ def test_groups_without_training_images_weigh_nothing() -> None:
     assert metrics["adjusted_average_accuracy"] == metrics["accuracy"]
 
 
-def test_unknown_attributes_alone_give_no_groups() -> None:
+def test_groups_are_over_the_images_whose_attribute_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    place = PLACE.clone()
+    place[[3, 9]] = -1  # a landbird on land that is right, and the only waterbird on land that is
+    judge = evaluator()
+    judge.process(torch.nn.functional.one_hot(GUESS, 2), LABEL, place)
+    metrics = judge.evaluate(TRAIN)
+    assert metrics["num_without_attribute"] == 2 and metrics["num_samples"] == 12
+    assert metrics["accuracy"] == pytest.approx(8 / 12)
+    assert [(g["num_samples"], g["accuracy"]) for g in metrics["groups"]] == [
+        (3, 1.0),
+        (2, 0.5),
+        (2, 0.0),
+        (3, pytest.approx(2 / 3)),
+    ]
+    assert metrics["worst_group_accuracy"] == 0 and metrics["gap"] == pytest.approx(8 / 12)
+    assert metrics["adjusted_average_accuracy"] == pytest.approx((6 * 1 + 1 / 2 + 2 * 2 / 3 + 0) / 10)
+    judge.report(metrics)
+    assert "* without attribute, in no group: 2 of 12 images\n" in capsys.readouterr().out
+    assert group_metrics(GUESS, LABEL, PLACE, TRAIN, BIRDS)["num_without_attribute"] == 0
+
+
+def test_no_known_attribute_gives_no_groups() -> None:
     metrics = group_metrics(GUESS, LABEL, torch.full_like(PLACE, -1), TRAIN, BIRDS)
-    assert metrics["groups"] == []
+    assert metrics["groups"] == [] and metrics["num_without_attribute"] == 12
     assert {metrics[key] for key in ("worst_group_accuracy", "adjusted_average_accuracy", "gap")} == {None}
     assert metrics["accuracy"] == pytest.approx(8 / 12)
     assert metrics["num_without_attribute"] == 12
-
-
-def test_groups_are_those_of_the_images_whose_attribute_is_known(caplog: pytest.LogCaptureFixture) -> None:
-    place = PLACE.clone()
-    place[4] = -1  # a landbird on water that was taken for one
-    metrics = group_metrics(GUESS, LABEL, place, TRAIN, BIRDS)
-    assert [tuple(group.values()) for group in metrics["groups"]][1] == ("landbird", "water", 1, 1, 0.0)
-    assert metrics["accuracy"] == pytest.approx(8 / 12)
-    assert (metrics["worst_group_accuracy"], metrics["num_without_attribute"]) == (0, 1)
-    report_groups(metrics)
-    assert "1 of 12 images" in caplog.text
 
 
 def test_memory_of_an_evaluation_does_not_grow_with_the_images() -> None:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from oodprompt import cli
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.weights import digest
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.features.cache import FeatureCache
+from oodprompt.features.store import PartialFile
 from oodprompt.features.views import extract, rows_of, whole
 from tests.helpers.forks import Forks
 from tests.helpers.small_data import RANDOM, MakeCfg, MakeData
@@ -47,10 +49,12 @@ class Disk:
         """As a new run would get them."""
         keys = {"DATALOADER__FEATURE_CACHE": "disk", "DATALOADER__CACHE_DIR": str(self.folder)} | self.keys
         cache = FeatureCache(self.make_cfg(**keys), self.clip, self.precision, self.device, self.said.append)
-        return cache.views("train", self.images, number, self.is_train, self.compute)
+        return cache.views(
+            "train", self.images, number, self.is_train, lambda v, start: iter([self.compute(v)[start:]])
+        )
 
     def files(self) -> set[str]:
-        return {path.name for path in self.folder.glob("*") if path.suffix != ".lock"}
+        return {path.name for path in self.folder.glob("*") if path.suffix not in (".lock", ".json")}
 
 
 @pytest.fixture
@@ -253,7 +257,7 @@ def test_nothing_is_left_of_a_write_that_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*arguments: Any) -> None:
-        assert len(disk.files()) == 1  # the temporary file
+        assert disk.files()  # the unfinished file
         raise error(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -267,6 +271,117 @@ def test_nothing_is_left_of_a_write_that_fails(
     disk.computed.clear()
     disk.views()  # the lock was given back
     assert disk.computed == [0] and len(disk.files()) == 1
+
+
+def test_features_that_took_long_outlive_the_run_by_themselves(disk: Disk) -> None:
+    disk.keys = {"DATALOADER__FEATURE_CACHE": "auto", "DATALOADER__CACHE_SECONDS": 0.0}
+    first = disk.views()
+    assert isinstance(first, Tensor) and len(disk.files()) == 1 and "written to" in disk.said[-1]
+    second = disk.views()
+    assert torch.equal(first, second) and disk.computed == [0] and "read from" in disk.said[-1]
+    disk.keys["DATALOADER__CACHE_SECONDS"] = 1000.0
+    disk.images.pop()
+    assert isinstance(disk.views(), Tensor) and len(disk.files()) == 1 and len(disk.said) == 2
+
+
+class Killed(Exception):
+    """Ends a computation as a signal would."""
+
+
+def parts_of(disk: Disk, asked: list[int], stop: int | None = None) -> Any:
+    """Features in parts of 2 rows; ``stop``: what comes at that row. ``asked`` grows by the first row of each call."""
+
+    def compute(view: int, start: int) -> Any:
+        asked.append(start)
+        rows = torch.arange(5.0 * WIDTH).view(5, WIDTH)
+        for i in range(start, 5, 2):
+            if i == stop:
+                raise Killed
+            yield rows[i : i + 2]
+
+    keys = {"DATALOADER__CACHE_DIR": str(disk.folder), "DATALOADER__TEST__BATCH_SIZE": 2} | disk.keys
+    cache = FeatureCache(disk.make_cfg(**keys), disk.clip, disk.precision, disk.device, disk.said.append)
+    return cache.views("train", disk.images, 1, False, compute)
+
+
+@pytest.mark.parametrize("choice", ["disk", "auto"])
+def test_work_that_is_broken_off_goes_on_where_it_was(choice: str, disk: Disk) -> None:
+    disk.keys = {"DATALOADER__FEATURE_CACHE": choice, "DATALOADER__CACHE_SECONDS": 0.0}
+    asked: list[int] = []
+    with pytest.raises(Killed):
+        parts_of(disk, asked, stop=4)
+    values = parts_of(disk, asked)
+    assert asked == [0, 4]
+    np.testing.assert_array_equal(np.array(values[0]).reshape(-1), np.arange(5.0 * WIDTH))
+    assert "go on behind the 4 of 5" in disk.said[0] and len(disk.files()) == 1
+
+
+@pytest.mark.parametrize("memory", [64.0, 0.0])
+def test_a_disk_that_gets_full_costs_the_file_and_not_the_run(
+    memory: float, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.keys = {"DATALOADER__FEATURE_CACHE": "auto", "DATALOADER__CACHE_SECONDS": 0.0}
+    disk.keys["DATALOADER__CACHE_MEMORY_MIB"] = memory
+    append, calls = PartialFile.append, []
+
+    def full(self: PartialFile, rows: np.ndarray) -> None:
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "features")
+        append(self, rows)
+
+    monkeypatch.setattr(PartialFile, "append", full)
+    values = parts_of(disk, [])
+    assert torch.equal(values[0].reshape(-1), torch.arange(5.0 * WIDTH)) and disk.files() == set()
+    assert disk.said == ["Note: image features stay in memory and end with this run: the disk is full for features"]
+
+
+def test_a_folder_that_cannot_be_used_costs_the_file_and_not_the_run(disk: Disk, tmp_path: Path) -> None:
+    disk.keys = {"DATALOADER__FEATURE_CACHE": "auto", "DATALOADER__CACHE_SECONDS": 0.0}
+    disk.folder = tmp_path / "file" / "folder"
+    disk.folder.parent.write_text("in the way")
+    assert disk.views().shape == (1, 5, WIDTH)
+    assert len(disk.said) == 1 and "stay in memory" in disk.said[0] and "Not a directory" in disk.said[0]
+
+
+@pytest.mark.parametrize("memory", [64.0, 0.0])
+def test_features_of_images_that_change_meanwhile_are_not_kept(memory: float, disk: Disk) -> None:
+    disk.keys = {"DATALOADER__FEATURE_CACHE": "auto", "DATALOADER__CACHE_SECONDS": 0.0}
+    disk.keys["DATALOADER__CACHE_MEMORY_MIB"] = memory
+    disk.images = Images.of(disk.images)
+    compute = disk.compute
+
+    def changing(view: int) -> Tensor:
+        Path(disk.images[3].impath).write_bytes(b"another")
+        return compute(view)
+
+    disk.compute = changing
+    values = disk.views()
+    assert np.array_equal(np.array(values[0]), np.array(compute(0)) - 1)
+    assert disk.files() == set() and "1 images of train were changed" in disk.said[0]
+    assert disk.images[3].impath in disk.said[0]
+
+
+def test_the_features_used_longest_ago_make_room(disk: Disk) -> None:
+    size = 128 + 5 * WIDTH * 4
+    disk.keys = {"DATALOADER__CACHE_LIMIT_GIB": 2.5 * size / 2**30}
+    names = []
+    for precision in ("fp32", "bf16"):
+        disk.precision = precision
+        disk.views()
+        (name,) = disk.files() - set(names)
+        names.append(name)
+    for age, name in enumerate(names):
+        os.utime(disk.folder / name, (1000 - age, 1000 - age))
+    kept = disk.views()[0]  # bf16: older, but used now
+    disk.precision = "fp16"
+    disk.views()
+    assert names[0] not in disk.files() and names[1] in disk.files() and len(disk.files()) == 2
+    assert any("1 files of image features" in line for line in disk.said)
+    disk.keys["DATALOADER__CACHE_LIMIT_GIB"] = size / 2**30
+    disk.precision = "amp"
+    disk.views()
+    assert names[1] not in disk.files() and kept.sum() > 0  # still readable for who has it open
 
 
 def _run(disk: Disk, barrier: Any, queue: Any, seconds: float) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from oodprompt import cli
 from oodprompt.engine.first_stage import FirstStage
@@ -59,13 +58,15 @@ def assert_resumes(
     assert_same_outcome(tmp_path / "unbroken", tmp_path / "broken", (3,))
 
 
-def without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, no image has an attribute label."""
+def without_labels(monkeypatch: pytest.MonkeyPatch, only: str = "", images: slice = slice(None)) -> None:
+    """From here on, these images (of the split ``only``, where it is given) have no attribute label."""
     split = Encoder.split
 
     def unlabelled(self: Encoder, name: str) -> Split:
         known = split(self, name)
-        return replace(known, attribute=torch.full_like(known.attribute, -1))
+        attribute = known.attribute.clone()
+        attribute[images] = -1
+        return known if only not in ("", name) else replace(known, attribute=attribute)
 
     monkeypatch.setattr(Encoder, "split", unlabelled)
 

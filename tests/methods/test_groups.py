@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from oodprompt.backbones import load_backbone, tokenize
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.engine.evaluation import attribute_metrics
+from oodprompt.engine.loop import RunState
+from oodprompt.engine.selection import Selection
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
@@ -23,6 +26,7 @@ from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredCluster
 from oodprompt.methods.contracts import GroupSource
 from oodprompt.methods.groups import AttributeSources, Groups, per_group
 from oodprompt.methods.splits import LabelledData, Split
+from oodprompt.reports.attributes import _lines
 from oodprompt.reports.curves import group_curves
 from tests.helpers.runs import interrupted_at
 
@@ -105,6 +109,18 @@ def test_unknown_attributes_are_refused() -> None:
     split.attribute[3:5] = -1
     with pytest.raises(UserError, match=r"2 of 50 images of the train split have no\s+attribute label.*pseudo"):
         groups_of(split, "true", 3, pseudo(), NOTHING)
+    split = a_split(name="val")
+    split.attribute[:] = -1
+    with pytest.raises(UserError, match="50 of 50 images of the val split have no attribute label; use TRAINER.GROUPS"):
+        groups_of(split, "true", 3, pseudo(), NOTHING)
+
+
+def test_validation_images_without_an_attribute_are_in_no_group() -> None:
+    split = a_split(name="val")
+    split.attribute[3:5] = -1
+    groups = groups_of(split, "true", 3, pseudo(), NOTHING)
+    assert groups.index.tolist() == [-1 if i in (3, 4) else 3 * (i % 2) + i % 3 for i in range(50)]
+    assert groups.known.sum() == 48 and groups.count.sum() == 48 and len(groups.count) == 6
 
 
 def test_sums_by_group() -> None:
@@ -125,6 +141,12 @@ def test_agreement_with_labels() -> None:
     assert shown == [("a", "water", 2, 0.5), ("a", "land", 1, 1.0), ("b", "land", 3, pytest.approx(2 / 3))]
     assert row["counts"] == [[1, 2], [1, 2]]
     assert row["confusion"] == [[0.5, 0.5], [0.25, 0.75]]
+    partly = attribute_metrics(seen, label, torch.tensor([0, 0, -1, -1, 1, 1]), data)
+    assert partly["accuracy"] == 2 / 4
+    assert _lines("val", partly)[0].endswith(
+        "(val): 50.0% agree with the attribute labels of the 4 images, of 6, that have one"
+    )
+    assert _lines("val", row)[0].endswith("66.7% agree with the attribute labels")
     unknown = attribute_metrics(seen, label, torch.full((6,), -1), data)
     assert unknown["accuracy"] is None and not unknown["groups"] and unknown["counts"] == [[1, 2], [1, 2]]
 
@@ -141,6 +163,15 @@ def test_report_lies_with_the_run(run: Callable[..., dict[str, Any]], tmp_path: 
     assert "Pseudo-attributes (train): 80.0% agree" in (tmp_path / "one" / "log.txt").read_text()
     run("CoOp", "none", "OPTIM.MAX_EPOCH", 1)
     assert not (tmp_path / "none" / "pseudo_attributes.json").exists()
+
+
+@pytest.mark.parametrize(("unknown", "refused"), [(slice(0, 3), False), (slice(None), True)])
+def test_the_worst_group_is_chosen_by_where_an_attribute_is_known(unknown: slice, refused: bool) -> None:
+    cfg = SimpleNamespace(TEST=SimpleNamespace(SELECTION="worst_group_accuracy", FINAL_MODEL="best_val"))
+    val = a_split(name="val")
+    val.attribute[unknown] = -1
+    with pytest.raises(UserError, match="no validation image has an attribute") if refused else nullcontext():
+        Selection(cfg, RunState(max_epoch=1)).check(val, pseudo())
 
 
 # --- which epoch is tested -------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ def test_no_attribute_labels_in_validation(
     assert results["best_epoch"] == 1 and "worst_group_accuracy" not in [s["criterion"] for s in results["selections"]]
     follow(monkeypatch, without)
     monkeypatch.setattr(Encoder, "split", without_labels(Encoder.split))
-    with pytest.raises(UserError, match=r"worst_group_accuracy: the validation data have images without an attribute"):
+    with pytest.raises(UserError, match=r"worst_group_accuracy: no validation image has an attribute label"):
         run("DebiasedPT", "true", *BEST, "TEST.SELECTION", "worst_group_accuracy")
     assert not (tmp_path / "true" / "tensorboard").exists()
 

@@ -148,7 +148,7 @@ def test_csv(make_images: MakeImages, tmp_path: Path) -> None:
     rows = [
         [paths[1], 0, 0, 50, 50, "one"],
         ["../other.png", 0, 0, 50, 50, "other"],
-        ["../sub/a.png", 0, 0, 100, 50, ""],
+        ["..\\sub\\a.png", 0, 0, 100, 50, ""],
         ["../b.png", 50, 50, 100, 100, " two "],
     ]
     file = write_csv(tmp_path / "lists" / "boxes.csv", rows)

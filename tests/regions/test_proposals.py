@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
 
+from oodprompt.data.images import PixelRules
 from oodprompt.errors import UserError
 from oodprompt.regions.boxes import counts, per_image
 from oodprompt.regions.proposals import proposal_regions
@@ -76,7 +77,9 @@ def test_proposals_of_several_images_are_those_of_each(
     detector: tuple[torch.nn.Module, Path], make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = make_images(a=(40, 40), b=(60, 40))
-    monkeypatch.setattr(proposal_regions, "__defaults__", (*proposal_regions.__defaults__[:2], 64, "cpu", False))
+    monkeypatch.setattr(
+        proposal_regions, "__defaults__", (*proposal_regions.__defaults__[:2], 64, "cpu", False, PixelRules())
+    )
     both = build_regions("proposals", paths, SIZE, str(detector[1]), per_image=3, show=False)
     assert counts(both, 2).tolist() == [3, 3]
     for i in range(2):

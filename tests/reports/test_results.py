@@ -84,6 +84,17 @@ def test_without_attributes_there_are_classes(tmp_path: Path) -> None:
     picture(files[2])
 
 
+def test_images_without_an_attribute_are_counted(tmp_path: Path) -> None:
+    words = "3 of 2,000 images are without an attribute"
+    write_results(results(num_without_attribute=3), tmp_path)
+    assert f"## Groups\n\n{words} and in no group.\n\n| class" in (tmp_path / "results.md").read_text()
+    assert words in groups_figure(results(num_without_attribute=3)).axes[0].get_title()
+    write_results(results(num_without_attribute=0), tmp_path)
+    write_results(results(groups=False, num_without_attribute=2000), tmp_path / "none")
+    for folder in (tmp_path, tmp_path / "none"):
+        assert "without an attribute" not in (folder / "results.md").read_text()
+
+
 def test_other_predictions_are_a_table(tmp_path: Path) -> None:
     other = {"prompt alone": {"accuracy": 0.7, "worst_group_accuracy": None, "gap": None}}
     write_results(results(other_predictions=other), tmp_path)

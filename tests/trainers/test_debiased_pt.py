@@ -16,7 +16,7 @@ from torch import Tensor
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.helpers.resampling import assert_resumes
+from tests.helpers.resampling import assert_resumes, without_labels
 
 Build = Callable[..., PromptTrainer]
 COUNT = torch.tensor([6, 0, 3, 1])
@@ -208,6 +208,15 @@ def test_goes_over_every_base(base: str, run: Callable[..., dict[str, Any]], tmp
     results = run("DebiasedPT", "over", "--base", base, "OPTIM.MAX_EPOCH", 1, "TRAINER.GROUPS", "true")
     assert results["base"] == base and results["groups_by"] == (None if base == "ZeroshotCLIP" else "true")
     assert (tmp_path / "over" / "groups_by_epoch.png").is_file() == (base != "ZeroshotCLIP")
+
+
+def test_held_out_measures_the_images_whose_attribute_is_known(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["TRAINER.DEBIASEDPT.MEASURE", "held_out", "TRAINER.GROUPS", "true"]
+    without_labels(monkeypatch, "val", slice(3, 5))
+    debiaser = build("DebiasedPT", *keys).debiasers[0]
+    debiaser.before_train()
+    debiaser.before_epoch(0)
+    assert debiaser.cnt.sum() == 14
 
 
 def test_held_out_needs_validation_images(build: Build) -> None:

@@ -209,6 +209,26 @@ def test_attribute_labels_that_are_missing_are_named(build: Build, monkeypatch: 
         build("DFR", *KEYS).before_train()
 
 
+def test_it_is_fitted_on_the_images_whose_attribute_is_known(
+    build: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_labels(monkeypatch, "val", slice(3, 5))
+    whole, seen = build("DFR", *KEYS).encoder.split("val"), []
+    monkeypatch.setattr(dfr, "choose_c", lambda x, y, g, choices, rng: seen.append((y, g)) or (1.0, 1.0))
+    trainer = fitted(build)
+    kept = [i for i in range(64) if i not in (3, 4)]
+    (y, g), label, attribute = seen[0], whole.label.numpy(), whole.attribute.numpy()
+    assert y.tolist() == label[kept].tolist() and g.tolist() == (2 * label + attribute)[kept].tolist()
+    assert (
+        "Note: 2 of 64 validation images have no attribute label; DFR is fitted on the others"
+        in capsys.readouterr().out
+    )
+    assert trainer.debiasers[0].fitted
+    without_labels(monkeypatch, "val", np.flatnonzero(label == 1))
+    with pytest.raises(UserError, match="no image of 'diamond' with an attribute label"):
+        build("DFR", *KEYS).debiasers[0].check()
+
+
 @pytest.mark.parametrize(("key", "value"), [("C", "(0.1, 0)"), ("C", "()"), ("C", "('a',)"), ("NUM_RETRAINS", 0)])
 def test_values_that_cannot_be_are_refused(build: Build, key: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"TRAINER.DFR.{key}"):

@@ -1,0 +1,66 @@
+"""The check of a data set before a run (``--no-train``): its images, its groups, and its texts in tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from yacs.config import CfgNode
+
+from oodprompt.backbones.tokenizer import encode
+from oodprompt.data.check import Finding, Report, check_data
+from oodprompt.data.dataset import DatasetBase
+from oodprompt.data.images import PixelRules
+from oodprompt.data.transforms import build_transform
+from oodprompt.log import logger
+
+_EXAMPLES = 3
+
+
+def check_images(cfg: CfgNode, dataset: DatasetBase, until: float = math.inf, show: bool = True) -> Report:
+    """``check_data`` with the pixels and the view of a run with ``cfg``."""
+    return check_data(dataset, PixelRules.of(cfg), build_transform(cfg, is_train=False).transforms[0], until, show)
+
+
+def check_texts(dataset: DatasetBase, context_length: int) -> Iterator[Finding]:
+    """Prompts and captions that have more tokens than the text encoder takes, start and end among them."""
+    prompts = [dataset.template.format(name.replace("_", " ")) for name in dataset.classnames]
+    prompts += [prompt for entry in dataset.attribute_prompts for prompt in entry]
+    kinds = {
+        "prompts of classes and attribute values": prompts,
+        "captions of training images": (datum.caption for datum in dataset.train_x),
+    }
+    for kind, texts in kinds.items():
+        number, total, examples = 0, 0, list[str]()
+        for text in texts:
+            total += bool(text)
+            if is_over(text, context_length):
+                number += 1
+                examples += [f"{text[:60]!r}..."] * (len(examples) < _EXAMPLES)
+        if number:
+            words = f"have more than {context_length} tokens, all that the text encoder takes"
+            yield Finding(f"{number:,} of {total:,} {kind} {words}", tuple(examples))
+
+
+def is_over(text: str, context_length: int) -> bool:
+    """Whether ``text`` has more tokens than ``context_length``, start and end among them."""
+    if len(text.encode()) + 2 <= context_length:  # a token is a byte or more: most captions need no tokenizer
+        return False
+    return len(encode(text)) + 2 > context_length
+
+
+def check_run(cfg: CfgNode, dataset: DatasetBase, context_length: int) -> str:
+    """Say what the check finds, a line per kind; returns the verdict. ``UserError`` names images that cannot be read."""
+    report = check_images(cfg, dataset)
+    if (error := report.error()) is not None:
+        raise error
+    findings = [*report.findings, *check_texts(dataset, context_length)]
+    for finding in findings:
+        logger.warning(f"Note: {finding}")
+    if not findings:
+        return f"Config, weights and all {report.images:,} images are in order; nothing is trained (--no-train)"
+    notes = "the note above tells" if len(findings) == 1 else f"the {len(findings)} notes above tell"
+    return (
+        f"Config and weights are in order, and all {report.images:,} images can be read; {notes} what to look at; "
+        "nothing is trained (--no-train)"
+    )

@@ -45,6 +45,7 @@ setup(
     entry_points={"console_scripts": ["oodprompt = oodprompt.__main__:main"]},
     extras_require={
         "test": [
+            "hypothesis>=6.100",
             "import-linter>=2.10",
             "mypy>=1.11",
             "pytest>=7",

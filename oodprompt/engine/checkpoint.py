@@ -115,8 +115,8 @@ def newest_epoch(directory: str | Path, names: list[str]) -> int | None:
         pointer = Path(directory) / name / "checkpoint"
         if not pointer.is_file():
             return None
-        target = pointer.read_text().strip()
-        if not target.startswith("model.pth.tar-") or not target.rsplit("-", 1)[1].isdigit():
+        target = pointer.read_bytes()[:200].decode(errors="backslashreplace").strip()
+        if not re.fullmatch(r"model\.pth\.tar-[0-9]{1,9}", target):
             raise UserError(f"{pointer} names {target!r}, not a model.pth.tar-<epoch>; delete it to start anew")
         epochs.append(int(target.rsplit("-", 1)[1]))
     return min(epochs, default=None)

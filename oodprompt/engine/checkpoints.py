@@ -124,6 +124,7 @@ class Checkpoints:
             "best": state.best,
             "train_seconds": state.train_seconds,
             "step_ms_median": state.step_ms_median,
+            "groups_by": state.groups_by,
             "scaler": self.trained.scaler.state_dict(),
         }
         val_result = state.history[-1].get("val_accuracy")
@@ -186,6 +187,7 @@ class Checkpoints:
                 sched.load_state_dict(content["scheduler"])
         state.history, state.best = engine["history"], engine["best"]
         state.train_seconds, state.loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
+        state.groups_by = engine.get("groups_by")
         self.trained.scaler.load_state_dict(engine["scaler"])
         logger.info(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {state.max_epoch}")
         if is_main_process and Path(directory).resolve() != self.folder.resolve():

@@ -26,7 +26,8 @@ class RunState:
     ``epoch``: the epoch that is being trained, from 0, of ``start_epoch`` to ``max_epoch``. ``history``: a row for each
     finished epoch. ``best``: criterion -> its best validation value and the epoch of it. ``train_seconds``: time in
     training steps, also of the runs that were resumed. ``step_seconds``: of each step of this process.
-    ``loaded_step_ms``: the median of the run that was loaded.
+    ``loaded_step_ms``: the median of the run that was loaded. ``groups_by``: the source of the groups that training used,
+    None without.
     """
 
     max_epoch: int = 0
@@ -37,6 +38,7 @@ class RunState:
     train_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     loaded_step_ms: float = 0.0
+    groups_by: str | None = None
 
     @property
     def step_ms_median(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,12 @@ def announce(encoder: Encoder, num_processes: int, notes: Sequence[str] = ()) ->
     logger.info(f"Image features: {cached}")
     for note in notes:
         logger.warning(f"Note: {note}")
+
+
+def _no_traceback(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread. Of a full disk or the like the next write tells; a traceback would be printed too."""
+    if not (failed.exc_type and issubclass(failed.exc_type, OSError)):
+        threading.__excepthook__(failed)
 
 
 class Progress:
@@ -88,6 +95,7 @@ class Progress:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # here: the first step need not wait for it
 
+                threading.excepthook = _no_traceback
                 self._writer = SummaryWriter(str(folder), purge_step=self._purge_step)
             self._writer.add_scalar(tag, value, step)
             self._folder = folder

@@ -250,6 +250,7 @@ class PromptTrainer(DasslNames):
         done = self.epoch + 1
         metrics = self.evaluate("val") if self._validates_after(done) else None
         improved = self.selection.improved(metrics, done) if metrics and self.selection.is_on else []
+        self.run.groups_by = self.attributes.groups_by
         self.pseudo_report.update(is_resumed=False)  # ahead of the checkpoint, from which a killed run goes on
         row = epoch_row(done, self._last_lr, self._epoch_means, metrics, self.objective.by_group())
         self.history.append(row)
@@ -339,7 +340,7 @@ class PromptTrainer(DasslNames):
                 self.device,
                 best_epoch=self.selection.best_epoch if self.selection.is_on else None,
                 selections=self.selections,
-                groups_by=self.attributes.groups_by,
+                groups_by=self.attributes.groups_by or self.run.groups_by,
                 pseudo_attribute_accuracy=self.pseudo_report.accuracy,
                 checkpoint=self.evaluated_checkpoint,
                 notes=self.notes,

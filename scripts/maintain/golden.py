@@ -6,7 +6,7 @@
 
 ``make`` runs each golden run with the code of a checkout, in ``FOLDER/<name>``, and skips finished ones. ``compare`` prints
 a table with one row per run. It exits with 1 unless all results, checkpoints, predictions and metric lines are equal.
-Times, memory, the environment and the place of the folder do not count. Wording and new config keys are notes.
+Times, memory, the environment and the place of the folder do not count. Wording and new keys of checkpoints are notes.
 """
 
 from __future__ import annotations

@@ -71,12 +71,12 @@ def _cleaned(value: Any, folder: str) -> Any:
 def differences(a: Any, b: Any, place: str, notes: set[str]) -> Iterator[tuple[int, str]]:
     """One pair per compared value: how many numbers it holds, and the difference ("" where it is equal)."""
     if isinstance(a, dict) and isinstance(b, dict):
-        config = place.endswith(": oodprompt.config")
+        config = place.endswith((": oodprompt.config", ": oodprompt"))
         for key in [*a, *(key for key in b if key not in a)]:
             if key not in a or key not in b:
                 which = "new" if key not in a else "gone"
                 if config:
-                    notes.add(f"config key {key} is {which}")
+                    notes.add(f"{'config' if place.endswith('config') else 'checkpoint'} key {key} is {which}")
                 else:
                     yield 1, f"{place}.{key} is {which}"
             elif place.endswith("discovery.json: ") and key in WORDING:

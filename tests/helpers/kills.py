@@ -1,13 +1,18 @@
-"""Runs that are killed and repeated: at random moments or at every write, and what differs from the undisturbed run."""
+"""Runs that are disturbed and repeated, and what differs from the undisturbed run.
+
+They are killed at random moments, or ahead of a write, or the disk is full from that write on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,26 +49,50 @@ _UNDRAWN = """
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 FigureCanvasAgg.print_png = lambda canvas, file, **_: file.write(b"not drawn")
 """
-# Counts what changes the folder of the run: an audit hook hears of it ahead of the system. At the n-th it kills itself.
+# An audit hook hears of whatever changes the folder of the run, ahead of the system. At the n-th it disturbs the run, and
+# writes into a file what it was that came next.
 _AT_WRITE = """
-import os, signal, sys
-def watch(number, place):
+import errno, os, signal, sys
+
+def kill(place):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fill(place):
+    with open(os.path.join(place, "filler"), "ab", buffering=0) as file:
+        for size in (2**16, 2**10, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                pass
+
+full = False
+
+def refuse(place):
+    global full
+    full = True
+
+def watch(number, place, disturb, answer):
     seen = 0
-    def count(path):
+    def count(event, path):
         nonlocal seen
         if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(place + os.sep):
             return
         seen += 1
         if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            with open(answer, "w") as file:
+                file.write(f"{event} {os.path.relpath(os.fsdecode(path), place)}")
+            disturb(place)
+        if full and event != "os.remove":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     def hook(event, arguments):
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            count(arguments[0])
+            count(event, arguments[0])
         elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link"):
-            count(arguments[0])
+            count(event, arguments[0])
     sync = os.fsync
     def fsync(descriptor):
-        count(os.readlink(f"/proc/self/fd/{descriptor}"))
+        count("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         sync(descriptor)
     os.fsync = fsync
     sys.addaudithook(hook)
@@ -89,6 +118,7 @@ class Killer:
 
     def __init__(self, forks: Forks, folder: Path, root: Path, size: Sequence[str] = SIZE, draws: bool = False) -> None:
         self.forks, self.folder, self.root, self.size, self.draws = forks, folder, root, size, draws
+        self.answer = folder / "answer"
 
     def command(self, method: str) -> list[str]:
         trainer, *more = METHODS[method]
@@ -102,11 +132,25 @@ class Killer:
         place.mkdir(parents=True)
         return place
 
-    def run(self, method: str, place: Path, kill_at: int = 0, kill_after: float | None = None) -> Done:
-        """Run to the end, or to a SIGKILL ahead of the ``kill_at``-th write, or ``kill_after`` seconds."""
+    def run(
+        self,
+        method: str,
+        place: Path,
+        kill_at: int = 0,
+        kill_after: float | None = None,
+        full_at: int = 0,
+        fills: bool = False,
+    ) -> Done:
+        """Run to the end, or to a SIGKILL ahead of the ``kill_at``-th write, or ``kill_after`` seconds.
+
+        From the ``full_at``-th write on there is no room: ``fills`` the file system of ``place``, or every file that is
+        opened there is refused.
+        """
         first = "" if self.draws else _UNDRAWN
-        if kill_at:
-            first += f"{_AT_WRITE}\nwatch({kill_at}, {str(place)!r})\n"
+        self.answer.unlink(missing_ok=True)
+        if number := kill_at or full_at:
+            how = "kill" if kill_at else "fill" if fills else "refuse"
+            first += f"{_AT_WRITE}\nwatch({number}, {str(place)!r}, {how}, {str(self.answer)!r})\n"
         process = self.forks.start(self.command(method), place, first=first)
         if kill_after is not None:
             until = time.monotonic() + kill_after
@@ -141,6 +185,41 @@ class Killer:
         tally.seconds = time.monotonic() - began
         return tally
 
+    def full_at_writes(
+        self, method: str, disk: Path, chosen: Callable[[int], bool] = lambda number: True, fills: bool = False
+    ) -> tuple[Tally, dict[str, Counter[str]]]:
+        """No room on ``disk``, a folder, from each write of a run on; then there is room again, and it is repeated.
+
+        ``fills``: it is a small file system of its own, which is filled.
+
+        Also returns what was written next -> how the runs ended, as often as they did.
+        """
+        whole, _ = self.undisturbed(method)
+        tally, number, began = Tally(), 0, time.monotonic()
+        ends: dict[str, Counter[str]] = defaultdict(Counter)
+        while True:
+            number += 1
+            if not chosen(number):
+                continue
+            for part in disk.iterdir():
+                shutil.rmtree(part)
+            place = disk / "run"
+            place.mkdir()
+            done = self.run(method, place, full_at=number, fills=fills)
+            if not self.answer.is_file():  # it has fewer writes
+                break
+            tally.kills += 1
+            what = _kind(self.answer.read_text())
+            (place / "filler").unlink(missing_ok=True)
+            ends[what][f"status {done.returncode}: {_brief(done, place)}"] += 1
+            where = f"{method}, disk full ahead of write {number} ({what})"
+            if "Traceback" in done.stderr or done.returncode not in (0, 2):
+                tally.problems.append(f"{where}: status {done.returncode}: {done.stderr[-300:]}")
+            if done.returncode == 2 or differences(whole, place):
+                self._repeat(method, whole, place, where, Done(0, "", ""), tally)
+        tally.seconds = time.monotonic() - began
+        return tally, ends
+
     def at_random(self, methods: Sequence[str], kills: int, seed: int, most: int = 2) -> Tally:
         """Kill at ``kills`` random moments, up to ``most`` of them in a row before a run may end."""
         rng, tally, began = random.Random(seed), Tally(), time.monotonic()
@@ -170,6 +249,23 @@ class Killer:
         if done.returncode:
             tally.problems.append(f"{where}: repeated with status {done.returncode}: {done.stderr[-300:]}")
         tally.problems += [f"{where}: {line}" for line in differences(whole, place)]
+
+
+def _kind(answer: str) -> str:
+    """What was written, without the numbers and digests in its name."""
+    event, _, name = answer.partition(" ")
+    name = re.sub(r"/\.(.*)\.[0-9a-f]{8}\.part", r"/\1", name)
+    name = re.sub(r"[0-9a-f]{64}", "FEATURES", name)
+    name = re.sub(r"events\.out\.tfevents.*", "events", re.sub(r"tar-\d+", "tar-N", name))
+    return name if event != "os.remove" else f"deleting {name}"
+
+
+def _brief(done: Done, place: Path) -> str:
+    """The error of a run, or its notes on what it lacks, without what differs from run to run."""
+    notes = [line for line in done.stdout.splitlines() if line.startswith("Note:")]
+    text = done.stderr.strip() if done.returncode else "; ".join(dict.fromkeys(notes))
+    text = re.sub(r"[0-9a-f]{64}", "FEATURES", text.replace(f"{place}/", ""))
+    return re.sub(r"tar-\d+", "tar-N", text)
 
 
 def differences(one: Path, other: Path) -> list[str]:

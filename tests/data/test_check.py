@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from oodprompt.backbones import is_too_long
 from oodprompt.data.check import Report, check_data
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.images import PixelRules
 from oodprompt.data.transforms import CentreView
-from oodprompt.engine.check import check_run, check_texts, is_over
+from oodprompt.engine.check import check_run, check_texts
 from oodprompt.errors import UserError
 from tests.helpers.small_data import MakeCfg
 
@@ -231,10 +232,10 @@ def test_texts_of_too_many_tokens(make_cfg: MakeCfg, photo: Callable[..., str]) 
     )
 
 
-def test_a_text_is_over_by_its_tokens() -> None:
-    assert not is_over("a photo of a dog. " * 12, 77) and is_over("a photo of a dog. " * 13, 77)
-    assert [is_over("two " * n, 77) for n in (75, 76)] == [False, True]
-    assert is_over("狗" * 76, 77)
+def test_a_text_is_too_long_by_its_tokens() -> None:
+    assert not is_too_long("a photo of a dog. " * 12, 77) and is_too_long("a photo of a dog. " * 13, 77)
+    assert [is_too_long("two " * n, 77) for n in (75, 76)] == [False, True]
+    assert is_too_long("狗" * 76, 77)
 
 
 def test_the_verdict(make_cfg: MakeCfg, photo: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,3 +51,20 @@ def test_what_is_wrong_is_said(run: Run, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:30])
     assert f"cannot read the image {tmp_path / 'broken.png'}" in problem(tmp_path / "fine.png", tmp_path / "broken.png")
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_classes_of_one_name_have_columns_of_their_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("ZeroshotCLIP", "run")
+    monkeypatch.setattr(predict, "load_run", cranes := lambda *a, **k: _renamed(load_run(*a, **k)))
+    image = cranes(tmp_path / "run").dataset.test[0].impath
+    predict.run(["--model-dir", str(tmp_path / "run"), "--output", str(tmp_path / "out.csv"), image])
+    [row] = csv.DictReader((tmp_path / "out.csv").open())
+    assert set(row) == {"image", "prediction", "probability", "crane (class 0)", "crane (class 1)"}
+    assert row["probability"] == row[row["prediction"]]
+
+
+def _renamed(trainer: Any) -> Any:
+    trainer.dataset.classnames = ["crane", "crane"]
+    return trainer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oodprompt.config import extensions
+from oodprompt.data.dataset import told_apart
 from oodprompt.data.folders import IMAGE_ENDINGS, images_below, note_passed_over
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
@@ -108,7 +109,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     paths = images_of(args.images)
 
     trainer = load_run(args.model_dir, args.load_epoch, root=args.root)
-    found = Predictions(paths, trainer.dataset.classnames)
+    found = Predictions(paths, told_apart(trainer.dataset.classnames))
     for places, probabilities, errors in trainer.testing.classify_readable(paths):
         found.add(places, probabilities.tolist(), errors)
     write_atomically(args.output, found.csv())

@@ -34,7 +34,7 @@ class _Tee(Forgiving):
     """Writes to the terminal and to the log; where one of them fails, to the other."""
 
     def __init__(self, stream: IO[str], log: IO[str]) -> None:
-        super().__init__(stream)
+        super().__init__(stream.stream if isinstance(stream, Forgiving) else stream)  # to see it fail
         self.log = Forgiving(log)
 
     def write(self, text: str) -> int:

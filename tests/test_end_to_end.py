@@ -18,6 +18,7 @@ from PIL import Image
 from oodprompt import cli
 from oodprompt.backbones.weights import TINY
 from oodprompt.config import extensions
+from oodprompt.data.dataset import DatasetBase
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.errors import UserError
@@ -41,7 +42,7 @@ def test_a_run_writes_what_the_interface_promises(run: Run, tmp_path: Path) -> N
     required = {
         *("trainer", "base", "stack", "dataset", "backbone", "seed", "split", "num_samples", "accuracy", "macro_f1"),
         *("worst_group_accuracy", "adjusted_average_accuracy", "gap", "groups", "classes", "time", "peak_memory_mib"),
-        *("environment", "checkpoint"),
+        *("environment", "checkpoint", "notes", "num_without_attribute"),
     }
     assert required <= results.keys()
     assert (results["trainer"], results["base"], results["stack"]) == ("CoOpOOD", "CoOp", [])
@@ -160,11 +161,34 @@ def test_few_shot_and_base_classes(build: Callable[..., PromptTrainer]) -> None:
     assert len(trainer.dataset.train_x) == 8 and len(trainer.dataset.val) == 16
     classes = "('circle', 'diamond', 'star')"
     scenes = "('water', 'land', 'sky')"
-    trainer = build(
-        *("CoOp", "DATASET.SHAPES.CLASSES", classes, "DATASET.SHAPES.SCENES", scenes),
-        *("DATASET.SUBSAMPLE_CLASSES", "new", "OPTIM.LR", 0.1),
-    )
-    assert trainer.dataset.classnames == ["star"]
+    keys = ["DATASET.SHAPES.CLASSES", classes, "DATASET.SHAPES.SCENES", scenes, "DATASET.SUBSAMPLE_CLASSES"]
+    assert build("CoOp", *keys, "base").dataset.classnames == ["circle", "diamond"]
+    with pytest.raises(UserError, match="has one class only .'star'."):
+        build("CoOp", *keys, "new")
+
+
+@pytest.mark.parametrize(("trainer", "times"), [("CoOp", 2), ("ZeroshotCLIP", 1)])
+def test_what_to_mind_of_the_data_stays_with_the_results(run: Run, tmp_path: Path, trainer: str, times: int) -> None:
+    results = run(trainer, "run", "DATASET.SHAPES.CORRELATION", 1.0, "OPTIM.MAX_EPOCH", 1)
+    (note, _), start = results["notes"], "The attribute is the class in training: every class has one value"
+    assert note.startswith(start) and results["num_without_attribute"] == 0
+    assert (tmp_path / "run" / "log.txt").read_text().count(f"Note: {note}\n") == times
+    assert f"- {note}\n" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_test_images_are_enough_for_what_does_not_train(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_training = run("ZeroshotCLIP", "all")
+    run("CoOp", "trained", "OPTIM.MAX_EPOCH", 1)
+    build = DatasetBase.__init__
+    monkeypatch.setattr(DatasetBase, "__init__", lambda self, cfg, train, val, test: build(self, cfg, [], [], test))
+    results = run("ZeroshotCLIP", "test only")
+    assert results["accuracy"] == with_training["accuracy"] and results["groups"][0]["num_train"] == 0
+    assert results["adjusted_average_accuracy"] == results["accuracy"]
+    assert run("CoOp", "evaluated", "--eval-only", "--model-dir", tmp_path / "trained")["num_samples"] == 24
+    with pytest.raises(UserError, match="^ShapesOnScenes has no training images, and CoOp trains: train on another"):
+        run("CoOp", "untrained")
 
 
 def test_nan_loss_stops_with_one_line_and_keeps_the_last_epoch(arguments: Arguments, run: Run, tmp_path: Path) -> None:

@@ -20,15 +20,21 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize("trainer", ["CoOpOOD", "OrthCal"])
-def test_predictions_are_those_of_the_evaluation(run: Run, tmp_path: Path, trainer: str) -> None:
+def test_predictions_are_those_of_the_evaluation(
+    run: Run, tmp_path: Path, trainer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = run(trainer, "run", "DATASET.ATTRIBUTE_NAMES", "('water', 'land')")
     test = load_run(tmp_path / "run").dataset.test
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for i, datum in enumerate(test):
         Image.open(datum.impath).save(tmp_path / ("deep" if i % 2 else "deep/er") / f"{i}.PNG")
     (tmp_path / "deep" / "notes.txt").write_text("no image")
+    for left in ("._1.png", ".ipynb_checkpoints/1-checkpoint.png", "__MACOSX/1.png"):
+        (tmp_path / "deep" / left).parent.mkdir(exist_ok=True)
+        (tmp_path / "deep" / left).write_bytes(b"no image")
     out = tmp_path / "made" / "here.csv"
     predict.run(["--model-dir", str(tmp_path / "run"), "--output", str(out), str(tmp_path / "deep"), test[0].impath])
+    assert "passed over 1 file that is no image: 1 .txt" in capsys.readouterr().out
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == len(test) + 1 and rows[-1]["image"] == test[0].impath
     right = [row["prediction"] == test[int(Path(row["image"]).stem)].classname for row in rows[:-1]]

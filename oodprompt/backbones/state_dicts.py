@@ -80,7 +80,7 @@ def clip_state_dict(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]
     starts = [
         [key.removesuffix(end) for key in weights if re.search(rf"(^|\.){re.escape(end)}$", key)] for end in _ENDS
     ]
-    prefixes = sorted(set(starts[0]) & set(starts[1]), key=len)
+    prefixes = sorted(set(starts[0]) & set(starts[1]))
     if not prefixes:
         if what := _other_layout(list(weights)):
             raise UserError(f"{file} is no CLIP in OpenAI's layout: it is {what}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,10 @@ class DatasetBase:
     A subclass is built by ``Cls(cfg)``; it reads its files and calls ``super().__init__``, which draws the few-shot
     sample (``DATASET.NUM_SHOTS``) and keeps the classes that ``DATASET.SUBSAMPLE_CLASSES`` asks for.
 
-    Class attributes: ``dataset_dir`` (folder under ROOT), ``template`` (prompt of zero-shot classification),
+    Without training images (an empty ``train_x``) it serves methods that train nothing, and trained models. Classes are
+    then those of the other splits.
+
+    Class attributes: ``dataset_dir (folder under ROOT), ``template`` (prompt of zero-shot classification),
     ``attribute_names`` and ``attribute_prompts`` (per value of the spurious attribute, the prompts that name it).
     """
 
@@ -51,7 +55,8 @@ class DatasetBase:
         self.train_x, self.val, self.test = subsample_classes(cfg.DATASET.SUBSAMPLE_CLASSES, train, *others)
         if not self.test:
             raise UserError(f"{type(self).__name__}: the test split is empty; give it at least one image")
-        self.lab2cname = _names(self.train_x)
+        self.lab2cname = _names(self.train_x) if self.train_x else _names(self.val) | _names(self.test)
+        self.lab2cname = dict(sorted(self.lab2cname.items()))
         self.classnames = [self.lab2cname[label] for label in range(len(self.lab2cname))]
         self.num_classes = len(self.classnames)
         self.template = cfg.DATASET.TEMPLATE or self.template
@@ -73,16 +78,16 @@ class DatasetBase:
             )
 
     def _check_classes(self, train_x: Images, *others: Images) -> None:
+        """``UserError`` where a class has no training image; no image at all, where nothing can be trained."""
         name = type(self).__name__
-        if not train_x:
-            raise UserError(f"{name}: the train split is empty; give it at least one image of every class")
-        known = set(train_x.label.tolist())
-        last = max(int(split.label.max()) for split in (train_x, *others) if len(split))
+        known = set(_labels(*([train_x] if train_x else others)))
+        last = max(_labels(train_x, *others), default=-1)
         missing = [label for label in range(last + 1) if label not in known]
         if missing:
             raise UserError(
                 f"{name}: class{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of 0..{last} "
-                "has no training image; every class needs one (are the labels consecutive, is the folder empty?)"
+                f"has no {'training ' if train_x else ''}image; every class needs one (are the labels consecutive, is the "
+                "folder empty?)"
             )
 
     @property
@@ -116,11 +121,16 @@ def subsample_classes(which: str, train: Sequence[Datum], *others: Sequence[Datu
     splits = [Images.of(split) for split in (train, *others)]
     if which == "all":
         return splits
-    labels = np.unique(splits[0].label)
+    labels = np.array(sorted(set(_labels(*(splits[:1] if train else splits[1:])))))
     half = (len(labels) + 1) // 2
     kept = {"base": labels[:half], "new": labels[half:]}[which]
     indices = [np.flatnonzero(np.isin(split.label, kept)) for split in splits]
     return [s.take(index, np.searchsorted(kept, s.label[index])) for s, index in zip(splits, indices, strict=True)]
+
+
+def _labels(*splits: Images) -> list[int]:
+    """The labels that occur, of each split in order."""
+    return [label for split in splits for label in np.unique(split.label).tolist()]
 
 
 def _names(images: Images) -> dict[int, str]:
@@ -149,6 +159,15 @@ def digest(root: str, *splits: Sequence[Datum]) -> str:
 def build_dataset(cfg: CfgNode) -> DatasetBase:
     """The data set named by ``DATASET.NAME``."""
     return DATASET_REGISTRY.get(cfg.DATASET.NAME, "DATASET.NAME")(cfg)
+
+
+def told_apart(classnames: Sequence[str]) -> list[str]:
+    """The names of the classes for a reader: those that several classes have get the class's number, "crane (class 134)".
+
+    For tables, pictures and columns only. Prompts keep the names as they are: ImageNet has two missiles.
+    """
+    count = Counter(classnames)
+    return [name if count[name] == 1 else f"{name} (class {i})" for i, name in enumerate(classnames)]
 
 
 def attribute_name(dataset: DatasetBase, attribute: int) -> str:

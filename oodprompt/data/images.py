@@ -232,7 +232,7 @@ def _levels(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Grey levels in uint8 of ``values``, of which ``low`` is black and ``high`` white."""
     levels = values.astype(np.float64)
     if (low, high) != (0.0, 255.0):  # those are levels already
-        # The small number undoes rounding: levels that were multiplied by 1 / 255 in float32 come back as they were.
+        # The small number undoes rounding: levels that were mapped to the range in float32 come back as they were.
         levels = (levels - low) * (255 / (high - low)) + 1e-4
     return np.clip(levels, 0, 255).astype(np.uint8)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from oodprompt.data import seeding
-from oodprompt.data.dataset import Datum, attribute_name, build_dataset
+from oodprompt.data.dataset import Datum, attribute_name, build_dataset, told_apart
 from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import Transform
@@ -195,6 +195,7 @@ class DataManager:
         ]
         if data.has_attributes:
             groups = Counter(zip(data.train_x.label.tolist(), data.train_x.attribute.tolist(), strict=True))
+            names = told_apart(data.classnames)
             for (label, attribute), n in sorted(groups.items()):
-                rows.append((f"# train_x: {self.lab2cname[label]} / {attribute_name(data, attribute)}", f"{n:,}"))
+                rows.append((f"# train_x: {names[label]} / {attribute_name(data, attribute)}", f"{n:,}"))
         return rows

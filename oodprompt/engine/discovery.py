@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from oodprompt.data.dataset import told_apart
 from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import build_transform
 from oodprompt.discovery.region_features import RegionFeatures
@@ -101,7 +102,7 @@ class RunDiscovery:
             list(data.impaths),
             found.label,
             found.predicted,
-            self.encoder.learner.classnames,
+            told_apart(self.encoder.learner.classnames),
             load,
             folder,
             title=f"What {title} goes by on {cfg.DATASET.NAME}",

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data.columns import Images
-from oodprompt.data.dataset import DatasetBase, attribute_name
+from oodprompt.data.dataset import DatasetBase, attribute_name, told_apart
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows
 from oodprompt.data.loading import Batch
@@ -213,7 +213,7 @@ class GroupCounts:
         ``num_without_attribute`` are the others. Where no attribute is known, there are no groups, and these three are
         None.
         """
-        total, right = self.total.sum(1), self.right.sum(1)
+        total, right, names = self.total.sum(1), self.right.sum(1), told_apart(dataset.classnames)
         images = int(total.sum())
         f1 = 2 * right.double() / (total + self.predicted)
         metrics: OrderedDict[str, Any] = OrderedDict(
@@ -227,11 +227,11 @@ class GroupCounts:
             groups=[],
             classes=[],
         )
-        for i, name in enumerate(dataset.classnames):
+        for i, name in enumerate(names):
             if count := int(total[i]):
                 metrics["classes"].append({"class": name, "num_samples": count, "accuracy": int(right[i]) / count})
         in_train = _group_sizes(Images.of(train))
-        for i, name in enumerate(dataset.classnames):
+        for i, name in enumerate(names):
             for a in self.total[i, 1:].nonzero()[:, 0].tolist():
                 count = int(self.total[i, a + 1])
                 metrics["groups"].append(
@@ -291,7 +291,7 @@ def attribute_metrics(pseudo: Tensor, label: Tensor, attribute: Tensor, dataset:
         return row
     right = (pseudo == attribute).double()
     row["accuracy"] = right[known].mean().item()
-    for i, name in enumerate(dataset.classnames):
+    for i, name in enumerate(told_apart(dataset.classnames)):
         for a in range(values):
             mine = (label == i) & (attribute == a)
             if mine.any():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import statistics
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 _RECENT = 50  # steps whose mean time tells the time left
 
 
-def announce(encoder: Encoder, num_processes: int) -> None:
-    """Say what computes, and whether image features are kept."""
+def announce(encoder: Encoder, num_processes: int, notes: Sequence[str] = ()) -> None:
+    """Say what computes, whether image features are kept, and what to mind of the data."""
     views = encoder.views
     cached = f"cache of {views} view{'s' if views > 1 else ''}" if views else "computed at every step"
     logger.info(f"Device: {encoder.device}, {num_processes} process(es), precision {encoder.precision}")
     logger.info(f"Image features: {cached}")
+    for note in notes:
+        logger.warning(f"Note: {note}")
 
 
 def _no_traceback(failed: threading.ExceptHookArgs) -> None:

@@ -99,6 +99,8 @@ class Testing:
         with optional("the report"):
             self.evaluator.report(metrics)
             report_other_predictions(metrics)
+            for note in results.get("notes", ()):
+                logger.warning(f"Note: {note}")
             if results["selections"]:
                 logger.info(selections_table(results["selections"]))
         logger.info("Wrote " + ", ".join(str(file) for file in files))

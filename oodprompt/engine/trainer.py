@@ -25,6 +25,7 @@ from oodprompt.backbones.weights import check_name
 from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
 from oodprompt.data import seeding
+from oodprompt.data.degenerate import notes_on
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.engine import assembly
@@ -90,6 +91,7 @@ class PromptTrainer(DasslNames):
             self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes)
         if self.selection.is_on and self.dm.val_loader is None:
             raise UserError("TEST.FINAL_MODEL best_val: the data set has no validation split; use last_step")
+        self.notes = notes_on(self.dm.dataset)
         self.dataset, self.num_classes, self.lab2cname = self.dm.dataset, self.dm.num_classes, self.dm.lab2cname
         self.train_loader_x = self.dm.train_loader_x
         self.val_loader, self.test_loader = self.dm.val_loader, self.dm.test_loader
@@ -169,14 +171,14 @@ class PromptTrainer(DasslNames):
         if self.cfg.RESUME and not self.start_epoch:
             raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
         self.save_config()
-        announce(self.encoder, self.state.num_processes)
+        announce(self.encoder, self.state.num_processes, self.notes if self.trainable else ())
         if not self.trainable:
             self.objective.note_what_does_nothing()
         self.time_start = time.time()
-        if self.trainable and self.dataset.test_only:
+        if self.trainable and (self.dataset.test_only or not self.dataset.train_x):
             raise UserError(
-                f"{self.cfg.DATASET.NAME} has test images only; train on another data set and come back with --eval-only "
-                "--model-dir OUTPUT_FOLDER"
+                f"{self.cfg.DATASET.NAME} has no training images, and {self.cfg.TRAINER.NAME} trains: train on another data "
+                "set and come back with --eval-only --model-dir OUTPUT_FOLDER, or take a method that does not (ZeroshotCLIP)"
             )
         if self.start_epoch < self.max_epoch:
             self._prepare_training()
@@ -341,6 +343,7 @@ class PromptTrainer(DasslNames):
                 groups_by=self.attributes.groups_by or self.run.groups_by,
                 pseudo_attribute_accuracy=self.pseudo_report.accuracy,
                 checkpoint=self.evaluated_checkpoint,
+                notes=self.notes,
             )
             self.testing.write(metrics, results, self.output_dir, self.history)
         return metrics["accuracy"]

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from oodprompt.data.dataset import told_apart
 from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
 from oodprompt.methods.splits import LabelledData, Split
 
@@ -80,7 +81,7 @@ class AttributeSources:
         source, values = self.source, self.source.num_values(split)
         attribute = source.of(split)
         named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
-        names = tuple(f"{c} / {a}" for c in self.data.classnames for a in named)
+        names = tuple(f"{c} / {a}" for c in told_apart(self.data.classnames) for a in named)
         return Groups(torch.where(attribute < 0, -1, split.label * values + attribute), names)
 
     def num_groups(self) -> int:

@@ -55,6 +55,8 @@ def results_markdown(results: dict[str, Any]) -> str:
         ("checkpoint", results["checkpoint"] or "none"),
     ]
     parts = [f"# {title}\n", markdown_table(("", ""), head)]
+    if results.get("notes"):
+        parts += ["\n## What to mind\n", *(f"- {note}" for note in results["notes"])]
     outside = without_attribute(results)
     if results["groups"]:
         rows: list[Sequence[Any]] = [

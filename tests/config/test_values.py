@@ -39,6 +39,15 @@ def problem_of(key: str, value: Any) -> str:
             ("normalize", "random_flop"),
             "unknown transform 'random_flop': did you mean 'random_flip'?",
         ),
+        ("INPUT.MAX_PIXELS", -1, "INPUT.MAX_PIXELS: -1 is not possible; give 0 or more"),
+        (
+            "INPUT.IMAGE_RANGE",
+            (255, 0),
+            'INPUT.IMAGE_RANGE: (255, 0) is no range; give two numbers, the lower first, as "(0, ',
+        ),
+        ("INPUT.IMAGE_RANGE", (4095,), "INPUT.IMAGE_RANGE: (4095,) is no range"),
+        ("INPUT.IMAGE_RANGE", ("0", "1"), "is no range"),
+        ("INPUT.IMAGE_RANGE", (0, math.inf), "is no range"),
         ("INPUT.INTERPOLATION", "bicubicc", "INPUT.INTERPOLATION: unknown mode: did you mean 'bicubic'?"),
         ("DATASET.SUBSAMPLE_CLASSES", "old", "DATASET.SUBSAMPLE_CLASSES: 'old' is none of all, base, new"),
         ("DATASET.VAL_PERCENT", 1.0, "DATASET.VAL_PERCENT is a share from 0 to below 1, not 1.0"),
@@ -88,6 +97,7 @@ def test_impossible_values_are_named(key: str, value: Any, message: str) -> None
         *(("INPUT.SIZE", (48,)), ("OPTIM.LR", 0), ("OPTIM.WARMUP_EPOCH", -1), ("DATASET.NUM_SHOTS", -1)),
         *(("TRAINER.FINETUNE.CAPTIONS", 0), ("TRAINER.FINETUNE.CAPTIONS", 1), ("TRAINER.IVLP.N_CTX_VISION", 0)),
         ("DATALOADER.CACHE_MEMORY_MIB", math.inf),
+        *(("INPUT.IMAGE_RANGE", ()), ("INPUT.IMAGE_RANGE", (-1000, 400.5)), ("INPUT.MAX_PIXELS", 0)),
     ],
 )
 def test_values_at_the_ends_are_taken(key: str, value: Any) -> None:

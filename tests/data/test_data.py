@@ -83,7 +83,9 @@ class Toy(DatasetBase):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (([], [], [0]), "Toy: the train split is empty"),
+        (([], [], []), "Toy: the test split is empty"),
+        (([], [0], []), "Toy: the test split is empty"),
+        (([], [3], [0, 1]), r"Toy: class 2 of 0\.\.3 has no image; every class needs one"),
         (([0, 1], [], []), "Toy: the test split is empty"),
         (([0, 2], [], [0]), r"Toy: class 1 of 0\.\.2 has no training image"),
         (([3], [], [0]), r"Toy: classes 0, 1, 2 of 0\.\.3 has no training image"),
@@ -96,6 +98,16 @@ def test_empty_splits_and_classes(make_data: MakeData, labels: tuple[list[int], 
     Toy.splits = tuple([data.pop(0) for _ in split] for split in labels)
     with pytest.raises(UserError, match=message):
         Toy(get_cfg_default())
+
+
+@pytest.mark.parametrize(("which", "names"), [("all", [0, 1, 2]), ("base", [0, 1]), ("new", [2])])
+def test_without_training_images_the_classes_are_those_of_the_others(
+    make_data: MakeData, make_cfg: MakeCfg, which: str, names: list[int]
+) -> None:
+    data = make_data([2, 1, 0, 2])
+    Toy.splits = ([], data[:1], data[1:])
+    dataset = Toy(make_cfg(DATASET__SUBSAMPLE_CLASSES=which, DATASET__NUM_SHOTS=4))
+    assert dataset.classnames == [f"class {i}" for i in names] and dataset.train_x == []
 
 
 def test_attribute_names_and_prompts_of_the_config(make_data: MakeData, make_cfg: MakeCfg) -> None:

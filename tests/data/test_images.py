@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import random
 import struct
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from oodprompt.data.dataset import Datum
 from oodprompt.data.folders import images_below, is_leftover
 from oodprompt.data.images import PixelRules, decode, image_size, image_suffixes, read_image
+from oodprompt.data.loading import DataManager
 from oodprompt.errors import UserError
+from tests.helpers.runs import REPOSITORY
 from tests.helpers.small_data import MakeCfg
 
 Y, X = np.mgrid[:24, :32]
@@ -44,6 +48,15 @@ def raw_png(values: np.ndarray, bits: int, colour: int) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def raw_tiff(path: Path, data: bytes, bits: int, sample_format: int) -> str:
+    """Write a grey tiff of 32 x 24 pixels, whose numbers are unsigned (1) or signed (2)."""
+    entries = [(256, 3, 1, 32), (257, 3, 1, 24), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    entries += [(277, 3, 1, 1), (278, 3, 1, 24), (279, 4, 1, len(data)), (339, 3, 1, sample_format)]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + b"\0\0\0\0")
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +104,17 @@ def test_a_12_bit_tiff_says_its_range(tmp_path: Path) -> None:
     pairs = twelve.reshape(-1, 2)
     first, second = pairs[:, 0], pairs[:, 1]
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
-    entries = [(256, 3, 1, 32), (257, 3, 1, 24), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1)]
-    entries += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 24), (279, 4, 1, len(packed))]
-    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    path = tmp_path / "12.tif"
-    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory + b"\0\0\0\0")
-    assert np.abs(grey(str(path)).astype(int) - LEVELS).max() <= 1 and grey(str(path)).max() >= 253
+    path = raw_tiff(tmp_path / "12.tif", packed, 12, 1)
+    assert np.abs(grey(path).astype(int) - LEVELS).max() <= 1 and grey(path).max() >= 253
+
+
+def test_signed_numbers_of_16_bits_have_no_range_of_their_own(tmp_path: Path) -> None:
+    values = (LEVELS.astype("<i2") * 100).tobytes()
+    path = raw_tiff(tmp_path / "x.tif", values, 16, 2)
+    with pytest.raises(UserError, match=r"values from 0 to 25500, .*INPUT.IMAGE_RANGE \"\(LOW, HIGH\)\""):
+        read_image(path)
+    assert (grey(raw_tiff(tmp_path / "x.tif", values, 16, 1)) == LEVELS.astype(int) * 100 // 257).all()
+    assert (grey(raw_tiff(tmp_path / "x.tif", LEVELS.astype("<i2").tobytes(), 16, 2)) == LEVELS).all()
 
 
 def test_a_16_bit_pgm_of_12_bits_says_its_range(tmp_path: Path) -> None:
@@ -289,3 +307,36 @@ def test_damaged_files_are_one_clear_error_and_nothing_else(tmp_path: Path) -> N
                 assert "\n" not in str(error) and str(path) in str(error)
         slowest = max(slowest, time.monotonic() - began)
     assert refused > 50 and slowest < 10
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 1000), (0, 1.5)])
+def test_levels_that_were_mapped_to_a_range_come_back(tmp_path: Path, low: float, high: float) -> None:
+    path = save(tmp_path / "x.tif", (LEVELS / 255 * (high - low) + low).astype(np.float32))
+    assert (grey(path, PixelRules(value_range=(low, high))) == LEVELS).all()
+
+
+def test_the_rules_of_a_run_reach_its_batches(make_cfg: MakeCfg, tmp_path: Path) -> None:
+    path = save(tmp_path / "x.png", np.resize(LEVELS, (48, 48)).astype(np.uint16) * 16)
+    data = [Datum(path)]
+    with pytest.raises(UserError, match="IMAGE_RANGE"):
+        next(iter(DataManager(make_cfg()).loader(data)))
+    pixels = [
+        next(iter(DataManager(make_cfg(INPUT__IMAGE_RANGE=(0, high))).loader(data)))["img"].max()
+        for high in (4080, 8160)
+    ]
+    assert pixels[0] > pixels[1]
+    with pytest.raises(UserError, match="MAX_PIXELS 10;"):
+        next(iter(DataManager(make_cfg(INPUT__IMAGE_RANGE=(0, 4080), INPUT__MAX_PIXELS=10)).loader(data)))
+
+
+def test_whoever_reads_images_hands_on_the_rules() -> None:
+    """Of every call in the package and in the scripts: a call without rules would not follow the run's keys."""
+    readers = {"read_image", "decode", "look", "DatasetWrapper", "build_regions", "proposal_regions", "check_data"}
+    calls = [
+        (file.name, ast.unparse(node))
+        for folder in ("oodprompt", "datasets", "trainers", "scripts", "speed")
+        for file in (REPOSITORY / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in readers
+    ]
+    assert len(calls) >= 8 and [call for call in calls if "rules" not in call[1].lower().split("(", 1)[1]] == []

@@ -190,3 +190,20 @@ def test_shots_are_drawn_over_all_sources(build: MakeDataset, tmp_path: Path) ->
     assert Counter(d.label for d in data.train_x) == {0: 8, 1: 8} and len({d.domain for d in data.train_x}) > 1
     data = build("PACS", SUBSAMPLE_CLASSES="new")
     assert data.classnames == ["guitar"] and {d.domain for d in data.test} == {3} == {d.attribute for d in data.test}
+
+
+@pytest.mark.parametrize("domain", ["photo", "sketch"])
+def test_two_spellings_of_a_class(build: MakeDataset, tmp_path: Path, domain: str) -> None:
+    plain(tmp_path / "PACS", PACS, ("big_cat",))
+    put(tmp_path / "PACS", f"{domain}/Big cat/1.jpg")
+    with pytest.raises(UserError, match=f"{tmp_path}/PACS/{domain}/Big cat.* two spellings of one class"):
+        build("PACS")
+
+
+def test_files_that_are_no_images_are_counted_once(
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plain(tmp_path / "PACS", PACS, ("dog", "cat"))
+    put(tmp_path / "PACS", "photo/dog/a.txt", "sketch/dog/b.txt", "sketch/cat/Thumbs.db", "cartoon/@eaDir/1.jpg")
+    assert build("PACS").classnames == ["cat", "dog"]
+    assert "Note: passed over 2 files that are no images: 2 .txt (in PACS)\n" in capsys.readouterr().out

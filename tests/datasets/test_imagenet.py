@@ -117,3 +117,13 @@ def test_wrong_names(build: MakeDataset, tmp_path: Path, line: str, problem: str
     path = write(tmp_path / "imagenet/classnames.txt", "n000 tench", line)
     with pytest.raises(UserError, match=f"^{path}, line 2: {problem}; expected a WordNet id and a class name"):
         build("ImageNet")
+
+
+def test_files_that_are_no_images_are_counted(
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    imagenet(tmp_path, classes=2)
+    put(tmp_path / "imagenet/images/train", "n000/a.txt", "n001/a.txt", "n001/._1.JPEG", "@eaDir/1.jpg")
+    build("ImageNet")
+    note = f"Note: passed over 2 files that are no images: 2 .txt (in {tmp_path}/imagenet/images/train)\n"
+    assert note in capsys.readouterr().out

@@ -155,5 +155,5 @@ def test_training_on_test_images_is_refused(tmp_path: Path) -> None:
         str(tmp_path / "out"),
     ]
     keys = ["DATASET.NAME", "ImageNetV2", "INPUT.SIZE", "(48, 48)", "INPUT.TRANSFORMS", "('normalize',)"]
-    with pytest.raises(UserError, match="ImageNetV2 has test images only"):
+    with pytest.raises(UserError, match="ImageNetV2 has no training images, and [A-Za-z]* trains"):
         cli.run([*flags, "--seed", "1", *keys, "DATALOADER.NUM_WORKERS", "0", "OPTIM.MAX_EPOCH", "1"])

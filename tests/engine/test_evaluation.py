@@ -115,6 +115,13 @@ def test_attributes_without_names_are_numbered() -> None:
     assert {group["attribute"] for group in metrics["groups"]} == {"water", "2"}
 
 
+def test_classes_of_one_name_are_told_apart() -> None:
+    cranes = SimpleNamespace(**{**vars(BIRDS), "classnames": ["crane", "crane"]})
+    metrics = group_metrics(GUESS, LABEL, PLACE, TRAIN, cranes)
+    assert [row["class"] for row in metrics["classes"]] == ["crane (class 0)", "crane (class 1)"]
+    assert [row["class"] for row in metrics["groups"]] == ["crane (class 0)"] * 2 + ["crane (class 1)"] * 2
+
+
 def evaluator(per_class: bool = False) -> Classification:
     cfg = get_cfg_default()
     cfg.TEST.PER_CLASS_RESULT, cfg.TEST.COMPUTE_CMAT = per_class, True

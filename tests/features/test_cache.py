@@ -172,6 +172,7 @@ CHANGES: dict[str, Callable[[Disk], Any]] = {
     "image of another size": _grow,
     "images in another order": lambda d: d.images.reverse(),
     "one image less": lambda d: d.images.pop(),
+    "range of grey values": lambda d: d.keys.update(INPUT__IMAGE_RANGE=(0, 4095)),
     "key of the transform": lambda d: d.keys.update(INPUT__INTERPOLATION="bicubic"),
     "list among the keys": lambda d: d.keys.update(INPUT__PIXEL_STD=[0.2, 0.2, 0.3]),
     "train transform": lambda d: setattr(d, "is_train", True),
@@ -199,6 +200,7 @@ SAME: dict[str, Callable[[Disk], Any]] = {
     "labels": lambda d: setattr(d, "images", [image.relabelled(7) for image in d.images]),
     "the seed where nothing is random": lambda d: d.keys.update(SEED=5),
     "the number of views": lambda d: d.keys.update(INPUT__VIEWS=1),
+    "the limit on pixels": lambda d: d.keys.update(INPUT__MAX_PIXELS=10**9),
     "the form of a path": lambda d: setattr(d, "images", [Datum(os.path.relpath(i.impath), i.label) for i in d.images]),
 }
 

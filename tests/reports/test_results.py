@@ -95,6 +95,14 @@ def test_images_without_an_attribute_are_counted(tmp_path: Path) -> None:
         assert "without an attribute" not in (folder / "results.md").read_text()
 
 
+def test_what_to_mind_stands_before_the_numbers(tmp_path: Path) -> None:
+    write_results(results(notes=["1 image is bad.", "So is another."]), tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "\n\n## What to mind\n\n- 1 image is bad.\n- So is another.\n\n## Groups\n" in text
+    write_results(results(notes=[]), tmp_path)
+    assert "mind" not in (tmp_path / "results.md").read_text()
+
+
 def test_other_predictions_are_a_table(tmp_path: Path) -> None:
     other = {"prompt alone": {"accuracy": 0.7, "worst_group_accuracy": None, "gap": None}}
     write_results(results(other_predictions=other), tmp_path)

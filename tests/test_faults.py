@@ -83,7 +83,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(killer: Killer, forks: 
         second.stderr,
     )
     assert forks.wait(first)[0].returncode == 0
-    assert differences(whole, place) == [] and "error" not in (place / "out" / "log.txt").read_text()
+    assert differences(whole, place) == [] and "another run" not in (place / "out" / "log.txt").read_text()
 
 
 @pytest.fixture

@@ -288,9 +288,10 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _files(place: Path) -> set[str]:
-    """All files but those that grow with every run; locks are empty and stay."""
+    """All files but those that grow with every run, empty locks, and what the cache says of its files for people."""
     files = (file.relative_to(place) for file in place.rglob("*") if file.is_file())
-    return {str(f) for f in files if not set(f.parts) & set(_APPENDED) and f.suffix != ".lock"}
+    described = (f for f in files if not (f.parts[0] == CACHE and f.suffix in (".json", ".lock")))
+    return {str(f) for f in described if not set(f.parts) & set(_APPENDED)}
 
 
 def _state(file: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images, Texts
 from oodprompt.data.tables import missing, normalised, portable, read_rows
 from oodprompt.errors import UserError, nearest
+from oodprompt.files import inside
+from oodprompt.log import logger
 
 _DEFAULT_ATTRIBUTES = ("attribute",)
 declare(
@@ -31,6 +33,10 @@ declare(
             "Columns of the spurious attribute; of several, every combination is a value. The default may be absent.",
         ),
         "CAPTION": ("caption", "Column of the caption, for methods that train on captions; may be absent."),
+        "OUTSIDE": (
+            False,
+            "Whether relative image paths may leave both the csv file's folder and ROOT by '..'. Absolute paths may always, with a note.",
+        ),
         "CLASSNAMES": ((), "Names of numbered classes, or the order of named ones; empty: as in the file, sorted."),
     },
 )
@@ -60,8 +66,9 @@ class _Values:
 class _Rows:
     """The rows of the file, column by column."""
 
-    def __init__(self, path: Path, keys: CfgNode) -> None:
-        self.path, self.keys = path, keys
+    def __init__(self, path: Path, keys: CfgNode, root: str) -> None:
+        self.path, self.keys, self._outside = path, keys, 0
+        self._allowed = [os.path.abspath(folder) for folder in (path.parent, os.path.expanduser(root)) if folder]
         self.line, self.images = array("i"), Texts(prefix=os.path.join(path.parent, ""))
         self.label, self.split, self.attribute = _Values(), _Values(), _Values()
         self.captions: Texts | None = None
@@ -78,7 +85,7 @@ class _Rows:
             if not (image and label and split):
                 self._refuse_blank(line, image, label, split)
             self.line.append(line)
-            self.images.append(portable(image, folder))
+            self.images.append(self._place(line, portable(image, folder)))
             self.label.append(label, line)
             self.split.append(split, line)
             self.attribute.append(tuple(values), line)
@@ -87,6 +94,20 @@ class _Rows:
             captions.append(caption)
         if captioned:
             self.captions = captions
+        if self._outside:
+            logger.info(f"Note: {self._outside:,} images of {self.path} are outside {folder}")
+
+    def _place(self, line: int, image: str) -> str:
+        """The path ``image``, ``UserError`` where it leaves the folder and nobody has said that it may."""
+        place = os.path.join(self._allowed[0], image) if ".." in image else image
+        if not any(inside(folder, place) for folder in self._allowed):
+            if not os.path.isabs(image) and not self.keys.OUTSIDE:
+                raise UserError(
+                    f"{self.path}, line {line}: {image[:200]} leaves the folder of the file and --root; if that is meant, set "
+                    "DATASET.CSV.OUTSIDE True or give absolute paths"
+                )
+            self._outside += 1
+        return image
 
     def _refuse_blank(self, line: int, *values: str) -> None:
         for column, value in zip((self.keys.IMAGE, self.keys.LABEL, self.keys.SPLIT), values, strict=True):
@@ -149,7 +170,7 @@ class CSV(FilesDataset):
         path = path if path.is_absolute() else self.root(cfg) / path
         if not path.is_file():
             raise self.missing(f"no file {path.absolute()} (DATASET.CSV.FILE)")
-        rows = _Rows(path, keys)
+        rows = _Rows(path, keys, cfg.DATASET.ROOT)
         split = rows.splits()
         if not (split == 2).any():
             raise UserError(f"{path}: no row has the {keys.SPLIT} test (or 2); the data set needs some")

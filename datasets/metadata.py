@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from oodprompt.datasets.file_lists import Splits, listed
 
 from oodprompt.data.tables import missing, portable, read_rows, whole
 from oodprompt.errors import UserError
+from oodprompt.files import inside
 
 WATERBIRDS = ("img_filename", "y", "split", "place")
 SUBPOPBENCH = ("filename", "y", "split", "a")
@@ -52,5 +54,7 @@ def read_metadata(
             _, found, name = name.rpartition(f"{after}/")
             if not found:
                 raise UserError(f"{path}, line {line}: the image's path has no folder {after}")
+        if not os.path.isabs(name) and not inside(str(folder), name):
+            raise UserError(f"{path}, line {line}: {name[:200]} leaves the folder {folder}; fetch the list again")
         splits[split].append(listed(path, line, folder / name, label, classnames[label], attribute))
     return splits

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
-import secrets
 import urllib.request
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.backbones.state_dicts import brief, clip_state_dict, read_state_dict
 from oodprompt.errors import UserError, nearest
+from oodprompt.files import replacing, sweep
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 # Name -> (SHA256 of the file, which is also part of its address; file name). Source: openai/CLIP, clip/clip.py.
@@ -139,32 +138,28 @@ def _fetch(name: str, folder: Path) -> Path:
             raise UserError(f"{file} has not the SHA256 {sha256} of {name}; delete it and run again, or {by_hand}")
         _write_stamp(verified, stamp)
         return file
-    temporary = folder / f".{filename}.{secrets.token_hex(4)}"
     try:
         with urllib.request.urlopen(address, timeout=30) as source:
             folder.mkdir(parents=True, exist_ok=True)
-            size = source.headers.get("Content-Length") or ""
+            sweep(folder)  # what a killed download left
+            size, read = source.headers.get("Content-Length") or "", hashlib.sha256()
+            total = int(size) if size.isdigit() else None
             with (
-                temporary.open("xb") as target,
-                tqdm(
-                    total=int(size) if size.isdigit() else None, unit="B", unit_scale=True, desc=filename, disable=None
-                ) as bar,
+                replacing(file) as target,
+                tqdm(total=total, unit="B", unit_scale=True, desc=filename, disable=None) as bar,
             ):
                 while block := source.read(1 << 20):
                     target.write(block)
+                    read.update(block)
                     bar.update(len(block))
-        if _sha256(temporary) != sha256:
-            raise UserError(
-                f"the download of {name} from {address} has not the SHA256 {sha256}; run again, or {by_hand}"
-            )
-        os.replace(temporary, file)
+                if read.hexdigest() != sha256:
+                    raise UserError(
+                        f"the download of {name} from {address} has not the SHA256 {sha256}; run again, or {by_hand}"
+                    )
         return file
     except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
         reason = getattr(error, "reason", None) or brief(error)
         raise UserError(f"cannot get the weights of {name} ({reason}): {by_hand}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def _write_stamp(file: Path, stamp: str) -> None:

@@ -179,3 +179,29 @@ def test_captions_stand_beside_the_images(build: MakeDataset, tmp_path: Path) ->
     tree(tmp_path, HEAD + ",words", *rows)
     assert {d.caption for d in build("CSV").train_x} == {""}
     assert build("CSV", CSV__CAPTION="words").train_x[1].caption == "caption of 1"
+
+
+# --- paths that leave the folder ---------------------------------------------------------------------------------------
+
+
+def test_relative_paths_stay_in_the_folder_unless_the_key_says_so(build: MakeDataset, tmp_path: Path) -> None:
+    put(tmp_path, "elsewhere/a.jpg", "root/set/b.jpg", "root/c.jpg")
+    rows = ["image,label,split", "../../elsewhere/a.jpg,0,train", "b.jpg,0,test", "../c.jpg,0,test"]
+    write(tmp_path / "root/set/list.csv", *rows)
+    keys = {"ROOT": str(tmp_path / "root"), "CSV__FILE": "set/list.csv"}
+    with pytest.raises(UserError, match=r"list.csv, line 2: ../../elsewhere/a.jpg leaves .*DATASET.CSV.OUTSIDE True"):
+        build("CSV", **keys)
+    assert len(build("CSV", **keys, CSV__OUTSIDE=True).train_x) == 1
+    write(tmp_path / "root/set/list.csv", rows[0], "b.jpg,0,train", rows[3])  # out of the folder, but not of ROOT
+    assert len(build("CSV", **keys).test) == 1
+
+
+def test_absolute_paths_outside_the_folder_are_counted(
+    build: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "elsewhere/a.jpg", "root/b.jpg")
+    rows = [f"{tmp_path}/elsewhere/a.jpg,0,train", f"{tmp_path}/root/b.jpg,0,test"]
+    write(tmp_path / "root/metadata.csv", "image,label,split", *rows)
+    data = build("CSV", ROOT=str(tmp_path / "root"))
+    assert data.train_x[0].impath == f"{tmp_path}/elsewhere/a.jpg"
+    assert "Note: 1 images of" in capsys.readouterr().out

@@ -51,6 +51,7 @@ def test_missing_files_show_tree_and_address(build: MakeDataset, tmp_path: Path)
         ("7,002.Wren/W_0003.jpg,2,2,0,x", "y 2, split 2, place 0 are out of range .*y below 2"),
         ("7,002.Wren/W_0003.jpg,0,3,0,x", "split 3.* out of range .*split 0 train, 1 val or 2 test"),
         ("7,002.Wren/W_0003.jpg,-1,2,0,x", "y -1"),
+        ("7,../../etc/x.jpg,0,2,0,x", "../../etc/x.jpg leaves the folder"),
         ("7,002.Wren/W_0003.jpg,zero,2,0,x", "y, split and place must be whole numbers"),
         ("7,002.Wren/W_0003.jpg,0", "y, split and place must be whole numbers"),
     ],

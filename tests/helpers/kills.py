@@ -45,7 +45,7 @@ SIZE = [
     *("DATASET.SHAPES.NUM_TRAIN", "32", "DATASET.SHAPES.NUM_VAL", "16", "DATASET.SHAPES.NUM_TEST", "16"),
     *("DATALOADER.TRAIN_X.BATCH_SIZE", "16", "OPTIM.MAX_EPOCH", "3", "DATASET.SHAPES.CORRELATION", "0.8"),
 ]
-_UNDRAWN = """
+UNDRAWN = """
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 FigureCanvasAgg.print_png = lambda canvas, file, **_: file.write(b"not drawn")
 """
@@ -98,7 +98,7 @@ def watch(number, place, disturb, answer):
     sys.addaudithook(hook)
 """
 # Kept out of the comparison: times, and the machine.
-_FREE_RESULTS = ("time", "peak_memory_mib", "environment")
+_FREE = ("time", "peak_memory_mib", "environment", "seconds")
 _FREE_STATE = ("train_seconds", "step_ms_median")
 _APPENDED = ("log.txt", "tensorboard")  # a repeated run goes on in them
 
@@ -146,7 +146,7 @@ class Killer:
         From the ``full_at``-th write on there is no room: ``fills`` the file system of ``place``, or every file that is
         opened there is refused.
         """
-        first = "" if self.draws else _UNDRAWN
+        first = "" if self.draws else UNDRAWN
         self.answer.unlink(missing_ok=True)
         if number := kill_at or full_at:
             how = "kill" if kill_at else "fill" if fills else "refuse"
@@ -277,9 +277,9 @@ def differences(one: Path, other: Path) -> list[str]:
         a, b = one / name, other / name
         if ".pth.tar" in name:
             lines += [f"{name}: {line}" for line in _unequal(_state(a), _state(b))]
-        elif a.name == "results.json":
+        elif a.suffix == ".json":
             first, second = (
-                {k: v for k, v in json.loads(file.read_text()).items() if k not in _FREE_RESULTS} for file in (a, b)
+                {k: v for k, v in json.loads(file.read_text()).items() if k not in _FREE} for file in (a, b)
             )
             lines += [f"{name}: {line}" for line in _unequal(first, second)]
         elif a.read_bytes() != b.read_bytes():
@@ -288,9 +288,10 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _files(place: Path) -> set[str]:
-    """All files but those that grow with every run; locks are empty and stay."""
+    """All files but those that grow with every run, empty locks, and what the cache says of its files for people."""
     files = (file.relative_to(place) for file in place.rglob("*") if file.is_file())
-    return {str(f) for f in files if not set(f.parts) & set(_APPENDED) and f.suffix != ".lock"}
+    described = (f for f in files if not (f.parts[0] == CACHE and f.suffix in (".json", ".lock")))
+    return {str(f) for f in described if not set(f.parts) & set(_APPENDED)}
 
 
 def _state(file: Path) -> dict[str, Any]:

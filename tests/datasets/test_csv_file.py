@@ -72,7 +72,7 @@ def test_several_attributes_combine(build: MakeDataset, tmp_path: Path) -> None:
     data = build("CSV", CSV__ATTRIBUTES=("scene", "object"))
     assert data.attribute_names == ("country, cow", "urban, cow", "urban, sign")
     assert [d.attribute for d in (*data.train_x, *data.val, *data.test)] == [1, 0, 2, -1, 1]
-    assert not data.has_attributes
+    assert data.has_attributes
     assert build("CSV", CSV__ATTRIBUTES="object").attribute_names == ("cow", "sign")
     assert build("CSV", CSV__ATTRIBUTES="").attribute_names == ()
 

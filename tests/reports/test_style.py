@@ -50,7 +50,7 @@ def figures(monkeypatch: pytest.MonkeyPatch, directory: Path) -> dict[str, Figur
         attribute_names, attribute_prompts = NAMES, (["a"], ["b"])
 
     monkeypatch.setattr("oodprompt.reports.style.write_figure", keep)
-    rows = {"train": {"accuracy": 0.5, "groups": [], "confusion": [[0.5, 0.5], [0.5, 0.5]]}}
+    rows = {"train": {"accuracy": 0.5, "groups": [], "counts": [[1, 1]], "confusion": [[0.5, 0.5], [0.5, 0.5]]}}
     write_pseudo_attributes(rows, ["train"], Data(), 0.0, directory)
     history: list[dict[str, Any]] = [{"epoch": 1, "by_group": {NAMES[0]: dict.fromkeys(NAMES, 1.0)}}]
     curves = group_curves(history)

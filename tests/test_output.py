@@ -197,9 +197,10 @@ def test_captions_that_are_too_long_are_cut_and_counted(
     captioned = [f"{row},{text}" for row, text in zip(rows, words, strict=True)]
     (tmp_path / "metadata.csv").write_text("\n".join([f"{head},caption", *captioned]) + "\n", encoding="utf-8")
     note = "Note: 2 of 4 captions have more than the 77 tokens that the text encoder takes; their ends are cut"
-    for name, more in (("out", []), ("check", ["--no-train"])):
+    check = "Note: 2 of 4 captions of training images have more than 77 tokens"
+    for name, more, words in (("out", [], note), ("check", ["--no-train"], check)):
         cli.run(arguments("FineTune", name, *birds, *more))
-        assert capsys.readouterr().out.count(note) == 1
+        assert capsys.readouterr().out.count(words) == 1
     (tmp_path / "metadata.csv").write_text(
         "\n".join([head, *(row.replace("鹤", "very " * 80) for row in rows)]), encoding="utf-8"
     )

@@ -95,3 +95,20 @@ def test_a_name_that_is_no_utf_8_is_written_readably(run: Run, tmp_path: Path) -
     command = ["--model-dir", str(tmp_path / "run"), "--output", str(tmp_path / "out.csv"), str(photo)]
     assert predict.main(command) == 0
     assert r"caf\udce9.png," in (tmp_path / "out.csv").read_text(encoding="utf-8")
+
+
+def test_classes_of_one_name_have_columns_of_their_own(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("ZeroshotCLIP", "run")
+    monkeypatch.setattr(predict, "load_run", cranes := lambda *a, **k: _renamed(load_run(*a, **k)))
+    image = cranes(tmp_path / "run").dataset.test[0].impath
+    predict.run(["--model-dir", str(tmp_path / "run"), "--output", str(tmp_path / "out.csv"), image])
+    [row] = csv.DictReader((tmp_path / "out.csv").open())
+    assert set(row) == {"image", "prediction", "probability", "crane (class 0)", "crane (class 1)"}
+    assert row["probability"] == row[row["prediction"]]
+
+
+def _renamed(trainer: Any) -> Any:
+    trainer.dataset.classnames = ["crane", "crane"]
+    return trainer

@@ -7,6 +7,7 @@ file lists are enough for it: no image is read.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +108,9 @@ def _classes(dataset: DatasetBase, test: _Columns) -> Iterator[str]:
         only = names[there.pop()]
         yield f"Every test image is of the class {only}: who always answers {only} is right on all of them."
     elif absent:
-        yield f"{_of(absent, len(names), 'classes')} no test image: the results say nothing of them."
+        yield f"{_of(absent, len(names), 'classes')} no test image: the results say nothing of {_them(absent)}."
+    if twice := [name for name, n in Counter(dataset.classnames).items() if n > 1]:
+        yield f"Several classes have the name {_some(twice)}: prompts that differ by the name alone cannot tell them apart."
 
 
 def _attributes(dataset: DatasetBase, train: _Columns, val: _Columns, test: _Columns) -> Iterator[str]:
@@ -141,7 +144,12 @@ def _attributes(dataset: DatasetBase, train: _Columns, val: _Columns, test: _Col
             yield "No test group has a training image: the adjusted average accuracy is the plain one."
         else:
             named = [_name(dataset, group) for group in sorted(unseen)]
-            yield f"{_of(named, len(tested), 'test groups')} no training image: the adjusted average leaves them out."
+            lacking = _of(named, len(tested), "test groups")
+            yield f"{lacking} no training image: the adjusted average leaves {_them(named)} out."
+    if len(values) > 1 and not _one_each(tested) and tested & learned and (untested := learned - tested):
+        named = [_name(dataset, group) for group in sorted(untested)]
+        lacking = _of(named, len(learned), "training groups")
+        yield f"{lacking} no test image: the worst group is that of the others."
 
 
 def _one_each(groups: set[tuple[int, int]]) -> bool:
@@ -160,6 +168,10 @@ def _names(dataset: DatasetBase, groups: set[tuple[int, int]]) -> str:
 def _of(names: Sequence[str], count: int, what: str) -> str:
     """ "2 of the 10 classes (cat, dog) have": who lacks something."""
     return f"{len(names):,} of the {count:,} {what} ({_some(names)}) {'has' if len(names) == 1 else 'have'}"
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-from oodprompt.backbones.tokenizer import encode
+from oodprompt.backbones import is_too_long
 from oodprompt.data.check import Finding, Report, check_data
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.data.images import PixelRules
@@ -34,19 +34,12 @@ def check_texts(dataset: DatasetBase, context_length: int) -> Iterator[Finding]:
         number, total, examples = 0, 0, list[str]()
         for text in texts:
             total += bool(text)
-            if is_over(text, context_length):
+            if is_too_long(text, context_length):
                 number += 1
                 examples += [f"{text[:60]!r}..."] * (len(examples) < _EXAMPLES)
         if number:
             words = f"have more than {context_length} tokens, all that the text encoder takes"
             yield Finding(f"{number:,} of {total:,} {kind} {words}", tuple(examples))
-
-
-def is_over(text: str, context_length: int) -> bool:
-    """Whether ``text`` has more tokens than ``context_length``, start and end among them."""
-    if len(text.encode()) + 2 <= context_length:  # a token is a byte or more: most captions need no tokenizer
-        return False
-    return len(encode(text)) + 2 > context_length
 
 
 def check_run(cfg: CfgNode, dataset: DatasetBase, context_length: int) -> str:

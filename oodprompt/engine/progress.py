@@ -91,14 +91,16 @@ class Progress:
         if self._folder is None:
             return
         folder, self._folder = self._folder, None  # given back unless it fails
-        with optional("the rest of TensorBoard's file"):
-            if self._writer is None:
+        if self._writer is None:
+            with optional("TensorBoard's file"):
                 from torch.utils.tensorboard import SummaryWriter  # here: the first step need not wait for it
 
                 threading.excepthook = _no_traceback
                 self._writer = SummaryWriter(str(folder), purge_step=self._purge_step)
-            self._writer.add_scalar(tag, value, step)
-            self._folder = folder
+        if self._writer is not None:
+            with optional("the rest of TensorBoard's file"):
+                self._writer.add_scalar(tag, value, step)
+                self._folder = folder
 
     def close_bar(self) -> None:
         self._bar.close()

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from oodprompt.backbones import is_too_long
 from oodprompt.data.check import Report, check_data
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.images import PixelRules
 from oodprompt.data.transforms import CentreView
-from oodprompt.engine.check import check_run, check_texts, is_over
+from oodprompt.engine.check import check_run, check_texts
 from oodprompt.errors import UserError
 from tests.helpers.small_data import MakeCfg
 
@@ -164,6 +165,20 @@ def test_pictures_that_differ_outside_the_view_are_no_duplicates(check: Check, t
     assert not texts(check([Datum(str(tmp_path / f"{i}.png"), i, classname="ab"[i]) for i in range(2)]))
 
 
+def test_pictures_of_equal_bytes_in_another_shape_are_no_duplicates(check: Check, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    for i, shape in enumerate(((12, 9, 3), (9, 12, 3))):
+        Image.fromarray(pixels.reshape(shape)).save(tmp_path / f"{i}.png")
+    assert not texts(check([Datum(str(tmp_path / f"{i}.png"), i, classname="ab"[i]) for i in range(2)]))
+
+
+def test_constant_pictures_are_no_duplicates_too(check: Check, tmp_path: Path) -> None:
+    for i in range(4):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    black = [Datum(str(tmp_path / f"{i}.png"), i % 2, classname="ab"[i % 2]) for i in range(4)]
+    assert texts(check(black[:2], black[2:])) == ["4 of 8 images (50.0%) show one constant colour"]
+
+
 def test_two_classes_of_one_name(check: Check) -> None:
     report = check(names=("red fox", "Red_fox"))
     assert list(map(str, report.findings)) == ["1 class name of two or more classes: 'red fox' is 0, 1"]
@@ -232,9 +247,9 @@ def test_texts_of_too_many_tokens(make_cfg: MakeCfg, photo: Callable[..., str]) 
 
 
 def test_a_text_is_over_by_its_tokens() -> None:
-    assert not is_over("a photo of a dog. " * 12, 77) and is_over("a photo of a dog. " * 13, 77)
-    assert [is_over("two " * n, 77) for n in (75, 76)] == [False, True]
-    assert is_over("狗" * 76, 77)
+    assert not is_too_long("a photo of a dog. " * 12, 77) and is_too_long("a photo of a dog. " * 13, 77)
+    assert [is_too_long("two " * n, 77) for n in (75, 76)] == [False, True]
+    assert is_too_long("狗" * 70, 77)
 
 
 def test_the_verdict(make_cfg: MakeCfg, photo: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

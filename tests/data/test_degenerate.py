@@ -76,10 +76,10 @@ def test_images_that_are_listed_twice() -> None:
 
 
 def test_classes_without_test_images() -> None:
-    three = {"classnames": ("cow", "horse", "cow")}
+    three = {"classnames": ("cow", "horse", "goat")}
     train = [(0, -1), (1, -1), (2, -1)]
     [note] = notes_on(Cattle(train, FREE, **three))
-    assert note == "1 of the 3 classes (cow (class 2)) has no test image: the results say nothing of them."
+    assert note == "1 of the 3 classes (goat) has no test image: the results say nothing of it."
     [note] = notes_on(Cattle(train, [(1, -1), (1, -1)], **three))
     assert note == "Every test image is of the class horse: who always answers horse is right on all of them."
 
@@ -94,7 +94,8 @@ ALIGNED, CROSSED = [(0, 0), (1, 1)], [(0, 1), (1, 0)]
         (SOUND, ALIGNED, ["The attribute is the class in the test split: every class has one value (cow / beach, horse / meadow). The worst group"]),
         (ALIGNED, CROSSED, ["The attribute is the class in the test split", "The attribute is the class in training: every class has one value (cow / beach, horse / meadow). No training image is against", "No test group has a training image"]),
         (ALIGNED, SOUND, ["The attribute is the class in training", "2 of the 4 test groups (cow / meadow, horse / beach) have no training image: the adjusted average leaves"]),
-        (SOUND[:3], SOUND, ["1 of the 4 test groups (horse / meadow) has no training image"]),
+        (SOUND[:3], SOUND, ["1 of the 4 test groups (horse / meadow) has no training image: the adjusted average leaves it out."]),
+        (SOUND, SOUND[1:], ["1 of the 4 training groups (cow / beach) has no test image: the worst group is that of the others."]),
         (SOUND, [(0, 1), (1, 1)], ["Every test image has the attribute meadow. The worst group is the worst class"]),
         ([(0, 0), (1, 0)], SOUND, ["2 of the 4 test groups"]),
         (FREE, SOUND, ["The attribute is not known of 2 of the 2 training images", "No test group has a training image: the adjusted average accuracy is the plain one."]),
@@ -114,6 +115,13 @@ def test_unknown_attributes_are_counted_in_every_split() -> None:
     assert note.startswith(
         "The attribute is not known of 1 of the 5 training images and of 2 of the 2 validation images:"
     )
+
+
+def test_classes_of_one_name() -> None:
+    train = [(0, -1), (1, -1), (2, -1)]
+    missing, note = notes_on(Cattle(train, FREE, classnames=("cow", "horse", "cow")))
+    assert missing.startswith("1 of the 3 classes (cow (class 2)) has no test image")
+    assert note.startswith("Several classes have the name cow: prompts that differ by the name alone cannot tell")
 
 
 def test_long_lists_are_cut() -> None:

@@ -123,6 +123,13 @@ def test_validation_images_without_an_attribute_are_in_no_group() -> None:
     assert groups.known.sum() == 48 and groups.count.sum() == 48 and len(groups.count) == 6
 
 
+def test_groups_of_classes_of_one_name_have_names_of_their_own() -> None:
+    data = LabelledData(a_split(), None, ["crane", "crane"], NAMES, 3)
+    source = SimpleNamespace(names=NAMES, num_values=lambda split: 3, of=lambda split: split.attribute)
+    names = AttributeSources("true", data, pseudo(), NOTHING, lambda: source).groups(data.train).names
+    assert names[0] == "crane (class 0) / water" and names[-1] == "crane (class 1) / snow"
+
+
 def test_sums_by_group() -> None:
     total, count = per_group(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0, 2]), 4)
     assert total.tolist() == [2, 0, 5, 0] and count.tolist() == [1, 0, 2, 0] and total.dtype == torch.float64

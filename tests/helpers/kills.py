@@ -79,9 +79,10 @@ def watch(number, place, disturb, answer):
         if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(place + os.sep):
             return
         seen += 1
-        if seen == number:
+        what = f"{event} {os.path.relpath(os.fsdecode(path), place)}"
+        if seen == number or isinstance(number, str) and what.startswith(number):
             with open(answer, "w") as file:
-                file.write(f"{event} {os.path.relpath(os.fsdecode(path), place)}")
+                file.write(what)
             disturb(place)
         if full and event != "os.remove":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
@@ -136,12 +137,14 @@ class Killer:
         self,
         method: str,
         place: Path,
-        kill_at: int = 0,
+        kill_at: int | str = 0,
         kill_after: float | None = None,
         full_at: int = 0,
         fills: bool = False,
     ) -> Done:
-        """Run to the end, or to a SIGKILL ahead of the ``kill_at``-th write, or ``kill_after`` seconds.
+        """Run to the end, or to a SIGKILL ahead of the ``kill_at``-th write, or after ``kill_after`` seconds.
+
+        ``kill_at`` may also be the beginning of what comes next: "open out/results.json".
 
         From the ``full_at``-th write on there is no room: ``fills`` the file system of ``place``, or every file that is
         opened there is refused.
@@ -150,7 +153,7 @@ class Killer:
         self.answer.unlink(missing_ok=True)
         if number := kill_at or full_at:
             how = "kill" if kill_at else "fill" if fills else "refuse"
-            first += f"{_AT_WRITE}\nwatch({number}, {str(place)!r}, {how}, {str(self.answer)!r})\n"
+            first += f"{_AT_WRITE}\nwatch({number!r}, {str(place)!r}, {how}, {str(self.answer)!r})\n"
         process = self.forks.start(self.command(method), place, first=first)
         if kill_after is not None:
             until = time.monotonic() + kill_after
@@ -219,6 +222,17 @@ class Killer:
                 self._repeat(method, whole, place, where, Done(0, "", ""), tally)
         tally.seconds = time.monotonic() - began
         return tally, ends
+
+    def ahead_of(self, method: str, *writes: str) -> Tally:
+        """Kill ahead of the first write that begins with each of ``writes``, and repeat."""
+        whole, _ = self.undisturbed(method)
+        tally = Tally()
+        for write in writes:
+            place = self.place(method, "killed")
+            done = self.run(method, place, kill_at=write)
+            tally.kills += done.returncode == -signal.SIGKILL
+            self._repeat(method, whole, place, f"{method}, ahead of {write}", done, tally)
+        return tally
 
     def at_random(self, methods: Sequence[str], kills: int, seed: int, most: int = 2) -> Tally:
         """Kill at ``kills`` random moments, up to ``most`` of them in a row before a run may end."""

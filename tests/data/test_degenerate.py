@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from oodprompt.data.dataset import told_apart
+from oodprompt.data.datum import Datum
 from oodprompt.data.degenerate import notes_on
 from oodprompt.errors import UserError
 
@@ -24,7 +25,7 @@ class Cattle(SimpleNamespace):
         super().__init__(**more)
         self.num_classes = len(self.classnames)
         self.train_x, self.val, self.test = (
-            [SimpleNamespace(label=y, attribute=a, impath=(*path, f"/data/{part}{i}.png")[0]) for i, (y, a, *path) in enumerate(split)]
+            [Datum.unchecked((*path, f"/data/{part}{i}.png")[0], y, 0, "", a, "") for i, (y, a, *path) in enumerate(split)]
             for part, split in (("train", train), ("val", val), ("test", test))
         )  # fmt: skip
 

@@ -177,7 +177,7 @@ def test_a_home_that_cannot_be_written_stops_nothing(killer: Killer, forks: Fork
 # --- all of it, for a long time ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # last run: never
+@pytest.mark.slow  # last run: 27 November 2026, of CoOp, CoOpOOD and DebiasedPT
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.timeout(3600)
 def test_killed_ahead_of_every_write(method: str, killer: Killer) -> None:
@@ -185,7 +185,7 @@ def test_killed_ahead_of_every_write(method: str, killer: Killer) -> None:
     assert tally.problems == [] and tally.kills > 80
 
 
-@pytest.mark.slow  # last run: never
+@pytest.mark.slow  # last run: 27 November 2026
 @pytest.mark.timeout(3600)
 def test_killed_at_fifty_random_moments(killer: Killer) -> None:
     tally = killer.at_random(list(METHODS), 50, seed=1)

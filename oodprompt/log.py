@@ -125,7 +125,7 @@ class progress(AbstractContextManager["progress"]):  # noqa: N801: it is called 
             logger.info(self._line(now - self._began))
 
     def _line(self, seconds: float) -> str:
-        spent, unit = _minutes(seconds), self.unit if self.unit[-1].isupper() else f"{self.unit}s"  # "MiB", "images"
+        spent, unit = _minutes(seconds), self.unit if self.unit in ("MiB", "K") else f"{self.unit}s"
         if self.total is None:
             return f"{self.title}: {self.done:,} {unit} after {spent}"
         left = seconds * (self.total - self.done) / max(self.done - self._initial, 1)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.backbones.state_dicts import brief, clip_state_dict, read_state_dict
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import replacing, sweep
+from oodprompt.log import progress
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 # Name -> (SHA256 of the file, which is also part of its address; file name). Source: openai/CLIP, clip/clip.py.
@@ -146,12 +146,12 @@ def _fetch(name: str, folder: Path) -> Path:
             total = int(size) if size.isdigit() else None
             with (
                 replacing(file) as target,
-                tqdm(total=total, unit="B", unit_scale=True, desc=filename, disable=None) as bar,
+                progress(total and total >> 20, filename, "MiB") as bar,
             ):
                 while block := source.read(1 << 20):
                     target.write(block)
                     read.update(block)
-                    bar.update(len(block))
+                    bar.update()
                 if read.hexdigest() != sha256:
                     raise UserError(
                         f"the download of {name} from {address} has not the SHA256 {sha256}; run again, or {by_hand}"

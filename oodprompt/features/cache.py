@@ -352,11 +352,12 @@ class _View:
             if in_memory:
                 self._writer.remove()
                 return False
-        seconds = time.monotonic() - self._began
+        else:  # ahead of the file, which so is never without
+            seconds = time.monotonic() - self._began
+            self.cache.store.describe(self.path, self.cache.facts(self.split, self.images, self.shape, seconds))
         self._writer.finish()
         if len(changed):
             self._unnamed = self.cache.store.open(self.path, self.shape)
             self.cache.store.remove(self.path)
             return False
-        self.cache.store.describe(self.path, self.cache.facts(self.split, self.images, self.shape, seconds))
         return True

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from oodprompt.errors import UserError
-from oodprompt.files import replacing, write_atomically
+from oodprompt.files import replacing
 
 _SYNC = 20.0  # seconds between the moments when the rows of an unfinished file are made safe
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -172,7 +172,8 @@ class FeatureStore:
 
     def describe(self, path: Path, facts: dict[str, Any]) -> None:
         """Write what a view holds, for ``entries``."""
-        write_atomically(path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+        with replacing(path.with_suffix(".json")) as file:
+            file.write((json.dumps(facts, indent=1) + "\n").encode("utf-8", "backslashreplace"))
 
     def entries(self) -> list[Entry]:
         """All whole files, those used last first."""

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,18 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers, declares and imports is forgotten after it."""
+def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a test registers, declares and imports of its own files is forgotten after it."""
     for registry in (TRAINER_REGISTRY, DATASET_REGISTRY):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     monkeypatch.setattr(keys, "_KEYS", dict(keys._KEYS))
     monkeypatch.setattr(extensions, "_done", set(extensions._done))
     monkeypatch.setenv(extensions.ENVIRONMENT, "")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def documented(page: str, heading: str, file: Path) -> str:

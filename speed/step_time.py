@@ -144,8 +144,9 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
     """The trainer of a case, over a data set of which only classes and attributes matter."""
     arguments = [*case["arguments"], "--output-dir", str(folder)]
     cfg = setup_cfg(build_parser().parse_intermixed_args(arguments))
-    image = folder / "image.png"
-    Image.new("RGB", (1, 1)).save(image)
+    image, test_image = folder / "image.png", folder / "test_image.png"
+    for file in (image, test_image):
+        Image.new("RGB", (1, 1)).save(file)
     names = class_names(case["classes"])
 
     @DATASET_REGISTRY.register()
@@ -156,7 +157,7 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
         def __init__(self, cfg: Any) -> None:
             labels = [i % len(names) for i in range(max(len(names), case["batch"]))]
             data = [Datum(str(image), y, classname=names[y], attribute=i % 2) for i, y in enumerate(labels)]
-            super().__init__(cfg, data, test=data[:1])
+            super().__init__(cfg, data, test=[Datum(str(test_image), 0, classname=names[0])])
 
     if cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME not in SHAPES:
         return build_trainer(cfg)

@@ -58,6 +58,14 @@ declare(
 )
 
 
+def l1_penalty() -> dict[str, Any]:
+    """The options of scikit-learn's ``LogisticRegression`` that say L1: version 1.8 calls it by l1_ratio."""
+    from sklearn.linear_model import LogisticRegression
+
+    old = getattr(LogisticRegression(), "penalty", "deprecated") != "deprecated"
+    return {"penalty": "l1"} if old else {"l1_ratio": 1}
+
+
 class LastLayer(Debiaser):
     """The last layer, which is fitted when training is over; over any prompt learner."""
 
@@ -151,12 +159,11 @@ def logistic(x: np.ndarray, y: np.ndarray, c: float, rng: np.random.Generator) -
     classes = y.max() + 1
     from sklearn.linear_model import LogisticRegression
 
-    # scikit-learn 1.8 says the penalty by l1_ratio; before, that was for another solver alone.
-    old = getattr(LogisticRegression(), "penalty", "deprecated") != "deprecated"
-    l1: dict[str, Any] = {"penalty": "l1"} if old else {"l1_ratio": 1}
     seed, rows = int(rng.integers(2**31)), []
     for one in [1] if classes == 2 else range(classes):
-        model = LogisticRegression(C=c, solver="liblinear", max_iter=1000, random_state=seed, **l1).fit(x, y == one)
+        model = LogisticRegression(C=c, solver="liblinear", max_iter=1000, random_state=seed, **l1_penalty()).fit(
+            x, y == one
+        )
         rows.append(np.append(model.coef_[0], model.intercept_))
     head = np.stack([-rows[0] / 2, rows[0] / 2] if classes == 2 else rows)
     return head[:, :-1], head[:, -1]

@@ -118,7 +118,7 @@ def _other_layout(keys: list[str]) -> str:
         return "a model of OpenCLIP with towers of another kind; a ViT or ResNet as OpenAI's is needed"
     if some(r"(^|\.)(prompt_learner\.|ctx$|VPT|text_encoder\.|image_encoder\.)"):
         return "a trained prompt learner; give it by MODEL.INIT_WEIGHTS, or its run by --model-dir with --eval-only"
-    if some(r"(^|\.)visual\.") and not some(r"token_embedding"):
+    if some(r"(^|\.)visual\.") and not some(r"token_embedding|(^|(?<!visual)\.)transformer\.resblocks"):
         return "an image tower alone; the text tower is needed too"
     if some(r"(^|\.)(fc|head|classifier)\.weight$"):
         return "an image classifier without a text tower"

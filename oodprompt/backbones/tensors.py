@@ -7,6 +7,7 @@ are read, so that their code is not even compiled), and any of these in gzip. Wh
 
 from __future__ import annotations
 
+import copyreg
 import gzip
 import io
 import pickle
@@ -22,7 +23,13 @@ import torch
 from torch import Tensor, nn
 
 
-class Ignored:
+class _Kind(type):
+    """The class of ``Ignored`` and its kinds, which are pickled by their ``kind``: checkpoints are written again."""
+
+    kind: str
+
+
+class Ignored(metaclass=_Kind):
     """Stands for an object that is neither a tensor nor plain data; it is never run. ``kind`` names its class."""
 
     kind = "?"
@@ -33,6 +40,9 @@ class Ignored:
     def __call__(self, *args: Any, **kwargs: Any) -> Ignored:
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _one, (self.kind,)
+
     def _nothing(self, *args: Any) -> None:
         pass
 
@@ -42,7 +52,15 @@ class Ignored:
 
 @cache
 def _ignored(kind: str) -> type[Ignored]:
-    return type("Ignored", (Ignored,), {"kind": kind})
+    made: Any = _Kind("Ignored", (Ignored,), {"kind": kind})
+    return made
+
+
+copyreg.pickle(_Kind, lambda cls: (_ignored, (cls.kind,)))
+
+
+def _one(kind: str) -> Ignored:
+    return _ignored(kind)()
 
 
 def _typed(build: Any, kind: Any, arguments: Any, state: Any) -> Any:

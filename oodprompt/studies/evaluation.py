@@ -67,6 +67,7 @@ def command(plan: Plan, setting: Path, method: str, seed: int, found: Path | Non
     classes, attributes = (",".join(map(repr, content[key])) for key in ("classes", "attribute_names"))
     templates = ",".join(f"'{prompt}'" for prompt in ZERO_SHOT_PROMPTS[plan.kind])
     keys: list[str] = ["DATASET.NAME", "CSV", "DATASET.CSV.FILE", str(setting / "metadata.csv")]
+    keys += ["DATASET.CSV.OUTSIDE", "True"]  # settings share the images of the folder beside them
     keys += ["DATASET.CSV.CLASSNAMES", f"[{classes}]", "TRAINER.ZEROSHOT.TEMPLATES", f"[{templates}]"]
     keys += ["DATASET.ATTRIBUTE_NAMES", f"[{attributes}]", *plan.backbone]
     keys += ["REGIONS.SOURCE", "boxes", "REGIONS.FILE", str(setting / "regions.csv")]

@@ -62,6 +62,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def as_dataset(folder: Path, file: str = "metadata.csv") -> DatasetBase:
     cfg = get_cfg_default()
     cfg.DATASET.ROOT, cfg.DATASET.NAME, cfg.DATASET.CSV.FILE = str(folder), "CSV", file
+    cfg.DATASET.CSV.OUTSIDE = True
     return build_dataset(cfg)
 
 

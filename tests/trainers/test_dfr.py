@@ -26,7 +26,7 @@ LAST = 2  # the last of the epochs 0, 1, 2
 
 
 def plain(c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, solver="liblinear", max_iter=1000, tol=1e-6, **dfr._L1)
+    return LogisticRegression(C=c, solver="liblinear", max_iter=1000, tol=1e-6, **dfr.l1_penalty())
 
 
 def fitted(build: Build, *keys: Any) -> PromptTrainer:

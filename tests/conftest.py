@@ -34,6 +34,14 @@ def _few_threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _features_of_tests_stay_among_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Features that take long go to disk by themselves: not to that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _messages() -> None:
     """Messages go to standard output, where ``capsys`` finds them, also of what no command of ours runs."""
     show_messages()

@@ -152,7 +152,7 @@ declare(
         ),
         "CACHE_DIR": (
             "",
-            "Folder of the features on disk, which runs share; empty: ~/.cache/oodprompt/features. What is deleted there "
+            "Folder of the features on disk, which runs share; empty: ~/.cache/oodprompt/features (with XDG_CACHE_HOME: below that). What is deleted there "
             "is computed anew. `python -m oodprompt.cache` lists and prunes it.",
         ),
         "CACHE_SECONDS": Key(

@@ -29,8 +29,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def default_folder() -> Path:
-    """Where features are kept, unless DATALOADER.CACHE_DIR says otherwise."""
-    return Path(os.path.expanduser("~/.cache/oodprompt/features"))
+    """Where features are kept, unless DATALOADER.CACHE_DIR says otherwise: below XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "oodprompt" / "features"
 
 
 @dataclass(frozen=True)

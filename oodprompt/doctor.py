@@ -147,7 +147,11 @@ def devices() -> Section:
 def storage() -> Section:
     """Whether caches and the working folder can be written, and how much space is left."""
     lines, problems = [], []
-    places = {"weights": "~/.cache/clip", "features": os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/oodprompt", "working folder": "."}
+    places = {
+        "weights": "~/.cache/clip",
+        "features": os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/oodprompt",
+        "working folder": ".",
+    }
     for what, place in places.items():
         path = Path(place).expanduser().absolute()
         there = next(p for p in (path, *path.parents) if p.exists())  # the nearest that is there

@@ -99,7 +99,7 @@ def show_messages() -> None:
         logger.addHandler(handler)
 
 
-class progress(AbstractContextManager["progress"]):  # noqa: N801: it is called like a function
+class progress(AbstractContextManager["progress"]):  # called like a function
     """How far long work is: a bar in a terminal; elsewhere a line every 30 seconds, so that a log shows it too.
 
     ``total`` is how many of ``unit`` there are (None: not known), ``initial`` how many were done before. ``show``:

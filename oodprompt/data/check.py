@@ -140,7 +140,7 @@ class _Check:
 
     def run(self, until: float, show: bool) -> Report:
         unreadable = tuple(self._look_at_all(until, show))
-        findings = [*self._of_images(), *self._duplicates(), *self._of_classes(), *self._of_groups()]
+        findings = [*self._of_images(), *self._duplicates(), *self._of_groups()]
         return Report(len(self.first), int(self.looked.sum()), unreadable, tuple(findings))
 
     def _path(self, file: int) -> str:
@@ -208,16 +208,6 @@ class _Check:
             if len(several):
                 words = "have the pixels of another image with another label"
                 yield Finding(_of(len(several), len(files), f"{name} images", words), self._examples(several))
-
-    def _of_classes(self) -> Iterator[Finding]:
-        names = [" ".join(name.replace("_", " ").split()).casefold() for name in self.dataset.classnames]
-        numbers: dict[str, list[int]] = {}
-        for number, name in enumerate(names):
-            numbers.setdefault(name, []).append(number)
-        same = {name: of for name, of in numbers.items() if len(of) > 1}
-        if same:
-            examples = tuple(f"{name!r} is {', '.join(map(str, of))}" for name, of in same.items())[:_EXAMPLES]
-            yield Finding(f"{len(same):,} class name{'s' * (len(same) > 1)} of two or more classes", examples)
 
     def _of_groups(self) -> Iterator[Finding]:
         """Groups (class, attribute) without training or test images; of domains, that is how the splits are meant."""

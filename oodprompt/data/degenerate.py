@@ -111,8 +111,14 @@ def _classes(dataset: DatasetBase, test: _Columns) -> Iterator[str]:
         yield f"Every test image is of the class {only}: who always answers {only} is right on all of them."
     elif absent:
         yield f"{_of(absent, len(names), 'classes')} no test image: the results say nothing of {_them(absent)}."
-    if twice := [name for name, n in Counter(dataset.classnames).items() if n > 1]:
+    spelled = Counter(map(_spelling, dataset.classnames))
+    if twice := list(dict.fromkeys(name for name in dataset.classnames if spelled[_spelling(name)] > 1)):
         yield f"Several classes have the name {_some(twice)}: prompts that differ by the name alone cannot tell them apart."
+
+
+def _spelling(name: str) -> str:
+    """A name without what prompts do not tell apart: "Red_fox" is "red fox"."""
+    return " ".join(name.replace("_", " ").split()).casefold()
 
 
 def _attributes(dataset: DatasetBase, train: _Columns, val: _Columns, test: _Columns) -> Iterator[str]:

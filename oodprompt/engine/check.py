@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from yacs.config import CfgNode
 
@@ -42,12 +42,15 @@ def check_texts(dataset: DatasetBase, context_length: int) -> Iterator[Finding]:
             yield Finding(f"{number:,} of {total:,} {kind} {words}", tuple(examples))
 
 
-def check_run(cfg: CfgNode, dataset: DatasetBase, context_length: int) -> str:
-    """Say what the check finds, a line per kind; returns the verdict. ``UserError`` names images that cannot be read."""
+def check_run(cfg: CfgNode, dataset: DatasetBase, context_length: int, notes: Sequence[str] = ()) -> str:
+    """Say what the check finds, a line per kind; returns the verdict. ``UserError`` names images that cannot be read.
+
+    ``notes`` are what is known of the data set without a look at its images (``notes_on``).
+    """
     report = check_images(cfg, dataset)
     if (error := report.error()) is not None:
         raise error
-    findings = [*report.findings, *check_texts(dataset, context_length)]
+    findings = [*map(Finding, notes), *report.findings, *check_texts(dataset, context_length)]
     for finding in findings:
         logger.warning(f"Note: {finding}")
     if not findings:

@@ -179,11 +179,6 @@ def test_constant_pictures_are_no_duplicates_too(check: Check, tmp_path: Path) -
     assert texts(check(black[:2], black[2:])) == ["4 of 8 images (50.0%) show one constant colour"]
 
 
-def test_two_classes_of_one_name(check: Check) -> None:
-    report = check(names=("red fox", "Red_fox"))
-    assert list(map(str, report.findings)) == ["1 class name of two or more classes: 'red fox' is 0, 1"]
-
-
 def test_groups_without_images(check: Check, photo: Callable[..., str]) -> None:
     train = [
         Datum(photo(i), label, classname="ab"[label], attribute=a) for i, (label, a) in enumerate([(0, 0), (1, 0)])
@@ -263,6 +258,8 @@ def test_the_verdict(make_cfg: MakeCfg, photo: Callable[..., str], capsys: pytes
     assert capsys.readouterr().out.startswith(
         "Note: 2 of 2 test images (100.0%) are training images too, by their pixels: "
     )
+    check_run(cfg, Given(cfg, (good[:1], [], good[1:])), 77, ["Every test image is a cow."])
+    assert capsys.readouterr().out == "Note: Every test image is a cow.\n"
     Path(good[0].impath).write_bytes(b"")
     with pytest.raises(UserError, match=f"^cannot read the image {good[0].impath}"):
         check_run(cfg, Given(cfg, (good, [], good)), 77)

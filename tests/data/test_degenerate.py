@@ -123,6 +123,8 @@ def test_classes_of_one_name() -> None:
     missing, note = notes_on(Cattle(train, FREE, classnames=("cow", "horse", "cow")))
     assert missing.startswith("1 of the 3 classes (cow (class 2)) has no test image")
     assert note.startswith("Several classes have the name cow: prompts that differ by the name alone cannot tell")
+    note = notes_on(Cattle(FREE, FREE, classnames=("red fox", "Red_fox")))[-1]
+    assert note.startswith("Several classes have the name red fox, Red_fox: ")
 
 
 def test_long_lists_are_cut() -> None:

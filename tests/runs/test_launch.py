@@ -314,15 +314,11 @@ def test_grid_interrupted_twice_equals_the_unbroken_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_large_grid_interrupted_twice_equals_the_unbroken_one(
-    line: Line, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_large_grid_interrupted_twice_equals_the_unbroken_one(line: Line, tmp_path: Path) -> None:
     """3 trainers x 2 bases x 3 seeds with the real command: Ctrl-C, then SIGKILL, then to the end.
 
     It takes a minute or two on two cores. It last ran, and passed, on 2026-11-27.
     """
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("takes minutes; run with -m slow")
     command = [sys.executable, str(REPOSITORY / "scripts" / "benchmark.py")]
     trainers, more = ("CoOpOOD", "DebiasedPT", "GroupDRO"), ["--bases", "CoOp", "LinearProbe", "--jobs", 2]
 

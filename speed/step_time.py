@@ -134,7 +134,7 @@ class Peak:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def random_backbone(name: str, path: str = "", cache_dir: str = "") -> CLIP:
+def random_backbone(name: str, path: str = "", cache_dir: str = "", activation: str = "auto") -> CLIP:
     """A CLIP of the named architecture, in the place of ``load_backbone``."""
     torch.manual_seed(0)
     return CLIP(SHAPES[name]).eval().requires_grad_(False)

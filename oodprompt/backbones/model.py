@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from oodprompt.backbones.packing import pack
+from oodprompt.backbones.captures import Captures
+from oodprompt.backbones.casts import Conv2d, Linear, autocast_dtype, cast
+from oodprompt.backbones.devices import queues_work
+from oodprompt.backbones.packing import pack, way_of
 from oodprompt.errors import UserError
 
 # How queries, keys and values [B, H, L, d] become [B, H, L, d]; the default lets every position see all others.
@@ -37,8 +40,10 @@ class QuickGELU(nn.Module):
     Written as ``silu(1.702 x) / 1.702``, which is the same and keeps one tensor for the backward pass instead of two.
     """
 
+    slope = 1.702
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x).div_(1.702)  # in place: the backward pass needs the input alone
+        return F.silu(self.slope * x).div_(self.slope)  # in place: the backward pass needs the input alone
 
 
 # By the name that MODEL.BACKBONE.ACTIVATION has for it. A state dict does not say which one it was trained with.
@@ -53,22 +58,52 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
-    def _project(self, x: Tensor, start: int, end: int) -> Tensor:
+    def _project(self, x: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
         """Projections ``start`` to ``end`` of (q, k, v) of x [B, L, width], each [B, H, L, d]."""
-        rows = slice(start * x.shape[-1], end * x.shape[-1])
-        y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        return y.view(*x.shape[:2], end - start, self.heads, x.shape[-1] // self.heads).permute(2, 0, 3, 1, 4)
+        weight, bias = cast(self, "in_proj_weight"), cast(self, "in_proj_bias")
+        if end - start < 3:
+            rows = slice(start * x.shape[-1], end * x.shape[-1])
+            weight, bias = weight[rows], bias[rows]
+        y = F.linear(x, weight, bias).view(*x.shape[:2], end - start, self.heads, x.shape[-1] // self.heads)
+        return tuple(t.transpose(1, 2) for t in y.unbind(2))
 
     def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention, rows: Rows | None = None) -> Tensor:
         """[B, L, width] -> [B, L, width], or [B, number of ``rows``, width] when only these are wanted."""
         if rows is None:
             q, k, v = self._project(x, 0, 3)
         else:
-            (q,), (k, v) = self._project(x[:, rows], 0, 1), self._project(x, 1, 3)
+            (q,), (k, v) = self._project(_take(x, rows), 0, 1), self._project(x, 1, 3)
         return self.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _take(x: Tensor, rows: Rows) -> Tensor:
+    """Positions ``rows`` of x [B, L, width]."""
+    return x[:, rows] if isinstance(rows, slice) else x.index_select(1, rows)
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with the activation between them, [B, L, width] -> [B, L, width]."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        layers = {
+            "c_fc": Linear(width, 4 * width),
+            "gelu": ACTIVATIONS[activation](),
+            "c_proj": Linear(4 * width, width),
+        }
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In half precision on a GPU QuickGELU is one kernel: its factors are in the weights, which are cast anyway."""
+        first, activation, second = self
+        device, frozen = x.device, not (first.weight.requires_grad or second.weight.requires_grad)
+        if not (frozen and isinstance(activation, QuickGELU) and queues_work(device) and autocast_dtype(device)):
+            return super().forward(x)
+        slope = QuickGELU.slope
+        x = F.silu(F.linear(x, cast(first, "weight", slope), cast(first, "bias", slope)))
+        return F.linear(x, cast(second, "weight", 1 / slope), cast(second, "bias"))
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -78,18 +113,12 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=ACTIVATIONS[activation](),
-                c_proj=nn.Linear(4 * width, width),
-            )
-        )
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention, rows: Rows | None = None) -> Tensor:
         y = self.attn(self.ln_1(x), attend, rows)
-        x = (x if rows is None else x[:, rows]) + y
+        x = (x if rows is None else _take(x, rows)) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -120,8 +149,9 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.resblocks):
             if 0 < i <= len(deep):
                 prompts = deep[i - 1].to(x.dtype)
-                after = x[:, deep_at + len(prompts) :]
-                x = torch.cat([x[:, :deep_at], prompts.expand(len(x), -1, -1), after], dim=1)
+                count = len(prompts)
+                before, _, after = x.split([deep_at, count, x.shape[1] - deep_at - count], dim=1)
+                x = torch.cat([before, prompts.expand(len(x), -1, -1), after], dim=1)
             last = i == self.layers - 1
             x = block(x, attend_last or attend if last else attend, rows if last else None)
         return x
@@ -143,7 +173,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.input_resolution, self.output_dim = resolution, output_dim
         scale = width**-0.5
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.conv1 = Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
@@ -177,7 +207,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
-        return self.ln_post(self.tokens(images, prompts, deep, rows=slice(0, 1))[:, 0]) @ self.proj
+        return self.ln_post(self.tokens(images, prompts, deep, rows=slice(0, 1))[:, 0]) @ cast(self, "proj")
 
     @property
     def side(self) -> int:
@@ -187,7 +217,7 @@ class VisionTransformer(nn.Module):
     def patch_features(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """Images [B, 3, R, R] -> the patches in the space of image features, [B, R/p, R/p, output_dim], not normalised."""
         x = self.tokens(images, prompts, deep)[:, 1 : 1 + self.side**2]
-        return (self.ln_post(x) @ self.proj).unflatten(1, (self.side, self.side))
+        return (self.ln_post(x) @ cast(self, "proj")).unflatten(1, (self.side, self.side))
 
     def masked_features(
         self, images: Tensor, boxes: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()
@@ -214,7 +244,7 @@ class VisionTransformer(nn.Module):
             q = q.expand(-1, -1, boxes.shape[1], -1)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
-        return self.ln_post(self.tokens(images, prompts, deep, slice(0, 1), attend)) @ self.proj
+        return self.ln_post(self.tokens(images, prompts, deep, slice(0, 1), attend)) @ cast(self, "proj")
 
     def token_features(
         self,
@@ -256,7 +286,7 @@ class VisionTransformer(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         x = self.transformer(self.ln_pre(x), attend, deep, 1 + length, rows=slice(0, 1))
-        return self.ln_post(x[:, 0]) @ self.proj
+        return self.ln_post(x[:, 0]) @ cast(self, "proj")
 
 
 class Bottleneck(nn.Module):
@@ -267,12 +297,12 @@ class Bottleneck(nn.Module):
     def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
         super().__init__()
         outplanes = planes * self.expansion
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.conv1 = Conv2d(inplanes, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False)
+        self.conv3 = Conv2d(planes, outplanes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outplanes)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or inplanes != outplanes:
@@ -280,7 +310,7 @@ class Bottleneck(nn.Module):
                 OrderedDict(
                     [
                         ("-1", nn.AvgPool2d(stride)),
-                        ("0", nn.Conv2d(inplanes, outplanes, 1, bias=False)),
+                        ("0", Conv2d(inplanes, outplanes, 1, bias=False)),
                         ("1", nn.BatchNorm2d(outplanes)),
                     ]
                 )
@@ -300,10 +330,10 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) * width**-0.5)
-        self.k_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.c_proj = nn.Linear(width, output_dim)
+        self.k_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.c_proj = Linear(width, output_dim)
 
     def dense(self, x: Tensor) -> Tensor:
         """Feature map [B, width, grid, grid] -> the value of each position as the pool would hand it on, [B, grid, grid, d]."""
@@ -334,11 +364,11 @@ class ModifiedResNet(nn.Module):
     def __init__(self, layers: tuple[int, ...], output_dim: int, heads: int, resolution: int, width: int) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = resolution, output_dim
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.conv1 = Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.conv3 = Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         self.avgpool = nn.AvgPool2d(2)
         inplanes = width
@@ -462,6 +492,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.shape = shape
         self.activation_limit = 4 << 30  # bytes that encode_prompts may keep for the backward pass
+        self.captures: Captures | None = None  # records the passes of frozen towers, where there are prompts to learn
         if isinstance(shape.vision_layers, tuple):
             self.visual: VisionTransformer | ModifiedResNet = ModifiedResNet(
                 shape.vision_layers,
@@ -511,7 +542,13 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor, *prompts: Any) -> Tensor:
         """Images [B, 3, R, R] (preprocessed) -> [B, embed_dim], not normalised; ``prompts`` as in ``VisionTransformer``."""
-        return self.visual(images.to(self.dtype), *prompts)
+        images = images.to(self.dtype)
+        if self.captures is None or not prompts or self.visual.conv1.weight.requires_grad:
+            return self.visual(images, *prompts)
+        first, deep = prompts[0], prompts[1] if len(prompts) > 1 else ()
+        if first is None:
+            return self.visual(images, *prompts)
+        return self.captures("image", lambda x, p, *more: self.visual(x, p, more), images, first, *deep)
 
     def region_features(
         self,
@@ -592,7 +629,7 @@ class CLIP(nn.Module):
         classes, tokens = len(lengths), prefix.shape[-2] + sum(lengths)
         limit = max(1, self.activation_limit // (BYTES_PER_TOKEN * self.shape.text_width * self.shape.text_layers))
         if len(batch) * tokens <= limit:
-            features = self._encode_packed(batch, suffix, lengths, deep)
+            features = self._encode_at_once(batch, suffix, lengths, deep)
         else:
             tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (prefix, suffix, *deep))
             part = limit // 4 if tracked else limit
@@ -611,16 +648,31 @@ class CLIP(nn.Module):
             features = torch.cat(rows)
         return features if by_image else features[0]
 
+    def _encode_at_once(
+        self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor]
+    ) -> Tensor:
+        """``_encode_packed``, recorded and replayed where steps repeat it."""
+        if self.captures is None or self.text_projection.requires_grad:
+            return self._encode_packed(prefix, suffix, lengths, deep)
+        own = suffix[:, : max(lengths)]
+        return self.captures(
+            ("text", lengths), lambda x, own, *more: self._encode_packed(x, own, lengths, more), prefix, own, *deep
+        )
+
     def _encode_packed(
         self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor]
     ) -> Tensor:
         """``encode_prompts`` for a prefix [B, P, e], at once; returns [B, C, embed_dim]."""
-        packing = pack(prefix.shape[1], lengths, prefix.device)
-        own = suffix[:, : max(lengths)].flatten(0, 1)[packing.suffix_index]
+        way = way_of(prefix.device, prefix.shape[1] + sum(lengths), self.shape.text_width)
+        packing = pack(prefix.shape[1], lengths, prefix.device, way)
+        own = suffix[:, : max(lengths)].flatten(0, 1).index_select(0, packing.suffix_index)
         x = torch.cat([prefix, own.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1).to(self.dtype)
         x = x + self.positional_embedding[packing.positions]
         x = self.transformer(x, packing.attend, deep, deep_at=1, rows=packing.ends)
-        return self.ln_final(x)[:, packing.class_order] @ self.text_projection
+        x = self.ln_final(x)
+        if way == "buckets":  # the others keep the classes in their order
+            x = x.index_select(1, packing.class_order)
+        return x @ cast(self, "text_projection")
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [C, context_length] (end of text has the highest id) -> [C, embed_dim], not normalised."""

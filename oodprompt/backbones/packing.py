@@ -7,27 +7,50 @@ only its suffix (name, ".", end of text), whose queries also look at the prefix'
     attention(q_t) = softmax([q_t K_prefix^T, q_t K_own^T] / sqrt(d)) [V_prefix; V_own],   K_own up to position t
 
 Tokens after the end of text cannot change what is read there and are left out. Both are exact, forward and backward.
+
+The attention is computed in one of three ways. They differ in what they cost, not in what they give:
+
+- ``buckets``: suffixes of one length together. The fewest operations on numbers, for a CPU.
+- ``row``: the whole row at once, under a mask. The fewest kernels, for a GPU; its cost grows with the square of the row.
+- ``classes``: suffixes padded to one length, each with the prefix. Few kernels too, for rows that are long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oodprompt.backbones.devices import queues_work
+
+WAYS = ("buckets", "row", "classes")
+# Kernels read a mask in pieces of 16 numbers; one that does not fit is copied at every call.
+_ALIGNMENT = 16
+# The longest row, in widths of the tower, whose tokens attend at once: its scores then cost a third of its linear layers.
+_LONGEST = 2
+
+
+def way_of(device: torch.device, tokens: int, width: int) -> str:
+    """How a row of so many ``tokens`` attends on a device, in a tower of this width."""
+    if not queues_work(device):
+        return "buckets"
+    return "row" if tokens <= _LONGEST * width else "classes"
+
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of C prompts stand: the P shared ones, then the suffixes, those of one length side by side.
+    """Where the tokens of C prompts stand: the P shared ones, then the suffixes, which make T tokens.
 
-    ``buckets`` (first token, classes, length) of each run of suffixes of one length; ``suffix_index`` [T] where each
-    suffix token stands in a padded [C, S] that is flattened; ``positions`` [P + T] of the tokens in their prompts;
-    ``ends`` [C] where the last token of each class stands, in the order of the row; ``class_order`` [C] the place of
-    each class in that order.
+    ``buckets`` (first token, classes, length) of each run of suffixes of one length, which are side by side;
+    ``suffix_index`` [T] where each suffix token stands in a padded [C, S] that is flattened; ``positions`` [P + T] of the
+    tokens in their prompts; ``ends`` [C] where the last token of each class stands, in the order of the row;
+    ``class_order`` [C] the place of each class in that order. ``way`` is one of ``WAYS``; ``visible`` says for "row"
+    which tokens see which, [P + T, P + T], and for "classes" which tokens of a suffix see which of the prefix and the
+    suffix, [S, P + S].
     """
 
     prefix: int
@@ -36,11 +59,57 @@ class Packing:
     positions: Tensor
     ends: Tensor
     class_order: Tensor
+    way: str
+    visible: Tensor
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each prompt. q, k, v [B, H, P + T, d]; q may hold the ``ends`` only, [B, H, C, d]."""
-        P = self.prefix
         ends_only = q.shape[2] != k.shape[2]
+        if self.way == "row":
+            bias = self._bias(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[self.ends] if ends_only else bias)
+        return (self._by_class if self.way == "classes" else self._by_length)(q, k, v, ends_only)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        """``visible`` as what is added to scores: 0 and minus infinity."""
+        if dtype not in self._biases:
+            with torch.inference_mode(False):
+                rows, columns = self.visible.shape
+                room = -(-columns // _ALIGNMENT) * _ALIGNMENT
+                bias = torch.zeros(rows, room, dtype=dtype, device=self.visible.device)[:, :columns]
+                self._biases[dtype] = bias.masked_fill_(~self.visible, -torch.inf)
+        return self._biases[dtype]
+
+    def _by_class(self, q: Tensor, k: Tensor, v: Tensor, ends_only: bool) -> Tensor:
+        """Every suffix, padded to the longest, as an item of one batch, whose keys are the prefix's and its own."""
+        P, B, tokens = self.prefix, k.shape[0], k.shape[2]
+        ((_, classes, length),) = self.buckets
+
+        def own(t: Tensor, each: int) -> Tensor:  # [B, H, C * each, d] -> [B * C, H, each, d]
+            return t.unflatten(2, (classes, each)).transpose(1, 2).flatten(0, 1)
+
+        def all_seen(t: Tensor) -> Tensor:  # the prefix ahead of each suffix: [B * C, H, P + S, d]
+            shared, rest = t.split([P, tokens - P], dim=2)
+            ahead = shared.unsqueeze(1).expand(-1, classes, -1, -1, -1)
+            return torch.cat([ahead.flatten(0, 1), own(rest, length)], dim=2)
+
+        bias = self._bias(q.dtype)
+        asking = 1 if ends_only else length
+        if ends_only:
+            last = (self.ends - P) % length  # the place of each class's end in its suffix
+            bias = bias[last].unsqueeze(1).unsqueeze(1).repeat(B, 1, 1, 1)
+        asked = q if ends_only else q[:, :, P:]
+        y = F.scaled_dot_product_attention(own(asked, asking), all_seen(k), all_seen(v), attn_mask=bias)
+        y = y.unflatten(0, (B, classes)).transpose(1, 2).flatten(2, 3)
+        if ends_only or not P:
+            return y
+        prefix = (t[:, :, :P] for t in (q, k, v))
+        return torch.cat([F.scaled_dot_product_attention(*prefix, is_causal=True), y], dim=2)
+
+    def _by_length(self, q: Tensor, k: Tensor, v: Tensor, ends_only: bool) -> Tensor:
+        """The suffixes of each length together, without a mask between classes."""
+        P = self.prefix
         prefix_k, prefix_v = k[:, :, :P], v[:, :, :P]
         outputs = []
         if P and not ends_only:
@@ -64,25 +133,36 @@ class Packing:
         return torch.cat(outputs, dim=2)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what is kept must also serve a later training step
-def pack(prefix: int, lengths: tuple[int, ...], device: torch.device) -> Packing:
-    """The packing of prompts with ``prefix`` shared tokens and suffixes of ``lengths``."""
-    longest = max(lengths)
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+def pack(prefix: int, lengths: tuple[int, ...], device: torch.device, way: str = "buckets") -> Packing:
+    """The packing of prompts with ``prefix`` shared tokens and suffixes of ``lengths``, to attend by one of ``WAYS``."""
+    classes, longest = len(lengths), max(lengths)
+    order = sorted(range(classes), key=lambda i: lengths[i]) if way == "buckets" else range(classes)
     buckets: list[tuple[int, int, int]] = []
     index: list[int] = []
     positions, ends = list(range(prefix)), []
+    owners = [-1] * prefix  # of each token: its class, -1 for all
     for i in order:
-        length, first = lengths[i], prefix + len(index)
+        length = longest if way == "classes" else lengths[i]
+        first = prefix + len(index)
         if buckets and buckets[-1][2] == length:
-            start, classes, _ = buckets[-1]
-            buckets[-1] = (start, classes + 1, length)
+            start, several, _ = buckets[-1]
+            buckets[-1] = (start, several + 1, length)
         else:
             buckets.append((first, 1, length))
-        index += range(i * longest, i * longest + length)
+        # What fills up a suffix stands behind its end, where no other token sees it.
+        index += [i * longest + min(t, lengths[i] - 1) for t in range(length)]
         positions += range(prefix, prefix + length)
-        ends.append(first + length - 1)
+        owners += [i] * length
+        ends.append(first + lengths[i] - 1)
+    if way == "row":  # what fills up the row sees itself, and no other token sees it
+        spare = -len(positions) % _ALIGNMENT
+        index, positions, owners = (
+            index + [0] * spare,
+            positions + [0] * spare,
+            [*owners, *range(classes, classes + spare)],
+        )
 
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -94,5 +174,18 @@ def pack(prefix: int, lengths: tuple[int, ...], device: torch.device) -> Packing
         suffix_index=tensor(index),
         positions=tensor(positions),
         ends=tensor(ends),
-        class_order=tensor([place[i] for i in range(len(lengths))]),
+        class_order=tensor([place[i] for i in range(classes)]),
+        way=way,
+        visible=_visible(way, torch.tensor(owners), torch.tensor(positions), prefix, classes, longest).to(device),
     )
+
+
+def _visible(way: str, owner: Tensor, position: Tensor, prefix: int, classes: int, longest: int) -> Tensor:
+    """Which tokens (row) see which (column), as ``Packing.visible`` has it; nothing for "buckets"."""
+    if way == "buckets":
+        return torch.empty(0, 0, dtype=torch.bool)
+    if way == "classes":
+        return torch.ones(longest, prefix + longest, dtype=torch.bool).tril(prefix)
+    asks, answers = owner.unsqueeze(1), owner.unsqueeze(0)
+    sees = (asks == answers) | ((answers == -1) & (asks < classes))
+    return sees & (position.unsqueeze(0) <= position.unsqueeze(1))

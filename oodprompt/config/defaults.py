@@ -287,6 +287,12 @@ declare(
             at_least=0,
             below=math.inf,
         ),
+        "COMPILE": Key(
+            "auto",
+            "On a GPU, whether a tower's forward and backward pass is launched as one CUDA graph where only prompts learn: "
+            "graphs (from the second step on), auto (from step 21 on, so that short runs do not pay for the recording) or off.",
+            choices=("off", "auto", "graphs"),
+        ),
         "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
         "COUNT_ITER": ("train_x", "Kept for Dassl's files."),
         "VAL_FREQ": Key(

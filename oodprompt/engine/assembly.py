@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
+from oodprompt.backbones.captures import Captures
 from oodprompt.config.defaults import PRECISIONS
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
@@ -65,6 +66,8 @@ def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
             f'add INPUT.SIZE "({takes}, {takes})"'
         )
     clip.activation_limit = int(cfg.TRAIN.ACTIVATION_GIB * 2**30)
+    if cfg.TRAIN.COMPILE != "off" and device.type == "cuda":
+        clip.captures = Captures(after={"auto": 20, "graphs": 1}[cfg.TRAIN.COMPILE])
     return clip
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oodprompt.backbones import CLIP, CLIPShape, model
-from oodprompt.backbones.packing import Packing, pack
+from oodprompt.backbones.packing import WAYS, Packing, pack, way_of
 from tests.helpers.clip_checks import assert_same, is_text, is_text_but_tokens, pair, random, random_tokens, run
 
 SHAPE = CLIPShape(48, 40, 3, 128, 8, 32, 100, 128, 2, 4)  # two heads, and as many blocks as tell first, next and last
@@ -37,6 +38,13 @@ Encode = Callable[[Tensor, Tensor, tuple[int, ...], Sequence[Tensor]], Tensor]
 @pytest.fixture
 def towers(openai: ModuleType) -> tuple[CLIP, nn.Module]:
     return pair(openai, SHAPE)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way in which the tower attends."""
+    monkeypatch.setattr(model, "way_of", lambda *_: request.param)
+    return request.param
 
 
 def no_weights(name: str) -> bool:
@@ -103,7 +111,7 @@ def watch_block(clip: CLIP, index: int = 0) -> list[torch.Size]:
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("prefix", [0, 1, 5, 17])
-def test_a_shared_prefix(prefix: int, lengths: tuple[int, ...], towers: tuple[CLIP, nn.Module]) -> None:
+def test_a_shared_prefix(prefix: int, lengths: tuple[int, ...], way: str, towers: tuple[CLIP, nn.Module]) -> None:
     ours, theirs = towers
     inputs = make_inputs(prefix, lengths)
     result = results(ours.encode_prompts, ours, inputs, lengths)
@@ -128,17 +136,18 @@ def test_deep_prompts(layers: int, n_deep: int, images: int, towers: tuple[CLIP,
     assert_same(result, results(theirs_encode(theirs), theirs, inputs, lengths))
 
 
-def test_a_prefix_for_each_image(towers: tuple[CLIP, nn.Module]) -> None:
+@pytest.mark.parametrize("n_deep", [0, 2])
+def test_a_prefix_for_each_image(n_deep: int, way: str, towers: tuple[CLIP, nn.Module]) -> None:
     ours, theirs = towers
     lengths = LENGTHS["different"]
-    inputs = make_inputs(5, lengths, images=3)
+    inputs = make_inputs(5, lengths, layers=min(n_deep, 1), n_deep=n_deep, images=3)
     result = results(ours.encode_prompts, ours, inputs, lengths)
     assert result["features"].shape == (3, len(lengths), SHAPE.embed_dim)
     assert_same(result, results(theirs_encode(theirs), theirs, inputs, lengths))
 
 
 @pytest.mark.parametrize("images", [0, 2])
-def test_gradients_of_the_weights(images: int, towers: tuple[CLIP, nn.Module]) -> None:
+def test_gradients_of_the_weights(images: int, way: str, towers: tuple[CLIP, nn.Module]) -> None:
     ours, theirs = towers
     lengths = LENGTHS["mixed"]
     inputs = make_inputs(5, lengths, layers=2, n_deep=2, images=images)
@@ -181,7 +190,7 @@ def test_bf16_is_close_to_fp32(limit: int, towers: tuple[CLIP, nn.Module]) -> No
 
 
 @pytest.mark.parametrize("limit", [1, UNLIMITED], ids=["in parts", "at once"])
-def test_padding_does_not_matter(limit: int, towers: tuple[CLIP, nn.Module]) -> None:
+def test_padding_does_not_matter(limit: int, way: str, towers: tuple[CLIP, nn.Module]) -> None:
     ours, _ = towers
     ours.activation_limit = limit
     lengths = LENGTHS["mixed"]
@@ -357,33 +366,71 @@ def test_every_suffix_token_has_one_place() -> None:
 
 
 def masked_attention(packing: Packing, lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every token looks at the prefix and at its own class, up to itself."""
-    longest = max(lengths)
+    """Every token looks at the prefix and at its own class, up to itself; nobody looks at what fills up."""
+    longest, real = max(lengths), real_tokens(packing, lengths)
     owner = torch.cat([torch.full((packing.prefix,), -1), packing.suffix_index // longest])
     same_or_prefix = (owner.unsqueeze(1) == owner) | (owner == -1)
-    visible = same_or_prefix & (packing.positions <= packing.positions.unsqueeze(1))
+    visible = same_or_prefix & (packing.positions <= packing.positions.unsqueeze(1)) & real
+    visible |= torch.eye(len(real), dtype=torch.bool)
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
     return scores.softmax(dim=-1) @ v
 
 
-def test_attend_equals_masked_attention() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_attend_equals_masked_attention(way: str) -> None:
     """In double precision, so that 1e-12 is far above the rounding; outputs and gradients, all rows and the ends."""
     for seed, (prefix, lengths) in enumerate(draws(40)):
-        packing = pack(prefix, lengths, torch.device("cpu"))
-        q, k, v = (
-            random(2, 3, prefix + sum(lengths), 5, seed=3 * seed + i).double().requires_grad_() for i in range(3)
-        )
+        packing = pack(prefix, lengths, torch.device("cpu"), way)
+        tokens = len(packing.positions)
+        q, k, v = (random(2, 3, tokens, 5, seed=3 * seed + i).double().requires_grad_() for i in range(3))
+        real = real_tokens(packing, lengths)
         expected = masked_attention(packing, lengths, q, k, v)
         for rows in (slice(None), packing.ends):
             result = packing.attend(q[:, :, rows], k, v)
-            assert (result - expected[:, :, rows]).abs().max() < 1e-12
-            weight = random(*result.shape, seed=seed).double()
+            counts = real if isinstance(rows, slice) else torch.ones(len(lengths), dtype=torch.bool)
+            assert result.isfinite().all()
+            assert (result - expected[:, :, rows])[:, :, counts].abs().max() < 1e-12
+            weight = random(*result.shape, seed=seed).double() * counts.unsqueeze(1)
             gradients, wanted = (
                 torch.autograd.grad((y * weight).sum(), (q, k, v), retain_graph=True)
                 for y in (result, expected[:, :, rows])
             )
             for ours, theirs in zip(gradients, wanted, strict=True):
                 assert (ours - theirs).abs().max() < 1e-12
+                assert not ours[:, :, ~real].any(), "what fills up takes no part"
+
+
+def real_tokens(packing: Packing, lengths: tuple[int, ...]) -> Tensor:
+    """Which tokens of the row are not there to fill it up, [P + T]."""
+    real = torch.zeros(len(packing.positions), dtype=torch.bool)
+    real[: packing.prefix] = True
+    for c, length in enumerate(lengths):
+        end = int(packing.ends[packing.class_order[c]])
+        real[end + 1 - length : end + 1] = True
+    assert int(real.sum()) == packing.prefix + sum(lengths)
+    return real
+
+
+def test_few_kernels_where_they_are_queued() -> None:
+    """On a GPU one masked attention, by class where the row is so long that this would cost more than the layers."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [way_of(cpu, n, 512) for n in (10, 10_000)] == ["buckets"] * 2
+    assert [way_of(gpu, n, 512) for n in (10, 1024, 1025)] == ["row", "row", "classes"]
+    lengths = (4, 1, 6, 2)
+    with CountsAttention() as seen:
+        for each in ("row", "classes"):
+            packing = pack(5, lengths, cpu, each)
+            q = random(1, 2, len(packing.positions), 8)
+            packing.attend(q, q, q)
+    assert seen.calls == 1 + 2
+
+
+class CountsAttention(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 # --- encode_text

@@ -14,7 +14,7 @@ from oodprompt.data.images import PixelRules
 from oodprompt.data.loading import Batch, Loader
 from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.features.encoder import Encoder, evaluating
-from oodprompt.features.views import whole
+from oodprompt.features.views import rows_on_host, whole
 from oodprompt.log import progress
 from oodprompt.methods.contracts import PromptLearner, StepRegions
 from oodprompt.regions.boxes import Regions, digest, per_image, rows_of_images
@@ -76,7 +76,7 @@ class RegionFeatures:
         """The regions of the images of the batch of all processes, by the run's learner; with gradients where it trains."""
         encoder, learner = self.encoder, self.encoder.learner
         regions = self.regions("train")
-        rows, image = rows_of_images(regions, batch["index"].cpu())
+        rows, image = rows_of_images(regions, rows_on_host(batch))
         number = torch.bincount(image, minlength=len(batch["index"]))
         if self.keeps(learner):
             z = self.of("train", learner)[rows.to(encoder.device)]

@@ -20,19 +20,37 @@ from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.log import progress
 
 
+class FeatureBatch(Batch):
+    """A batch whose tensors are on the device; ``rows`` are the indices of its images on the host.
+
+    ``impath``, the paths, are put together when they are asked for.
+    """
+
+    def __init__(self, values: Batch, rows: np.ndarray, data: Images) -> None:
+        super().__init__(values)
+        self.rows, self._data = rows, data
+
+    def __missing__(self, key: str) -> list[str]:
+        if key != "impath":
+            raise KeyError(key)
+        return [self._data.impath(i) for i in self.rows.tolist()]
+
+
 class FeatureLoader:
     """Batches of the same images in the same order as ``Loader``, with ``image_features`` in place of ``img``.
 
-    Epoch e takes view e mod V of ``features``; rows of memory-mapped views are moved to ``device`` batch by batch.
+    Everything is on ``device``, where a batch is cut out without a word to the host. Epoch e takes view e mod V of
+    ``features``; rows of memory-mapped views are moved to the device batch by batch.
     """
+
+    _KEYS = ("label", "domain", "attribute")
 
     def __init__(
         self, features: Views, data: Sequence[Datum], batches: EpochBatches, device: torch.device | str = "cpu"
     ) -> None:
-        self.features, self.data, self.batches, self.device = features, Images.of(data), batches, device
-        self._columns = {
-            key: torch.tensor(getattr(self.data, key), dtype=torch.long) for key in ("label", "domain", "attribute")
-        }
+        self.features, self.data, self.batches, self.device = features, Images.of(data), batches, torch.device(device)
+        columns = np.stack([np.asarray(getattr(self.data, key), dtype=np.int64) for key in self._KEYS], axis=1)
+        self._columns = torch.from_numpy(columns).to(self.device)  # [N, 3]
 
     def set_epoch(self, epoch: int) -> None:
         self.batches.epoch = epoch
@@ -42,21 +60,34 @@ class FeatureLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         view = self.features[self.batches.epoch % len(self.features)]
-        for part in self.batches.parts():
-            index = torch.from_numpy(part.astype(np.int64))
-            yield {
-                "image_features": rows_of(view, index, self.device),
-                "index": index,
-                "impath": [self.data.impath(i) for i in index.tolist()],
-                **{key: column[index] for key, column in self._columns.items()},
-            }
+        parts = [part.astype(np.int64) for part in self.batches.parts()]
+        order = sent(torch.from_numpy(np.concatenate(parts)), self.device) if parts else torch.empty(0)
+        for part, index in zip(parts, order.split([len(part) for part in parts]), strict=True):
+            if isinstance(view, Tensor):
+                features = view.index_select(0, index.to(view.device))
+            else:
+                features = sent(torch.from_numpy(view[part]), self.device)
+            columns = self._columns.index_select(0, index).unbind(1)
+            values = {"image_features": features, "index": index, **dict(zip(self._KEYS, columns, strict=True))}
+            yield FeatureBatch(values, part, self.data)
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """``values``, which are on the CPU, on ``device``; no wait for the work that is queued there."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def rows_on_host(batch: Batch) -> Tensor:
+    """The indices of the images of a batch on the CPU, [B]; no wait where the loader knows them."""
+    return torch.from_numpy(batch.rows) if isinstance(batch, FeatureBatch) else batch["index"].cpu()
 
 
 def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str) -> Tensor:
     """Rows ``index`` of a view [N, d]; of a memory-mapped one only they are read, and moved to ``device``."""
     if isinstance(view, Tensor):
         return view[index.to(view.device)]
-    return torch.from_numpy(view[index.numpy()]).to(device)  # indexing with an array copies: the file stays untouched
+    # indexing with an array copies: the file stays untouched
+    return sent(torch.from_numpy(view[index.cpu().numpy()]), torch.device(device))
 
 
 def whole(view: Tensor | np.ndarray, device: torch.device) -> Tensor:

@@ -57,6 +57,8 @@ class CudaRecorder:
 class Capture:
     """Forward and backward pass of ``function`` (tensors -> one tensor), recorded for inputs of one kind."""
 
+    output: Tensor
+
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], recorder: Recorder) -> None:
         self._inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
         self._sources: list[Tensor | None] = [None] * len(inputs)  # frozen inputs that have been copied

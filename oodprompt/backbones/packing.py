@@ -104,8 +104,8 @@ class Packing:
         y = y.unflatten(0, (B, classes)).transpose(1, 2).flatten(2, 3)
         if ends_only or not P:
             return y
-        prefix = (t[:, :, :P] for t in (q, k, v))
-        return torch.cat([F.scaled_dot_product_attention(*prefix, is_causal=True), y], dim=2)
+        first, shared_k, shared_v = (t[:, :, :P] for t in (q, k, v))
+        return torch.cat([F.scaled_dot_product_attention(first, shared_k, shared_v, is_causal=True), y], dim=2)
 
     def _by_length(self, q: Tensor, k: Tensor, v: Tensor, ends_only: bool) -> Tensor:
         """The suffixes of each length together, without a mask between classes."""

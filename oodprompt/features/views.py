@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
-from oodprompt.data.distributed import gather_rows
+from oodprompt.data.distributed import gather_rows, whole_index
 from oodprompt.data.loading import Batch, DataManager, Loader
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
@@ -42,11 +42,12 @@ class FeatureLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         view = self.features[self.batches.epoch % len(self.features)]
-        for part in self.batches.parts():
-            index = torch.from_numpy(part.astype(np.int64))
+        for whole in self.batches.batches():
+            index = torch.from_numpy(self.batches.own(whole).astype(np.int64))
             yield {
                 "image_features": rows_of(view, index, self.device),
                 "index": index,
+                "whole": torch.from_numpy(whole.astype(np.int64)),
                 "impath": [self.data.impath(i) for i in index.tolist()],
                 **{key: column[index] for key, column in self._columns.items()},
             }
@@ -110,7 +111,7 @@ def rows_in_order(
         progress(total, title, "image", show, start) as bar,
     ):
         for batch in loader:
-            z = gather_rows(encode(batch["img"]))
+            z = gather_rows(encode(batch["img"]), len(whole_index(batch)))
             yield z
             bar.update(len(z))
 

@@ -46,6 +46,7 @@ from oodprompt.methods.contracts import Alignment, Context, Contribution, Debias
 from oodprompt.methods.dependence import (
     Club,
     RunningShare,
+    batch_share,
     cross_covariance,
     eraser,
     explained_share,
@@ -165,6 +166,7 @@ class DecoupledProjections(Debiaser):
         self.context, self.anchored = context, keys.ANCHOR != "none"
         self.alternating, self.spurious_turn = keys.PHASES == "alternating" and not self.anchored, False
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is
+        self.steps_taken = 0  # the same where the host need not wait for it
         if self.anchored:
             # [A, d]; not in the checkpoint: they follow from CLIP and the names, or from what discovery found
             text = context.attributes.pseudo.text if keys.ANCHOR == "attributes" else torch.zeros(2, width)
@@ -203,6 +205,7 @@ class DecoupledProjections(Debiaser):
             )
 
     def before_train(self) -> None:
+        self.steps_taken = int(self.steps)
         if self.anchored:
             train, attributes = self.context.data.train, self.context.attributes
             anchor: PseudoAttributes | DiscoveredAttributes = attributes.pseudo
@@ -213,7 +216,7 @@ class DecoupledProjections(Debiaser):
             self.posterior = standardise_within(anchor.posterior(train), train.label)  # [N, A]
             if self.statistics == "train":
                 self.moments = within_class_moments(train.features(), self.posterior, train.label)
-            if self.keys.ANCHOR_START == "erased" and not self.steps:
+            if self.keys.ANCHOR_START == "erased" and not self.steps_taken:
                 self._start_erased(train.features(), train.label)
 
     @torch.no_grad()
@@ -231,7 +234,7 @@ class DecoupledProjections(Debiaser):
 
     def before_step(self) -> None:
         if self.alternating:
-            self.spurious_turn = int(self.steps) % 2 == 1
+            self.spurious_turn = self.steps_taken % 2 == 1
             # The layer whose turn it is not gets no gradient at all, so that momentum and weight decay rest too.
             self.h_u.requires_grad_(not self.spurious_turn)
             self.h_s.requires_grad_(self.spurious_turn)
@@ -251,6 +254,7 @@ class DecoupledProjections(Debiaser):
         z_u, z_s = self.project(self.h_u, z), self.project(self.h_s, z)
         contribution = self._anchored(step, z_u, z_s) if self.anchored else self._plain(step.alignment, y, z_u, z_s)
         self.steps += 1
+        self.steps_taken += 1
         return contribution
 
     def _plain(self, alignment: Alignment, y: Tensor, z_u: Tensor, z_s: Tensor) -> Contribution:
@@ -294,7 +298,7 @@ class DecoupledProjections(Debiaser):
         elif self.statistics == "running":
             L_c = self.running(z_u, q, step.label)
         else:
-            L_c = explained_share(*within_class_moments(z_u, q, step.label))
+            L_c = batch_share(z_u, q, step.label)
         return Contribution(
             per_sample_loss=keys.ANCHOR_ALPHA * L_s + keys.ANCHOR_GAMMA * L_a,
             penalty=(keys.ANCHOR_BETA if self.context.features_are_frozen else keys.ANCHOR_BETA_TOWER) * L_c,

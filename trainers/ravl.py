@@ -108,16 +108,16 @@ def region_losses(s: Tensor, image: Tensor, spurious: Tensor, label: Tensor) -> 
     ``spurious`` [m]; ``label`` [B].
     """
     B, C = len(label), s.shape[1]
-    present = torch.bincount(label, minlength=C) > 0
-    own = image[~spurious]
-    m = s.new_full((B, C), -torch.inf).scatter_reduce(0, own.unsqueeze(1).expand(-1, C), s[~spurious], "amax")
-    has = torch.bincount(own, minlength=B) > 0
-    sp = s[spurious]  # [q, C]
+    # Shapes are those of the batch, whatever is spurious: what has no part in a sum is minus infinity.
+    absent = torch.ones(C, dtype=torch.bool, device=s.device).index_fill(0, label, False)
+    core, sp = (s.masked_fill(mark.unsqueeze(1), -torch.inf) for mark in (spurious, ~spurious))  # [m, C]
+    m = s.new_full((B, C), -torch.inf).scatter_reduce(0, image.unsqueeze(1).expand(-1, C), core, "amax")
+    has = torch.zeros(B, dtype=torch.long, device=s.device).index_add(0, image, (~spurious).long()) > 0
     own_class = torch.where(has, m.gather(1, label.unsqueeze(1)).squeeze(1), 0)
 
     none = s.new_full((1,), -torch.inf)  # so that an empty sum has a logarithm
-    P = torch.cat([sp[:, present].amax(dim=1), none]).logsumexp(dim=0)
-    within = torch.where(has.unsqueeze(1), m[:, present], 0).logsumexp(dim=1)
+    P = torch.cat([sp.masked_fill(absent, -torch.inf).amax(dim=1), none]).logsumexp(dim=0)
+    within = torch.where(has.unsqueeze(1), m, 0).masked_fill(absent, -torch.inf).logsumexp(dim=1)
     L_R = torch.logaddexp(within, P) - own_class
 
     others = m[:, label].T  # [i, j]: m(j, y_i)

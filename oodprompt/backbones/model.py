@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from oodprompt.backbones.boxes import Patches, joined, side_by_side
 from oodprompt.backbones.captures import Captures
 from oodprompt.backbones.casts import Conv2d, Linear, autocast_dtype, cast
 from oodprompt.backbones.devices import queues_work
 from oodprompt.backbones.packing import pack, way_of
+from oodprompt.backbones.transfer import to_device
 from oodprompt.errors import UserError
 
 # How queries, keys and values [B, H, L, d] become [B, H, L, d]; the default lets every position see all others.
@@ -249,43 +251,32 @@ class VisionTransformer(nn.Module):
     def token_features(
         self,
         images: Tensor,
-        rois: Tensor,
+        regions: Patches,
         prompts: Tensor | None = None,
         deep: Sequence[Tensor] = (),
     ) -> Tensor:
         """Features of regions that the tower sees alone: the patches of a box, at their places, and the class token.
 
-        Images [B, 3, R, R] and ``rois`` [r, 5], the image of each region and its box in fractions of the image, ->
-        [r, output_dim], not normalised. A patch belongs to a box that holds its centre (half-open), and a box that holds
-        none to the one patch in whose cell its own centre lies. Nothing outside the box plays a part, unlike in
-        ``masked_features`` and ``patch_features``; a quarter of an image costs a quarter of it, unlike a crop. The whole
-        image has the features of ``forward``.
+        Images [B, 3, R, R] and the patches of r ``regions`` -> [r, output_dim], not normalised. Nothing outside the box
+        plays a part, unlike in ``masked_features`` and ``patch_features``; a quarter of an image costs a quarter of it,
+        unlike a crop. The whole image has the features of ``forward``.
 
         A ViT that is given some of its patches only: He et al., "Masked autoencoders are scalable vision learners", 2022.
         """
-        centre = (torch.arange(self.side, device=rois.device) + 0.5) / self.side
-        low, high = rois[:, 1:3, None], rois[:, 3:, None]
-        inside = (low <= centre) & (centre < high)  # [r, 2, side]
-        nearest = (self.side * (low + high) / 2).long().clamp(0, self.side - 1)
-        lonely = ~inside.any(dim=2, keepdim=True)
-        inside = inside | (lonely & (torch.arange(self.side, device=rois.device) == nearest))
-        chosen = (inside[:, 1].unsqueeze(2) & inside[:, 0].unsqueeze(1)).flatten(1)  # [r, patches]
-        number = chosen.sum(dim=1)
-        length = int(number.max())
-        index = chosen.int().sort(dim=1, descending=True, stable=True).indices[:, :length]
         position = self.positional_embedding.to(images.dtype)
         patches = self.conv1(images).flatten(2).transpose(1, 2) + position[1:]
-        x = patches[rois[:, 0].long().unsqueeze(1), index]
+        x = patches[regions.image.unsqueeze(1), regions.index]
         first = (self.class_embedding.to(x.dtype) + position[0]).expand(len(x), 1, -1)
         x = torch.cat([first, x] if prompts is None else [first, x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
-        counts = torch.arange(length, device=rois.device) < number.unsqueeze(1)
-        counts = F.pad(F.pad(counts, (1, 0), value=True), (0, 0 if prompts is None else len(prompts)), value=True)
-        mask = None if bool(counts.all()) else counts[:, None, None, :]
+        mask = None
+        if regions.counts is not None:
+            counts = F.pad(regions.counts, (1, 0 if prompts is None else len(prompts)), value=True)
+            mask = counts[:, None, None, :]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        x = self.transformer(self.ln_pre(x), attend, deep, 1 + length, rows=slice(0, 1))
+        x = self.transformer(self.ln_pre(x), attend, deep, 1 + regions.index.shape[1], rows=slice(0, 1))
         return self.ln_post(x[:, 0]) @ cast(self, "proj")
 
 
@@ -457,12 +448,6 @@ def _count(state_dict: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
-def _rois(boxes: Tensor | Sequence[Tensor], device: torch.device) -> Tensor:
-    """Boxes by image -> [r, 5]: the index of the image, then the box."""
-    rows = [F.pad(some.to(device, torch.float32), (1, 0), value=i) for i, some in enumerate(boxes)]
-    return torch.cat(rows) if rows else torch.zeros(0, 5, device=device)
-
-
 def _roi_align(maps: Tensor, rois: Tensor, side: int) -> Tensor:
     """RoIAlign of maps [B, c, n, n] to ``side`` x ``side``: the mean over each box (1), or its resampling (n).
 
@@ -475,13 +460,13 @@ def _roi_align(maps: Tensor, rois: Tensor, side: int) -> Tensor:
     cells = maps.shape[-1]
     if side == 1:
         rois = rois + rois.new_tensor([0, 1, 1, -1, -1]) * (1e-5 / cells)
-    ratio = 0 if side == 1 else 1
+    ratio, rois = 0 if side == 1 else 1, to_device(rois, maps.device)
     return roi_align(maps.float(), rois, (side, side), spatial_scale=cells, sampling_ratio=ratio, aligned=True)
 
 
 def _in_parts(tower: Callable[[Tensor], Tensor], maps: Tensor, rois: Tensor, at_once: int) -> Tensor:
     """Regions of maps [B, c, n, n], resampled to n x n, through ``tower``: [r, d]."""
-    side = maps.shape[-1]
+    side, rois = maps.shape[-1], to_device(rois, maps.device)
     return torch.cat([tower(_roi_align(maps, part, side).to(maps.dtype)) for part in rois.split(at_once)])
 
 
@@ -586,20 +571,21 @@ class CLIP(nn.Module):
         if len(boxes) != len(images):
             raise ValueError(f"{len(images)} images, but boxes of {len(boxes)}")
         images = images.to(self.dtype)
-        rois = _rois(boxes, images.device)
+        rois = joined(boxes)
         if not len(rois):
             features = images.new_zeros(0, self.shape.embed_dim)
         elif how == "patches":
-            features = _roi_align(self.visual.patch_features(images, *prompts).permute(0, 3, 1, 2), rois, 1).flatten(1)
+            maps = self.visual.patch_features(images, *prompts).permute(0, 3, 1, 2)
+            features = _roi_align(maps, rois, 1).flatten(1)
         elif how == "masked":
             assert isinstance(self.visual, VisionTransformer)
-            owner, place = rois[:, 0].long(), torch.cat([torch.arange(len(some)) for some in boxes]).to(rois.device)
-            padded = rois.new_tensor([0, 0, 1, 1]).repeat(len(images), max(map(len, boxes)), 1)
-            padded[owner, place] = rois[:, 1:]
-            features = self.visual.masked_features(images, padded, *prompts)[owner, place]
+            padded, place = side_by_side(rois, len(images))
+            features = self.visual.masked_features(images, to_device(padded, images.device), *prompts).flatten(0, 1)
+            features = features if place is None else features[to_device(place, images.device)]
         elif how == "tokens":
             assert isinstance(self.visual, VisionTransformer)
-            features = self.visual.token_features(images, rois, *prompts)
+            patches = Patches.of(rois, self.visual.side, images.device)
+            features = self.visual.token_features(images, patches, *prompts)
         elif how == "roi":
             assert isinstance(self.visual, ModifiedResNet)
             features = _in_parts(self.visual.head, self.visual.middle_map(images), rois, at_once)

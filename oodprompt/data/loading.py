@@ -23,6 +23,8 @@ from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
+# The images of this process. "whole" [B] are the indices of the images of all processes, on the CPU, from which every
+# process knows how many rows the others have; a batch of one process may lack it.
 Batch = dict[str, Any]
 Unreadable = tuple[int, UserError]  # the index of an image, and what is wrong with its file
 _NUMBERS = ("label", "domain", "attribute", "index")
@@ -145,12 +147,15 @@ class Loader:
         self._generator.manual_seed(seeding.derive_seed(self.batches.cfg.SEED, seeding.AUGMENT, self.batches.epoch))
         if isinstance(self.dataset.transform, Transform):
             self.dataset.transform.compose()  # once, and not in every worker
+        wholes = iter(self.batches.batches() if self.batches.num_processes > 1 else ())
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
             if self._loader.num_workers:
                 # A worker's tensor is an open file as long as it lives; whoever keeps these would run out of them.
                 batch |= {key: batch[key].clone() for key in _NUMBERS}
+            if self.batches.num_processes > 1:
+                batch["whole"] = torch.from_numpy(next(wholes).astype("int64"))
             yield batch
 
 

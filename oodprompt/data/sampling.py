@@ -116,10 +116,13 @@ class EpochBatches:
         finally:
             self.order = kept
 
+    def own(self, batch: np.ndarray) -> np.ndarray:
+        """The indices of this process of a batch of all processes."""
+        return np.array_split(batch, self.num_processes)[self.rank]
+
     def parts(self) -> Iterator[np.ndarray]:
         """Indices of every batch, those of this process."""
-        for batch in self.batches():
-            yield np.array_split(batch, self.num_processes)[self.rank]
+        return map(self.own, self.batches())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for part in self.parts():

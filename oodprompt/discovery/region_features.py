@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.data.distributed import gather_rows, sum_over_processes
+from oodprompt.backbones.transfer import to_device
+from oodprompt.data.distributed import (
+    gather_rows,
+    number_of_processes,
+    part_sizes,
+    sum_over_processes,
+    whole_index,
+)
 from oodprompt.data.images import PixelRules
 from oodprompt.data.loading import Batch, Loader
 from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.features.encoder import Encoder, evaluating
-from oodprompt.features.views import rows_on_host, whole
+from oodprompt.features.views import whole
 from oodprompt.log import progress
 from oodprompt.methods.contracts import PromptLearner, StepRegions
 from oodprompt.regions.boxes import Regions, digest, per_image, rows_of_images
@@ -76,18 +83,20 @@ class RegionFeatures:
         """The regions of the images of the batch of all processes, by the run's learner; with gradients where it trains."""
         encoder, learner = self.encoder, self.encoder.learner
         regions = self.regions("train")
-        rows, image = rows_of_images(regions, rows_on_host(batch))
-        number = torch.bincount(image, minlength=len(batch["index"]))
+        # All on the CPU, where every process knows the images, and so the regions, of all.
+        whole = whole_index(batch).cpu()
+        rows, image = rows_of_images(regions, whole)
+        rows_there, image_there = to_device(torch.stack([rows, image]), encoder.device).unbind()
         if self.keeps(learner):
-            z = self.of("train", learner)[rows.to(encoder.device)]
-        else:
-            images = batch["img"].to(encoder.device, non_blocking=True)
-            boxes = regions.boxes[rows].split(number.tolist())
-            with encoder.autocast():
-                z = learner.encode_regions(images, boxes, self.cfg.REGIONS.FEATURES).float()
-        number, rows = (gather_rows(x.to(encoder.device)) for x in (number, rows))
-        image = torch.repeat_interleave(torch.arange(len(number), device=encoder.device), number)
-        return StepRegions(gather_rows(z), image, rows)
+            return StepRegions(self.of("train", learner)[rows_there], image_there, rows_there)
+        images = batch["img"].to(encoder.device, non_blocking=True)
+        numbers = torch.bincount(image, minlength=len(whole)).split(part_sizes(len(whole), number_of_processes()))
+        sizes = [int(number.sum()) for number in numbers]
+        own = encoder.data.rank
+        boxes = regions.boxes[rows].split(sizes)[own].split(numbers[own].tolist())
+        with encoder.autocast():
+            z = learner.encode_regions(images, boxes, self.cfg.REGIONS.FEATURES).float()
+        return StepRegions(gather_rows(z, sizes=sizes), image_there, rows_there)
 
 
 @torch.no_grad()

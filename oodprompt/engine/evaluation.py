@@ -15,7 +15,7 @@ from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data.columns import Images
 from oodprompt.data.dataset import DatasetBase, attribute_name, told_apart
 from oodprompt.data.datum import Datum
-from oodprompt.data.distributed import gather_rows
+from oodprompt.data.distributed import gather_together, numbers_of_all, whole_index
 from oodprompt.data.loading import Batch
 from oodprompt.log import logger
 
@@ -170,8 +170,9 @@ def evaluate(
     ``predictions(batch)`` gives logits by name, as ``Objective.predictions``. Models must be in evaluation mode.
     """
     for batch in batches:
-        logits = {name: gather_rows(values) for name, values in predictions(batch).items()}
-        evaluation.process(logits, *(gather_rows(batch[key].to(device)) for key in ("label", "attribute", "index")))
+        logits = predictions(batch)
+        values = gather_together([*logits.values()], len(whole_index(batch)))
+        evaluation.process(dict(zip(logits, values, strict=True)), *numbers_of_all(batch, device))
     return evaluation.metrics(train)
 
 

@@ -74,7 +74,7 @@ class FirstStage:
         ):
 
             def step(number: int, batch: Batch) -> dict[str, Tensor]:
-                alignment = gathered(encoder.align(batch, learner))
+                alignment = gathered(encoder.align(batch, learner), batch)
                 loss, scalars = objective(alignment, batch)
                 check(loss, state.epoch, number, number + 1 == len(batches))
                 trained.update(lambda scale: learner.backward(loss, alignment, scale))

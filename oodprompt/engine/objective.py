@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oodprompt.data.distributed import gather_rows
+from oodprompt.data.distributed import numbers_of_all
 from oodprompt.data.loading import Batch
 from oodprompt.data.sampling import EpochOrder
 from oodprompt.errors import UserError
@@ -104,10 +104,7 @@ class Objective:
         """The loss and scalars to print. ``alignment`` and ``regions`` are those of all processes, ``batch`` the own."""
         for debiaser in self.debiasers:
             debiaser.before_step()
-        device = alignment.image_features.device
-        label, attribute, index = (
-            gather_rows(batch[key].to(device, non_blocking=True)) for key in ("label", "attribute", "index")
-        )
+        label, attribute, index = numbers_of_all(batch, alignment.image_features.device)
         logits = self.predict(alignment)
         step = Step(alignment, logits, label, attribute, index, regions)
         per_sample = self.learner.ce_weight * F.cross_entropy(logits, label, reduction="none")

@@ -230,7 +230,7 @@ class PromptTrainer(DasslNames):
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One step on one batch; returns scalars to print. The schedule advances after the epoch's last batch."""
-        alignment = gathered(self.encoder.align(batch))
+        alignment = gathered(self.encoder.align(batch), batch)
         regions = self.region_features.of_step(batch) if self.objective.takes_regions else None
         loss, scalars = self.objective(alignment, batch, regions)
         self.detect_anomaly(loss)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from yacs.config import CfgNode
 from oodprompt.backbones import CLIP, is_too_long
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
-from oodprompt.data.distributed import gather_rows
+from oodprompt.data.distributed import gather_together, whole_index
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
@@ -225,10 +226,11 @@ class Encoder:
         features, logits, index = [], [], []
         for batch in self.batches_in_order(split):
             alignment = self.align(batch, learner)
-            features.append(gather_rows(alignment.image_features))
-            logits.append(gather_rows(predict(alignment)))
-            index.append(gather_rows(batch["index"].to(self.device)))
-        order = torch.cat(index).argsort()
+            index.append(whole_index(batch))
+            z, l = gather_together([alignment.image_features, predict(alignment)], len(index[-1]))
+            features.append(z)
+            logits.append(l)
+        order = torch.cat(index).argsort().to(self.device)
         return torch.cat(features)[order], torch.cat(logits)[order]
 
     @torch.no_grad()
@@ -256,16 +258,13 @@ class Encoder:
             yield batch["index"].tolist(), probabilities, batch.get("unreadable", {})
 
 
-def gathered(alignment: Alignment) -> Alignment:
-    """The alignment of the batch of all processes, with gradients."""
-    text, frozen, captions = alignment.text_features, alignment.frozen_image_features, alignment.caption_features
-    return Alignment(
-        gather_rows(alignment.image_features),
-        gather_rows(text) if text.ndim == 3 else text,
-        alignment.logit_scale,
-        None if frozen is None else gather_rows(frozen),
-        None if captions is None else gather_rows(captions),
-    )
+def gathered(alignment: Alignment, batch: Batch) -> Alignment:
+    """The alignment of the batch of all processes, with gradients; ``batch`` is the own, from which the alignment is."""
+    by_image = ["image_features", "frozen_image_features", "caption_features"]
+    if alignment.text_features.ndim == 3:
+        by_image.append("text_features")
+    own = {name: value for name in by_image if (value := getattr(alignment, name)) is not None}
+    return replace(alignment, **dict(zip(own, gather_together([*own.values()], len(whole_index(batch))), strict=True)))
 
 
 @contextlib.contextmanager

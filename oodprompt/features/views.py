@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from oodprompt.backbones.transfer import to_device
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
-from oodprompt.data.distributed import gather_rows
+from oodprompt.data.distributed import gather_rows, whole_index
 from oodprompt.data.loading import Batch, DataManager, Loader
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
@@ -21,19 +22,16 @@ from oodprompt.log import progress
 
 
 class FeatureBatch(Batch):
-    """A batch whose tensors are on the device; ``rows`` are the indices of its images on the host.
-
-    ``impath``, the paths, are put together when they are asked for.
-    """
+    """A batch whose tensors are on the device. ``impath``, the paths, are put together when they are asked for."""
 
     def __init__(self, values: Batch, rows: np.ndarray, data: Images) -> None:
         super().__init__(values)
-        self.rows, self._data = rows, data
+        self._rows, self._data = rows, data
 
     def __missing__(self, key: str) -> list[str]:
         if key != "impath":
             raise KeyError(key)
-        return [self._data.impath(i) for i in self.rows.tolist()]
+        return [self._data.impath(i) for i in self._rows.tolist()]
 
 
 class FeatureLoader:
@@ -60,26 +58,17 @@ class FeatureLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         view = self.features[self.batches.epoch % len(self.features)]
-        parts = [part.astype(np.int64) for part in self.batches.parts()]
-        order = sent(torch.from_numpy(np.concatenate(parts)), self.device) if parts else torch.empty(0)
-        for part, index in zip(parts, order.split([len(part) for part in parts]), strict=True):
+        wholes = [whole.astype(np.int64) for whole in self.batches.batches()]
+        parts = [self.batches.own(whole) for whole in wholes]
+        order = to_device(torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int64)])), self.device)
+        for whole, part, index in zip(wholes, parts, order.split([len(part) for part in parts]), strict=True):
             if isinstance(view, Tensor):
                 features = view.index_select(0, index.to(view.device))
             else:
-                features = sent(torch.from_numpy(view[part]), self.device)
+                features = to_device(torch.from_numpy(view[part]), self.device)
             columns = self._columns.index_select(0, index).unbind(1)
-            values = {"image_features": features, "index": index, **dict(zip(self._KEYS, columns, strict=True))}
-            yield FeatureBatch(values, part, self.data)
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """``values``, which are on the CPU, on ``device``; no wait for the work that is queued there."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
-
-
-def rows_on_host(batch: Batch) -> Tensor:
-    """The indices of the images of a batch on the CPU, [B]; no wait where the loader knows them."""
-    return torch.from_numpy(batch.rows) if isinstance(batch, FeatureBatch) else batch["index"].cpu()
+            values = {"image_features": features, "index": index, "whole": torch.from_numpy(whole)}
+            yield FeatureBatch(values | dict(zip(self._KEYS, columns, strict=True)), part, self.data)
 
 
 def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str) -> Tensor:
@@ -87,7 +76,7 @@ def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str
     if isinstance(view, Tensor):
         return view[index.to(view.device)]
     # indexing with an array copies: the file stays untouched
-    return sent(torch.from_numpy(view[index.cpu().numpy()]), torch.device(device))
+    return to_device(torch.from_numpy(view[index.cpu().numpy()]), device)
 
 
 def whole(view: Tensor | np.ndarray, device: torch.device) -> Tensor:
@@ -141,7 +130,7 @@ def rows_in_order(
         progress(total, title, "image", show, start) as bar,
     ):
         for batch in loader:
-            z = gather_rows(encode(batch["img"]))
+            z = gather_rows(encode(batch["img"]), len(whole_index(batch)))
             yield z
             bar.update(len(z))
 

@@ -3,41 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oodprompt.errors import UserError
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Which images of a batch share a class, in shapes that depend on the batch's size B alone.
+
+    Sums over classes are products with [B, B] matrices, so that a step needs no look at the labels on the host, and as
+    many calls with a thousand classes as with two. ``label`` [B]; ``same`` [B, B] bool; ``number`` [B], the images of the
+    own class; ``mean`` [B, B], which takes values [B, p] to the means of their classes; ``weight`` [B], with which values
+    [B] sum up to the mean over classes of their means within each class. Classes with fewer than ``min_per_class`` images
+    weigh nothing.
+    """
+
+    label: Tensor
+    same: Tensor
+    number: Tensor
+    mean: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, label: Tensor, dtype: torch.dtype, min_per_class: int = 1) -> Classes:
+        """The classes of a batch; ``mean`` and ``weight`` are of ``dtype``."""
+        same = label.unsqueeze(1) == label
+        number = same.sum(dim=1)
+        mean = same.to(dtype) / number.unsqueeze(1)
+        share = mean.diagonal() * (number >= min_per_class)
+        return cls(label, same, number, mean, share / share.sum().clamp(min=0.5))  # 0 where no class is left
+
+    @classmethod
+    def one(cls, x: Tensor) -> Classes:
+        """All rows of x [n, p] are of one class."""
+        return cls.of(torch.zeros(len(x), dtype=torch.long, device=x.device), x.dtype)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x [B, p] minus the mean of its class."""
+        return x - self.mean @ x
+
+    def medians(self, distances: Tensor) -> Tensor:
+        """The median within each class of distances [k, B, B] between different images, [k, B]: that of the own class.
+
+        The lower one of two in the middle, as ``torch.median``. Of a class of one image it is some distance or other.
+        """
+        last = torch.iinfo(torch.long).max
+        pairs = torch.where(self.same, self.label, last).fill_diagonal_(last)
+        values, order = distances.flatten(1).sort(dim=1)
+        by_class = pairs.flatten()[order].sort(dim=1, stable=True).indices
+        others = self.number - 1
+        first = ((self.label < self.label.unsqueeze(1)) * others).sum(dim=1)  # where the pairs of a class begin
+        place = (first + (self.number * others - 1) // 2).clamp(min=0)
+        return values.gather(1, by_class[:, place])
+
+
 def within_classes(
-    dependence: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, label: Tensor, min_per_class: int = 4
+    dependence: Callable[[Tensor, Tensor, Classes], Tensor], x: Tensor, y: Tensor, label: Tensor, min_per_class: int = 4
 ) -> Tensor:
     """Mean over classes of ``dependence`` of x [B, p] and y [B, q] within the class.
 
     Classes with fewer than ``min_per_class`` images are left out; zero when none is left.
     """
-    classes = [label == c for c in label.unique()]
-    values = [dependence(x[mine], y[mine]) for mine in classes if mine.sum() >= min_per_class]
-    return torch.stack(values).mean() if values else 0.0 * (x.sum() + y.sum())
+    return dependence(x, y, Classes.of(label, x.dtype, min_per_class))
+
+
+def _members(label: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each class that is present, in rising order. For use ahead of training, as the host waits for it."""
+    order = label.argsort(stable=True)
+    return order.split(label[order].unique_consecutive(return_counts=True)[1].tolist())
 
 
 def centred_within(x: Tensor, label: Tensor) -> Tensor:
     """x [N, d] minus the mean of its class."""
-    result = x.clone()
-    for c in label.unique():
-        result[label == c] -= x[label == c].mean(dim=0)
+    result = torch.empty_like(x)
+    for mine in _members(label):
+        result[mine] = x[mine] - x[mine].mean(dim=0)
     return result
 
 
 def standardise_within(values: Tensor, label: Tensor) -> Tensor:
     """Values [N, A] with mean 0 and variance 1 within each class, column by column; constant columns become 0."""
-    result = torch.zeros_like(values)
-    for c in label.unique():
-        mine = values[label == c]
+    result = torch.empty_like(values)
+    for rows in _members(label):
+        mine = values[rows]
         deviation = mine.std(dim=0, correction=0)
-        result[label == c] = torch.where(deviation > 1e-6, (mine - mine.mean(dim=0)) / deviation.clamp(min=1e-6), 0)
+        result[rows] = torch.where(deviation > 1e-6, (mine - mine.mean(dim=0)) / deviation.clamp(min=1e-6), 0)
     return result
 
 
@@ -45,12 +99,12 @@ def within_class_moments(x: Tensor, q: Tensor, label: Tensor) -> tuple[Tensor, T
     """Second moments within classes of x [N, d] and q [N, A], each centred in its class.
 
     Returns cross [C', d, A], sqrt(n_c / N) times the cross-covariance in each class present, and covariance [d, d],
-    the pooled covariance of x.
+    the pooled covariance of x. For use ahead of training; ``batch_share`` is for a step.
     """
     cross, covariance = [], x.new_zeros(x.shape[1], x.shape[1])
     x, q = centred_within(x, label), centred_within(q, label)
-    for c in label.unique():
-        centred, target = x[label == c], q[label == c]
+    for mine in _members(label):
+        centred, target = x[mine], q[mine]
         cross.append(centred.T @ target / (len(x) * len(target)) ** 0.5)
         covariance = covariance + centred.T @ centred / len(x)
     return torch.stack(cross), covariance
@@ -62,9 +116,23 @@ def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = N
     sum_c n_c || W Cov_c(x, q) ||_F^2 / (A N tr(W Cov(x) W^T)), from ``within_class_moments`` of x and q; W is the
     identity when it is not given. In [0, 1] for one attribute and its complement; free of W's scale.
     """
-    if weight is not None:
-        cross, covariance = weight @ cross, weight @ covariance @ weight.T
-    return (cross**2).sum() / (cross.shape[-1] * covariance.diagonal().sum().clamp(min=1e-12))
+    if weight is None:
+        variance = covariance.diagonal().sum()
+    else:
+        cross, variance = weight @ cross, (weight @ covariance * weight).sum()
+    return (cross**2).sum() / (cross.shape[-1] * variance.clamp(min=1e-12))
+
+
+def batch_share(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
+    """``explained_share`` of a batch x [B, d], q [B, A], a scalar.
+
+    With x and q centred in their classes, || sum_i x_i q_i^T ||_F^2 = sum_ij <x_i, x_j> <q_i, q_j>, so that no matrix for
+    each class is needed.
+    """
+    classes = Classes.of(label, x.dtype)
+    x, q = classes.centred(x), classes.centred(q)
+    explained = (classes.mean * (x @ x.T) * (q @ q.T)).sum()
+    return explained / (q.shape[1] * (x**2).sum().clamp(min=1e-12 * len(x)))
 
 
 def eraser(x: Tensor, q: Tensor, label: Tensor) -> Tensor:
@@ -121,11 +189,13 @@ class RunningShare(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor, label: Tensor) -> Tensor:
         """x [B, d], q [B, A] standardised within classes over the training set, ``label`` [B] -> a scalar."""
-        member = F.one_hot(label, len(self.count)).to(x.dtype)  # [B, C]
+        classes = torch.arange(len(self.count), device=label.device)
+        member = (label.unsqueeze(1) == classes).to(x.dtype)  # [B, C]
         present = member.sum(dim=0)
         mean = member.T @ x / present.clamp(min=1).unsqueeze(1)
         centred = x - mean[label]
-        batch = torch.einsum("bc,bd,ba->cda", member, centred, q)
+        columns = (member.unsqueeze(2) * q.unsqueeze(1)).flatten(1)  # [B, C A]
+        batch = (columns.T @ centred).view(len(self.count), q.shape[1], -1).transpose(1, 2)
         cross = self.momentum * self.cross + batch
         variance = self.momentum * self.variance + (centred**2).sum()
         count = self.momentum * self.count + present
@@ -135,28 +205,44 @@ class RunningShare(nn.Module):
         return share.detach() + (share - share.detach()) * (count.sum() / len(x))
 
 
-def cross_covariance(x: Tensor, y: Tensor) -> Tensor:
-    """Squared Frobenius norm of the cross-covariance, || (x - mean x)^T (y - mean y) / n ||_F^2; x [n, p], y [n, q]."""
-    return (((x - x.mean(0)).T @ (y - y.mean(0)) / len(x)) ** 2).sum()
+def cross_covariance(x: Tensor, y: Tensor, classes: Classes | None = None) -> Tensor:
+    """Squared Frobenius norm of the cross-covariance, || (x - mean x)^T (y - mean y) / n ||_F^2; x [n, p], y [n, q].
+
+    With ``classes`` the mean over them of the norm within each. As sum_ij <x_i, x_j> <y_i, y_j> / n^2 of centred x and y
+    it needs no matrix [p, q] for each class.
+    """
+    classes = classes or Classes.one(x)
+    x, y = classes.centred(x), classes.centred(y)
+    return classes.weight @ (classes.mean * (x @ x.T) * (y @ y.T)).sum(dim=1)
 
 
-def hsic(x: Tensor, y: Tensor) -> Tensor:
+def hsic(x: Tensor, y: Tensor, classes: Classes | None = None) -> Tensor:
     """Biased HSIC, tr(K H L H) / n^2, with RBF kernels of median-heuristic width; x [n, p], y [n, q].
+
+    With ``classes`` the mean over them of HSIC within each, each with widths of its own.
 
     Source: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", ALT 2005.
     """
-    k, l = _rbf(x), _rbf(y)
-    k = k - k.mean(0, keepdim=True) - k.mean(1, keepdim=True) + k.mean()
-    return (k * l).mean()
+    classes = classes or Classes.one(x)
+    k, l = _rbf(torch.stack([_squared_distances(x), _squared_distances(y)]), classes)
+    rows = k.sum(dim=1) / classes.number
+    k = k - rows - rows.unsqueeze(1) + (classes.mean @ rows).unsqueeze(1)
+    return classes.weight @ (classes.mean * k * l).sum(dim=1)
 
 
-def _rbf(x: Tensor) -> Tensor:
-    """exp(-|x_i - x_j|^2 / m) with m the median of the squared distances between different points."""
+def _squared_distances(x: Tensor) -> Tensor:
+    """|x_i - x_j|^2 of x [n, p], [n, n]."""
     squares = (x * x).sum(1)
-    distances = (squares[:, None] + squares[None] - 2 * x @ x.T).clamp(min=0)
-    off_diagonal = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    median = distances.detach()[off_diagonal].median().clamp(min=1e-8)
-    return torch.exp(-distances / median)
+    return (squares[:, None] + squares[None] - 2 * x @ x.T).clamp(min=0)
+
+
+def _rbf(distances: Tensor, classes: Classes) -> Tensor:
+    """exp(-|x_i - x_j|^2 / m) within classes and 0 between them, [k, n, n] as the squared distances are.
+
+    m is the median of those between different points of the class.
+    """
+    medians = classes.medians(distances.detach()).clamp(min=1e-8)
+    return torch.exp(-distances / medians.unsqueeze(2)) * classes.same
 
 
 class Club(nn.Module):
@@ -172,17 +258,24 @@ class Club(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 2 * width))
 
-    def _log_density(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """log q(y_j | x_i) without constants, [n, n]."""
+    def _gaussian(self, parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance of y given x [n, p], each [n, p]."""
         mean, log_variance = torch.func.functional_call(self.net, parameters, x).chunk(2, dim=1)
-        log_variance = log_variance.tanh()
-        errors = (y[None] - mean[:, None]) ** 2 / log_variance.exp()[:, None]
-        return -0.5 * (errors + log_variance[:, None]).mean(dim=2)
+        return mean, log_variance.tanh()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The bound (gradients for the features) with the value of the fit's gradient added (gradients for the net)."""
-        fixed = {name: p.detach() for name, p in self.net.named_parameters()}
-        density = self._log_density(fixed, x, y)
-        bound = density.diagonal().mean() - density.mean()
-        fit = -self._log_density(dict(self.net.named_parameters()), x.detach(), y.detach()).diagonal().mean()
+    def forward(self, x: Tensor, y: Tensor, classes: Classes | None = None) -> Tensor:
+        """The bound (gradients for the features) with the value of the fit's gradient added (gradients for the net).
+
+        With ``classes`` the mean over them of both within each. The mean over j of a Gaussian's log density needs no more
+        than mean and variance of the y_j, as mean_j (y_j - m)^2 = Var(y) + (mean y - m)^2.
+        """
+        classes = classes or Classes.one(x)
+        m, log_variance = self._gaussian({name: p.detach() for name, p in self.net.named_parameters()}, x)
+        centre = classes.mean @ y
+        spread = classes.mean @ (y - centre) ** 2
+        errors = (y - centre) * (y + centre - 2 * m) - spread  # (y_i - m)^2 - mean_j (y_j - m)^2
+        bound = classes.weight @ (-0.5 * (errors / log_variance.exp()).mean(dim=1))
+        m, log_variance = self._gaussian(dict(self.net.named_parameters()), x.detach())
+        surprise = 0.5 * ((y.detach() - m) ** 2 / log_variance.exp() + log_variance).mean(dim=1)
+        fit = classes.weight @ surprise
         return bound + fit - fit.detach()

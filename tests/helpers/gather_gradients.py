@@ -25,7 +25,7 @@ def main() -> None:
         parameters = [*before.parameters(), *after.parameters()]
         expected = torch.autograd.grad(loss_of(after(before(data))), parameters)
         mine = data.tensor_split(world)[rank]
-        whole = gather_rows(before(mine))
+        whole = gather_rows(before(mine), rows)
         torch.testing.assert_close(whole, before(data))
         loss_of(after(whole)).backward()
         average_gradients(parameters)

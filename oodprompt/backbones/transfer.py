@@ -1,0 +1,14 @@
+"""From the host to the device without a wait."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """``values`` on ``device``. To a GPU they go by way of pinned memory, so that the host need not wait for the copy."""
+    device = torch.device(device)
+    if device.type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

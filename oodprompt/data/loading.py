@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
@@ -23,6 +24,7 @@ from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
+CPU = torch.device("cpu")
 Batch = dict[str, Any]
 Unreadable = tuple[int, UserError]  # the index of an image, and what is wrong with its file
 _NUMBERS = ("label", "domain", "attribute", "index")
@@ -101,13 +103,17 @@ class _Collate:
         batch: Batch = {"img": images, "impath": [item["impath"] for item in read]}
         if unreadable:
             batch["unreadable"] = unreadable
-        for key in _NUMBERS:
-            batch[key] = torch.tensor([item[key] for item in read], dtype=torch.long)
+        # An array and no tensors: from a worker, each tensor would be an open file as long as it lives.
+        batch["numbers"] = np.array([[item[key] for item in read] for key in _NUMBERS], dtype=np.int64)
         return batch
 
 
 class Loader:
-    """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch."""
+    """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch.
+
+    ``img`` [B, 3, R, R] is on ``device``, as ``transform`` gives it. Where a ``Transform`` ends in pixels, they are read
+    and carried in bytes and become floats on ``device``. Labels and indices are on the CPU, pinned for a GPU.
+    """
 
     def __init__(
         self,
@@ -116,8 +122,13 @@ class Loader:
         transform: Callable,
         batches: EpochBatches,
         skip_unreadable: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
+        self._finish: Callable[[torch.Tensor], torch.Tensor] = lambda images: images.to(device, non_blocking=True)
+        if isinstance(transform, Transform) and transform.ends_in_pixels:
+            transform, self._finish = transform.in_two(device)
+        self._pins = device.type == "cuda"
         self.batches, self.dataset = batches, DatasetWrapper(data, transform, PixelRules.of(cfg))
         # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
         self._generator = torch.Generator()
@@ -126,7 +137,7 @@ class Loader:
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=_Collate(tuple(cfg.INPUT.SIZE), skip_unreadable),
-            pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
+            pin_memory=self._pins,
             generator=self._generator,
         )
 
@@ -148,17 +159,20 @@ class Loader:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
-            if self._loader.num_workers:
-                # A worker's tensor is an open file as long as it lives; whoever keeps these would run out of them.
-                batch |= {key: batch[key].clone() for key in _NUMBERS}
-            yield batch
+            numbers = torch.from_numpy(batch.pop("numbers"))
+            if self._pins:
+                numbers = numbers.pin_memory()
+            yield batch | {"img": self._finish(batch["img"])} | dict(zip(_NUMBERS, numbers, strict=True))
 
 
 class DataManager:
-    """Builds the data set and its loaders: ``train_loader_x``, ``val_loader`` (or None), ``test_loader``."""
+    """Builds the data set and its loaders: ``train_loader_x``, ``val_loader`` (or None), ``test_loader``.
 
-    def __init__(self, cfg: CfgNode, rank: int = 0, num_processes: int = 1) -> None:
-        self.cfg, self.dataset = cfg, build_dataset(cfg)
+    Images of their batches are on ``device``.
+    """
+
+    def __init__(self, cfg: CfgNode, rank: int = 0, num_processes: int = 1, device: torch.device = CPU) -> None:
+        self.cfg, self.device, self.dataset = cfg, device, build_dataset(cfg)
         self.rank, self.num_processes = rank, num_processes
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
@@ -181,7 +195,7 @@ class DataManager:
         """
         batches = EpochBatches(self.cfg, data, is_train, self.rank, self.num_processes)
         transform = transform or (self.transform_train if is_train else self.transform_test)
-        return Loader(self.cfg, data, transform, batches, skip_unreadable)
+        return Loader(self.cfg, data, transform, batches, skip_unreadable, self.device)
 
     def summary(self) -> list[tuple[str, Any]]:
         """What a person wants to know of the data before training starts."""

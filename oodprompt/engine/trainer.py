@@ -88,7 +88,7 @@ class PromptTrainer(DasslNames):
 
     def build_data_loader(self) -> None:
         with self.state.main_process_first():
-            self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes)
+            self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes, self.device)
         if self.selection.is_on and self.dm.val_loader is None:
             raise UserError("TEST.FINAL_MODEL best_val: the data set has no validation split; use last_step")
         self.notes = notes_on(self.dm.dataset)

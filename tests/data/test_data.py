@@ -344,7 +344,7 @@ def test_data_manager_sums_up_and_warns(make_cfg: MakeCfg, capsys: pytest.Captur
         DataManager(make_cfg(DATASET__NAME="Shapes"))
 
 
-@pytest.mark.parametrize(("mib", "read_again"), [(0.0, 22), (1000.0, 0), (10 * 48 * 48 * 3 * 4 / 2**20, 12)])
+@pytest.mark.parametrize(("mib", "read_again"), [(0.0, 22), (1000.0, 0), (10 * 48 * 48 * 3 / 2**20, 12)])
 def test_kept_images_are_read_once_and_the_same(
     make_cfg: MakeCfg, monkeypatch: pytest.MonkeyPatch, mib: float, read_again: int
 ) -> None:

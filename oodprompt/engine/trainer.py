@@ -154,11 +154,12 @@ class PromptTrainer(DasslNames):
 
     def train(self) -> None:
         """Train from where the output folder stands, then test."""
-        self.before_train()
-        for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
-            self.before_epoch()
-            self.run_epoch()
-            self.after_epoch()
+        with self.encoder.lasting_workers():
+            self.before_train()
+            for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
+                self.before_epoch()
+                self.run_epoch()
+                self.after_epoch()
         self.after_train()
 
     def before_train(self) -> None:

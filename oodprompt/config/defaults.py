@@ -174,8 +174,9 @@ declare(
         ),
         "IMAGE_CACHE_MIB": Key(
             1024.0,
-            "Where images themselves are read at every step (the image tower is trained), by the main process (NUM_WORKERS "
-            "0) and without random transforms: how many MiB of transformed images of a split are kept in memory.",
+            "Where images themselves are read at every step (the image tower is trained) and without random transforms: how "
+            "many MiB of transformed images of a split are kept in memory, which all its workers share. An image of 224 x 224 "
+            "takes 0.14 MiB, and 0.57 with instance_norm.",
             at_least=0,
         ),
         "K_TRANSFORMS": Key(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
@@ -18,11 +19,13 @@ from yacs.config import CfgNode
 from oodprompt.data import seeding
 from oodprompt.data.dataset import Datum, attribute_name, build_dataset, told_apart
 from oodprompt.data.images import PixelRules, read_image
+from oodprompt.data.kept_images import KeptImages
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
+CPU = torch.device("cpu")
 # The images of this process. "whole" [B] are the indices of the images of all processes, on the CPU, from which every
 # process knows how many rows the others have; a batch of one process may lack it.
 Batch = dict[str, Any]
@@ -33,13 +36,12 @@ _NUMBERS = ("label", "domain", "attribute", "index")
 class DatasetWrapper(Dataset):
     """Reads and transforms one image: (index, seed) -> dict with img, label, domain, attribute, impath, index.
 
-    ``room`` is how many bytes of transformed images may stay in memory (``kept``); where nothing is random.
+    ``kept`` has the transformed images that stay in memory; only where nothing is random.
     """
 
     def __init__(self, data_source: Sequence[Datum], transform: Callable, rules: PixelRules = PixelRules()) -> None:
         self.data_source, self.transform, self.rules = data_source, transform, rules
-        self.room = 0
-        self.kept: dict[int, torch.Tensor] = {}
+        self.kept = KeptImages()
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -55,8 +57,7 @@ class DatasetWrapper(Dataset):
                 return index, error  # raised by ``Loader``: an exception inside a worker would lose its one clear line
             with _random_numbers_from(seed):
                 image = self.transform(image)
-            if self.room >= image.nbytes:
-                self.kept[index], self.room = image, self.room - image.nbytes
+            self.kept.put(index, image)
         return {
             "img": image,
             "label": datum.label,
@@ -69,14 +70,16 @@ class DatasetWrapper(Dataset):
 
 @contextlib.contextmanager
 def _random_numbers_from(seed: int) -> Iterator[None]:
-    """Python's and torch's random numbers on the CPU come from ``seed``; then go on as if nothing had been drawn."""
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    """Python's, numpy's and torch's random numbers on the CPU come from ``seed``; then go on as if nothing were drawn."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPU too
     try:
         yield
     finally:
         random.setstate(python_state)
+        np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
 
 
@@ -103,13 +106,17 @@ class _Collate:
         batch: Batch = {"img": images, "impath": [item["impath"] for item in read]}
         if unreadable:
             batch["unreadable"] = unreadable
-        for key in _NUMBERS:
-            batch[key] = torch.tensor([item[key] for item in read], dtype=torch.long)
+        # An array and no tensors: from a worker, each tensor would be an open file as long as it lives.
+        batch["numbers"] = np.array([[item[key] for item in read] for key in _NUMBERS], dtype=np.int64)
         return batch
 
 
 class Loader:
-    """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch."""
+    """Iterates over the batches of ``EpochBatches``; ``set_epoch`` before each epoch.
+
+    ``img`` [B, 3, R, R] is on ``device``, as ``transform`` gives it. Where a ``Transform`` ends in pixels, they are read
+    and carried in bytes and become floats on ``device``. Labels and indices are on the CPU, pinned for a GPU.
+    """
 
     def __init__(
         self,
@@ -118,27 +125,43 @@ class Loader:
         transform: Callable,
         batches: EpochBatches,
         skip_unreadable: bool = False,
+        device: torch.device = CPU,
     ) -> None:
-        workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
+        self._workers = min(max(cfg.DATALOADER.NUM_WORKERS, 0), len(batches))
+        self._finish: Callable[[torch.Tensor], torch.Tensor] = lambda images: images.to(device, non_blocking=True)
+        self._in_bytes = isinstance(transform, Transform) and transform.ends_in_pixels
+        if isinstance(transform, Transform) and self._in_bytes:
+            transform, self._finish = transform.in_two(device)
         self.batches, self.dataset = batches, DatasetWrapper(data, transform, PixelRules.of(cfg))
+        self._size, self._pins = tuple(cfg.INPUT.SIZE), device.type == "cuda"
+        self._collate = _Collate(self._size, skip_unreadable)
         # Its own generator, so that reading images draws nothing from torch's, like reading cached features.
         self._generator = torch.Generator()
-        self._loader = DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=_Collate(tuple(cfg.INPUT.SIZE), skip_unreadable),
-            pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
-            generator=self._generator,
-        )
+        self._lasts = False
+        self._waiting: list[DataLoader] = []  # with workers that have read an epoch and wait for the next
 
     def set_epoch(self, epoch: int) -> None:
         self.batches.epoch = epoch
 
     def cache_images(self) -> None:
-        """Keep transformed images, for those who come back in every epoch; not in workers, which end with the epoch."""
-        if not self._loader.num_workers:
-            self.dataset.room = int(self.batches.cfg.DATALOADER.IMAGE_CACHE_MIB * 2**20)
+        """Keep transformed images, for those who come back in every epoch."""
+        room = self.batches.cfg.DATALOADER.IMAGE_CACHE_MIB * 2**20
+        dtype = torch.uint8 if self._in_bytes else torch.float32
+        self.dataset.kept = KeptImages(len(self.dataset), (3, *self._size), dtype, room)
+
+    @contextlib.contextmanager
+    def lasting_workers(self) -> Iterator[None]:
+        """Workers that have read an epoch read the next one, and end when this context does.
+
+        They hold the images' list, transform and kept images as these were at the first epoch. The order and the seeds
+        of every epoch come to them from ``batches``.
+        """
+        self._lasts = self._workers > 0
+        try:
+            yield
+        finally:
+            self._lasts = False
+            self._waiting.clear()
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -147,23 +170,45 @@ class Loader:
         self._generator.manual_seed(seeding.derive_seed(self.batches.cfg.SEED, seeding.AUGMENT, self.batches.epoch))
         if isinstance(self.dataset.transform, Transform):
             self.dataset.transform.compose()  # once, and not in every worker
+        source = self._waiting.pop() if self._waiting else self._source()
         wholes = iter(self.batches.batches() if self.batches.num_processes > 1 else ())
-        for batch in self._loader:
+        error: UserError | None = None
+        for batch in source:
             if isinstance(batch, UserError):
-                raise batch
-            if self._loader.num_workers:
-                # A worker's tensor is an open file as long as it lives; whoever keeps these would run out of them.
-                batch |= {key: batch[key].clone() for key in _NUMBERS}
+                error = batch
+                break
+            numbers = torch.from_numpy(batch.pop("numbers"))
+            if self._pins:
+                numbers = numbers.pin_memory()
             if self.batches.num_processes > 1:
                 batch["whole"] = torch.from_numpy(next(wholes).astype("int64"))
-            yield batch
+            yield batch | {"img": self._finish(batch["img"])} | dict(zip(_NUMBERS, numbers, strict=True))
+        if error is not None:
+            del source  # whose workers would live as long as the traceback
+            raise error
+        if self._lasts:  # workers whose epoch was left early have ended with it
+            self._waiting.append(source)
+
+    def _source(self) -> DataLoader:
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.batches,
+            num_workers=self._workers,
+            collate_fn=self._collate,
+            pin_memory=self._pins,
+            generator=self._generator,
+            persistent_workers=self._lasts,
+        )
 
 
 class DataManager:
-    """Builds the data set and its loaders: ``train_loader_x``, ``val_loader`` (or None), ``test_loader``."""
+    """Builds the data set and its loaders: ``train_loader_x``, ``val_loader`` (or None), ``test_loader``.
 
-    def __init__(self, cfg: CfgNode, rank: int = 0, num_processes: int = 1) -> None:
-        self.cfg, self.dataset = cfg, build_dataset(cfg)
+    Images of their batches are on ``device``.
+    """
+
+    def __init__(self, cfg: CfgNode, rank: int = 0, num_processes: int = 1, device: torch.device = CPU) -> None:
+        self.cfg, self.device, self.dataset = cfg, device, build_dataset(cfg)
         self.rank, self.num_processes = rank, num_processes
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
         if "normalize" not in cfg.INPUT.TRANSFORMS:
@@ -186,7 +231,7 @@ class DataManager:
         """
         batches = EpochBatches(self.cfg, data, is_train, self.rank, self.num_processes)
         transform = transform or (self.transform_train if is_train else self.transform_test)
-        return Loader(self.cfg, data, transform, batches, skip_unreadable)
+        return Loader(self.cfg, data, transform, batches, skip_unreadable, self.device)
 
     def summary(self) -> list[tuple[str, Any]]:
         """What a person wants to know of the data before training starts."""

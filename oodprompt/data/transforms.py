@@ -6,10 +6,11 @@ are kept on disk reads no image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from yacs.config import CfgNode
@@ -131,43 +132,98 @@ _ON_TENSOR: dict[str, Callable[[CfgNode], Any]] = {
     "instance_norm": lambda c: _InstanceNorm(),
 }
 _NOT_RANDOM = {"center_crop", "normalize", "instance_norm"}
+_KEEP_BYTES = ("cutout",)  # of those on the tensor: the same of pixels in bytes
 
 
-def build_transform(cfg: CfgNode, is_train: bool = True) -> Compose:
+class _ToBytes:
+    """An image in RGB with 8 bits as uint8 [3, H, W]: torchvision's ``ToTensor`` before it divides by 255."""
+
+    def __call__(self, image: Any) -> Tensor:
+        return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
+
+
+def _names(cfg: CfgNode, is_train: bool) -> tuple[str, ...]:
+    """INPUT.TRANSFORMS, those that training or testing applies."""
+    names = () if cfg.INPUT.NO_TRANSFORM else tuple(cfg.INPUT.TRANSFORMS)
+    return names if is_train else tuple(name for name in names if name in ("normalize", "instance_norm"))
+
+
+def build_transform(cfg: CfgNode, is_train: bool = True, in_bytes: bool = False) -> Compose:
     """The transform of training or test images, as Dassl composes it.
 
     Training: resize to SIZE (unless a random crop does), the named transforms, tensor, normalisation.
     Test: resize the short edge to max(SIZE), centre crop, tensor, normalisation; with bicubic this is CLIP's own.
+    ``in_bytes``: pixels in uint8 that are not normalised, for ``Pixels``; where ``Transform.ends_in_pixels``.
     """
-    names = () if cfg.INPUT.NO_TRANSFORM else tuple(cfg.INPUT.TRANSFORMS)
-    size = tuple(cfg.INPUT.SIZE)
+    names, size = _names(cfg, is_train), tuple(cfg.INPUT.SIZE)
     if is_train:
         cropped = {"random_crop", "random_resized_crop"} & set(names)
         steps: list[Any] = [] if cropped else [T.Resize(size, interpolation=_mode(cfg))]
         steps += [make(cfg) for name, make in _ON_IMAGE.items() if name in names]
-        steps.append(T.ToTensor())
-        steps += [make(cfg) for name, make in _ON_TENSOR.items() if name in names]
     else:
-        steps = [CentreView(size, cfg.INPUT.INTERPOLATION), T.ToTensor()]
-        steps += [_ON_TENSOR[name](cfg) for name in ("normalize", "instance_norm") if name in names]
+        steps = [CentreView(size, cfg.INPUT.INTERPOLATION)]
+    steps.append(_ToBytes() if in_bytes else T.ToTensor())
+    on_tensor = _KEEP_BYTES if in_bytes else tuple(_ON_TENSOR)
+    steps += [_ON_TENSOR[name](cfg) for name in on_tensor if name in names]
     return T.Compose(steps)
 
 
 class Transform:
-    """``build_transform(cfg, is_train)``, composed when the first image comes."""
+    """``build_transform(cfg, is_train, in_bytes)``, composed when the first image comes."""
 
-    def __init__(self, cfg: CfgNode, is_train: bool) -> None:
-        self._cfg, self._is_train = cfg, is_train
+    def __init__(self, cfg: CfgNode, is_train: bool, in_bytes: bool = False) -> None:
+        self._cfg, self._is_train, self._in_bytes = cfg, is_train, in_bytes
         self._composed: Compose | None = None
 
     def compose(self) -> Compose:
         """The transform itself; also to have it ready before processes are forked."""
         if self._composed is None:
-            self._composed = build_transform(self._cfg, self._is_train)
+            self._composed = build_transform(self._cfg, self._is_train, self._in_bytes)
         return self._composed
 
     def __call__(self, image: Any) -> Any:
         return self.compose()(image)
+
+    @property
+    def ends_in_pixels(self) -> bool:
+        """Whether nothing but the normalisation needs floats: images can then be carried in bytes.
+
+        Gaussian noise is drawn in floats, and instance norm takes means of floats.
+        """
+        after = [name for name in _names(self._cfg, self._is_train) if name in _ON_TENSOR]
+        return set(after) <= {"normalize", *_KEEP_BYTES}
+
+    def in_two(self, device: torch.device) -> tuple[Transform, Pixels]:
+        """This transform up to uint8 [3, H, W] of one image, and what makes of batches of these the same as this one."""
+        keys = self._cfg.INPUT
+        is_normalised = "normalize" in _names(self._cfg, self._is_train)
+        mean, std = (keys.PIXEL_MEAN, keys.PIXEL_STD) if is_normalised else ((), ())
+        return Transform(self._cfg, self._is_train, in_bytes=True), Pixels(device, mean, std)
+
+
+class Pixels:
+    """uint8 pixels [B, 3, H, W] -> x / 255 in float32 on ``device``; (x / 255 - mean) / std where these are given.
+
+    ``mean`` and ``std`` are of each channel. The operations and their order are those of torchvision's ``ToTensor`` and
+    ``Normalize``. The numbers they take are tensors, so that a GPU divides too, where it would multiply by the inverse of
+    a plain number: each pixel is the same on every device, bit for bit.
+    """
+
+    def __init__(self, device: torch.device, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+        self.device, self._mean, self._std = device, tuple(mean), tuple(std)
+        self._on_device: tuple[Tensor, ...] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.to(self.device, non_blocking=True).to(torch.float32)
+        most, mean, std = self._numbers()
+        x.div_(most)
+        return x.sub_(mean).div_(std) if self._mean else x
+
+    def _numbers(self) -> tuple[Tensor, ...]:
+        if self._on_device is None:
+            numbers = (torch.tensor(n, dtype=torch.float32).view(-1, 1, 1) for n in ((255,), self._mean, self._std))
+            self._on_device = tuple(number.to(self.device, non_blocking=True) for number in numbers)
+        return self._on_device
 
 
 def is_random(cfg: CfgNode) -> bool:

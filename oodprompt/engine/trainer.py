@@ -88,7 +88,7 @@ class PromptTrainer(DasslNames):
 
     def build_data_loader(self) -> None:
         with self.state.main_process_first():
-            self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes)
+            self.dm = DataManager(self.cfg, self.state.process_index, self.state.num_processes, self.device)
         if self.selection.is_on and self.dm.val_loader is None:
             raise UserError("TEST.FINAL_MODEL best_val: the data set has no validation split; use last_step")
         self.notes = notes_on(self.dm.dataset)
@@ -154,11 +154,12 @@ class PromptTrainer(DasslNames):
 
     def train(self) -> None:
         """Train from where the output folder stands, then test."""
-        self.before_train()
-        for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
-            self.before_epoch()
-            self.run_epoch()
-            self.after_epoch()
+        with self.encoder.lasting_workers():
+            self.before_train()
+            for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
+                self.before_epoch()
+                self.run_epoch()
+                self.after_epoch()
         self.after_train()
 
     def before_train(self) -> None:

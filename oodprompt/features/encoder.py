@@ -72,6 +72,18 @@ class Encoder:
             if loader is not None and not self.keeps_evaluation:
                 loader.cache_images()
 
+    @contextlib.contextmanager
+    def lasting_workers(self) -> Iterator[None]:
+        """``Loader.lasting_workers`` where images are read epoch after epoch: as their features are not kept."""
+        with contextlib.ExitStack() as stack:
+            for loader, is_kept in (
+                (self.data.train_loader_x, self.views),
+                (self.data.val_loader, self.keeps_evaluation),
+            ):
+                if loader is not None and not is_kept:
+                    stack.enter_context(loader.lasting_workers())
+            yield
+
     # --- batches -----------------------------------------------------------------------------------------------
 
     def data_of(self, split: str) -> Images:

@@ -17,7 +17,7 @@ from oodprompt.backbones import CLIP
 from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch, DataManager
-from oodprompt.data.transforms import build_transform
+from oodprompt.data.transforms import Transform
 from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.engine import assembly
 from oodprompt.engine.evaluation import Evaluation
@@ -83,10 +83,10 @@ class ForeignEncoder(Encoder):
 class _Loaders(DataManager):
     """Loaders over Dassl's images with our transforms, which are composed as Dassl's; for evaluation only."""
 
-    def __init__(self, cfg: CfgNode, data: TheirDataset) -> None:
-        self.cfg, self.dataset, self.rank, self.num_processes = cfg, data, 0, 1
+    def __init__(self, cfg: CfgNode, data: TheirDataset, device: torch.device) -> None:
+        self.cfg, self.dataset, self.device, self.rank, self.num_processes = cfg, data, device, 0, 1
         self.num_classes, self.lab2cname = data.num_classes, data.lab2cname
-        self.transform_train, self.transform_test = build_transform(cfg, True), build_transform(cfg, False)
+        self.transform_train, self.transform_test = Transform(cfg, is_train=True), Transform(cfg, is_train=False)
         self.train_loader_x = self.loader(data.train_x)  # in the split's order; Dassl trains with loaders of its own
         self.val_loader = self.loader(data.val) if data.val else None
         self.test_loader = self.loader(data.test)
@@ -114,7 +114,7 @@ class Companion:
         self.dataset = TheirDataset(cfg, data)
         self.run = RunState(max_epoch=cfg.OPTIM.MAX_EPOCH)
         self.learner = ForeignLearner(cfg, self.dataset, self.clip, base)
-        loaders = _Loaders(cfg, self.dataset)
+        loaders = _Loaders(cfg, self.dataset, self.device)
         self.encoder = ForeignEncoder(cfg, self.clip, loaders, self.learner, self.device, align)
         self.learner.trains_image_tower = not self._keeps_features()
         self.region_features = RegionFeatures(cfg, self.encoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -344,7 +345,7 @@ def test_data_manager_sums_up_and_warns(make_cfg: MakeCfg, capsys: pytest.Captur
         DataManager(make_cfg(DATASET__NAME="Shapes"))
 
 
-@pytest.mark.parametrize(("mib", "read_again"), [(0.0, 22), (1000.0, 0), (10 * 48 * 48 * 3 * 4 / 2**20, 12)])
+@pytest.mark.parametrize(("mib", "read_again"), [(0.0, 22), (1000.0, 0), (10 * 48 * 48 * 3 / 2**20, 12)])
 def test_kept_images_are_read_once_and_the_same(
     make_cfg: MakeCfg, monkeypatch: pytest.MonkeyPatch, mib: float, read_again: int
 ) -> None:
@@ -362,18 +363,30 @@ def test_kept_images_are_read_once_and_the_same(
         assert torch.equal(pixels_by_index(batches), pixels_by_index(batches_of(plain)))
 
 
-def test_workers_keep_no_images(make_cfg: MakeCfg) -> None:
-    loader = DataManager(make_cfg(DATALOADER__NUM_WORKERS=1)).train_loader_x
+@pytest.mark.parametrize(("names", "keeps"), [(("normalize",), 22), (("normalize", "instance_norm"), 5)])
+def test_workers_share_kept_images(make_cfg: MakeCfg, tmp_path: Path, names: tuple[str, ...], keeps: int) -> None:
+    mib = 22 * 48 * 48 * 3 / 2**20  # 22 images in bytes, 5 in floats
+    cfg = make_cfg(DATALOADER__NUM_WORKERS=2, INPUT__TRANSFORMS=names, DATALOADER__IMAGE_CACHE_MIB=mib)
+    data = DataManager(cfg)
+    images = [Datum(shutil.copy(datum.impath, tmp_path / f"{i}.png")) for i, datum in enumerate(data.dataset.train_x)]
+    loader = data.loader(images)
     loader.cache_images()
-    assert loader.dataset.room == 0
+    first = pixels_by_index(batches_of(loader))
+    for datum in images[:keeps]:
+        Path(datum.impath).unlink()
+    assert torch.equal(pixels_by_index(batches_of(loader, 1)), first)
+    if keeps < len(images):
+        Path(images[keeps].impath).unlink()
+        with pytest.raises(UserError, match=f"cannot read the image {images[keeps].impath}"):
+            batches_of(loader, 2)
 
 
 def test_images_are_kept_where_the_tower_trains_and_nothing_is_random(build_trainer_of: Callable[..., Any]) -> None:
-    assert build_trainer_of("VPT").train_loader_x.dataset.room > 0
-    assert build_trainer_of("VPT").val_loader.dataset.room > 0
-    assert build_trainer_of("VPT", INPUT__TRANSFORMS=RANDOM).train_loader_x.dataset.room == 0
-    assert build_trainer_of("CoOp").train_loader_x.dataset.room == 0
-    assert build_trainer_of("CoOp", DATALOADER__FEATURE_CACHE="off").train_loader_x.dataset.room > 0
+    assert build_trainer_of("VPT").train_loader_x.dataset.kept.number > 0
+    assert build_trainer_of("VPT").val_loader.dataset.kept.number > 0
+    assert build_trainer_of("VPT", INPUT__TRANSFORMS=RANDOM).train_loader_x.dataset.kept.number == 0
+    assert build_trainer_of("CoOp").train_loader_x.dataset.kept.number == 0
+    assert build_trainer_of("CoOp", DATALOADER__FEATURE_CACHE="off").train_loader_x.dataset.kept.number > 0
 
 
 @pytest.fixture

@@ -1,7 +1,12 @@
-"""What an encoder says of a split."""
+"""What an encoder says of a split, and how it reads images."""
 
 from __future__ import annotations
 
+import multiprocessing
+
+import pytest
+
+from oodprompt.data.loading import Loader
 from tests.helpers.runs import Build
 
 
@@ -14,3 +19,27 @@ def test_the_paths_of_a_split_are_in_the_order_of_its_labels(build: Build) -> No
         assert split.label.tolist() == [datum.label for datum in data]
     sample = list(trainer.encoder.split("train").paths())
     assert sample != sorted(sample)  # else this test could not tell one order from the other
+
+
+@pytest.mark.parametrize(
+    ("trainer", "keys", "lasting"),
+    [
+        ("VPT", (), ["train", "val"]),
+        ("CoOp", (), []),
+        ("CoOp", ("INPUT.TRANSFORMS", "('random_flip', 'normalize')"), ["train"]),
+        ("CoOp", ("DATALOADER.FEATURE_CACHE", "off"), ["train", "val"]),
+    ],
+)
+def test_workers_that_read_every_epoch_start_once_and_none_is_left(
+    trainer: str, keys: tuple[str, ...], lasting: list[str], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Loader, bool]] = []
+    source = Loader._source
+    monkeypatch.setattr(Loader, "_source", lambda self: (started.append((self, self._lasts)), source(self))[1])
+    more = ("DATALOADER.NUM_WORKERS", 1, "OPTIM.MAX_EPOCH", 3, "TEST.FINAL_MODEL", "best_val", "TEST.NO_TEST", True)
+    done = build(trainer, "DATASET.SHAPES.NUM_TRAIN", 16, "DATASET.SHAPES.NUM_VAL", 8, *more, *keys)
+    done.train()
+    assert not multiprocessing.active_children()
+    loaders = {"train": done.train_loader_x, "val": done.val_loader}
+    assert [name for name, loader in loaders.items() if (loader, True) in started] == lasting
+    assert sum(lasts for _, lasts in started) == len(lasting)

@@ -101,6 +101,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
     parser.add_argument("--load-epoch", type=int, help="epoch whose model is taken; else the best model, else the last")
     parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")
+    parser.add_argument("--batch-size", type=int, help="images at once, where it is not the run's")
     parser.add_argument("--output", type=Path, default=Path("predictions.csv"), help="csv file that is written")
     extensions.add_flag(parser)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
@@ -108,7 +109,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     extensions.add(args.imports)
     paths = images_of(args.images)
 
-    trainer = load_run(args.model_dir, args.load_epoch, root=args.root)
+    keys = [] if args.batch_size is None else ["DATALOADER.TEST.BATCH_SIZE", str(args.batch_size)]
+    trainer = load_run(args.model_dir, args.load_epoch, keys, root=args.root)
     found = Predictions(paths, told_apart(trainer.dataset.classnames))
     for places, probabilities, errors in trainer.testing.classify_readable(paths):
         found.add(places, probabilities.tolist(), errors)

@@ -16,6 +16,7 @@ from typing import IO, Any, NoReturn
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import LOCK, only_run_in, sweep
 from oodprompt.log import Forgiving
+from oodprompt.memory import memory_for
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +82,7 @@ def logged(directory: str, rank: int) -> Iterator[None]:
         stack.callback(_close, log)
         tee = _Tee(sys.stdout, log)
         try:
-            with contextlib.redirect_stdout(tee):
+            with contextlib.redirect_stdout(tee), memory_for():
                 if not is_locked:
                     print(f"Note: {folder} is on a file system without locks; see to it that no other run writes to it")
                 if size := sweep(folder) + sum(sweep(part) for part in folder.glob("*/")):
@@ -116,7 +117,8 @@ def exit_status(work: Callable[[], int | None]) -> int:
     """
     with contextlib.redirect_stdout(Forgiving(sys.stdout)):
         try:
-            status = work()
+            with memory_for():
+                status = work()
             sys.stdout.flush()
             return status or 0
         except UserError as error:

@@ -184,7 +184,15 @@ def test_results_have_the_keys_that_scripts_rely_on(ran: dict[str, Done], folder
         "classes": [{"class": "", "num_samples": 0, "accuracy": 0.0}] * 2,
         "time": {"train_s": 0.0, "step_ms_median": 0.0, "test_s": 0.0},
         "peak_memory_mib": 0.0,
-        "environment": {"torch": "", "device": "", "oodprompt": ""},
+        "environment": {
+            "torch": "",
+            "oodprompt": "",
+            "device": "",
+            "precision": "",
+            "tf32": "",
+            "deterministic": True,
+            "compile": "",
+        },
         "checkpoint": "",
     }
 

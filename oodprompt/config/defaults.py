@@ -294,6 +294,17 @@ declare(
             "graphs (from the second step on), auto (from step 21 on, so that short runs do not pay for the recording) or off.",
             choices=("off", "auto", "graphs"),
         ),
+        "DETERMINISTIC": (
+            False,
+            "On a GPU: take kernels that give the same bits every time, which are slower; an operation that has none is an "
+            "error. The CPU does so anyway.",
+        ),
+        "TF32": Key(
+            "convolutions",
+            "On a GPU: what is computed in TF32 (fp32 rounded to 10 bits of the mantissa) where it would be in fp32: "
+            "convolutions (torch's default), all (matrix products too, faster), or none.",
+            choices=("convolutions", "all", "none"),
+        ),
         "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
         "COUNT_ITER": ("train_x", "Kept for Dassl's files."),
         "VAL_FREQ": Key(

@@ -21,9 +21,11 @@ FREE_KEYS = (
 # Keys that may differ between a run and the run that resumes it: they do not change what is computed.
 FREE_WHEN_RESUMED = (
     *FREE_KEYS,
+    "USE_CUDA",  # what counts is the precision in force, which is compared by itself
     "DATALOADER.TRAIN_X.BATCH_SIZE",  # what counts is the batch of all processes, which is compared by itself
     "DATALOADER.TEST.BATCH_SIZE",
     "TRAIN.ACTIVATION_GIB",
+    "TRAIN.DETERMINISTIC",  # in which order sums are made, no more
     "TRAIN.CHECKPOINT_FREQ",
     "TRAIN.COMPILE",
     "TRAIN.VAL_FREQ",

@@ -23,6 +23,7 @@ from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.features.encoder import Encoder, evaluating
 from oodprompt.features.views import whole
 from oodprompt.log import progress
+from oodprompt.memory import memory_for
 from oodprompt.methods.contracts import PromptLearner, StepRegions
 from oodprompt.regions.boxes import Regions, digest, per_image, rows_of_images
 from oodprompt.regions.sources import build_regions
@@ -115,7 +116,17 @@ def extract_region_features(
     total = len(loader.dataset)
     features: Tensor | None = None
     boxes = per_image(regions, total)
-    with progress(total, title, "image", show) as bar:
+    keys = loader.batches.cfg
+    with (
+        memory_for(
+            f"while computing: {title}",
+            lambda: (
+                f"Lower DATALOADER.TEST.BATCH_SIZE (now {keys.DATALOADER.TEST.BATCH_SIZE}), or the regions of an image "
+                "(REGIONS.GRID, REGIONS.PER_IMAGE)"
+            ),
+        ),
+        progress(total, title, "image", show) as bar,
+    ):
         for batch in loader:
             index = batch["index"]
             z = F.normalize(encode(batch["img"], [boxes[i] for i in index.tolist()]).float(), dim=-1)

@@ -27,12 +27,15 @@ from oodprompt.engine.optim import scales_losses
 from oodprompt.errors import UserError, nearest
 from oodprompt.features.encoder import Encoder
 from oodprompt.log import logger
+from oodprompt.memory import memory_for
 from oodprompt.methods import sources as _registers_our_sources  # noqa: F401
 from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
 from oodprompt.methods.contracts import Alignment, Context, Debiaser, PromptLearner
 from oodprompt.methods.groups import AttributeSources, SourceOfGroups
 from oodprompt.methods.splits import LabelledData
 
+# Kinds of device that compute in fp16. Torch can on the CPU too, but slowly; tests of the scaling of losses add it.
+COMPUTES_IN_FP16 = ["cuda"]
 _NUMBER_OF_SPLIT = {"train": 0, "val": 1, "test": 2}  # part of the seed of PSEUDO_NOISE
 
 
@@ -43,7 +46,7 @@ def precision_of(cfg: CfgNode, learner_type: type[PromptLearner], base_name: str
     choice = learner_type.precision(cfg) if own else cfg.TRAINER.PREC
     if choice not in PRECISIONS:
         raise UserError(f"{key}: unknown precision {choice!r}: {nearest(choice, PRECISIONS)}")
-    if scales_losses(choice) and device.type == "cpu":
+    if scales_losses(choice) and device.type not in COMPUTES_IN_FP16:
         logger.info(f"Precision {choice} needs a GPU; on the CPU this run computes in fp32")
         return "fp32"
     return choice
@@ -58,7 +61,11 @@ def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
             f"Note: {keys.PATH} is taken to have QuickGELU, as OpenAI's weights have; most of OpenCLIP's need "
             "MODEL.BACKBONE.ACTIVATION gelu"
         )
-    clip = load_backbone(keys.NAME, keys.PATH, activation=keys.ACTIVATION).to(device)
+    clip = load_backbone(keys.NAME, keys.PATH, activation=keys.ACTIVATION)
+    with memory_for(
+        "while the backbone was moved to it", "Close other programs that use it, or take a smaller --backbone"
+    ):
+        clip = clip.to(device)
     takes = clip.visual.input_resolution
     if tuple(cfg.INPUT.SIZE) != (takes, takes):
         raise UserError(
@@ -69,6 +76,15 @@ def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
     if cfg.TRAIN.COMPILE != "off" and device.type == "cuda":
         clip.captures = Captures(after={"auto": 20, "graphs": 1}[cfg.TRAIN.COMPILE])
     return clip
+
+
+def check_trained_on(cfg: CfgNode, dataset: DatasetBase) -> None:
+    """``UserError`` where a method that trains has no images to train on."""
+    if dataset.test_only or not dataset.train_x:
+        raise UserError(
+            f"{cfg.DATASET.NAME} has no training images, and {cfg.TRAINER.NAME} trains: train on another data "
+            "set and come back with --eval-only --model-dir OUTPUT_FOLDER, or take a method that does not (ZeroshotCLIP)"
+        )
 
 
 def build_learner(

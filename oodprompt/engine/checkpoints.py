@@ -19,20 +19,27 @@ from oodprompt.data.dataset import DatasetBase, digest
 from oodprompt.engine import checkpoint
 from oodprompt.engine.evaluation import CRITERIA
 from oodprompt.engine.loop import RunState
-from oodprompt.engine.optim import TrainedModels
+from oodprompt.engine.optim import TrainedModels, scales_losses
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 from oodprompt.log import logger
 from oodprompt.methods.contracts import PromptLearner
 
+_KINDS = {"cpu": "the CPU", "cuda": "a GPU"}
 _NOTED = ("MODEL.", "TRAINER.", "INPUT.")  # sections whose changed keys are noted when a model is evaluated
 
 
 class RunIdentity:
-    """What makes two runs the same run: the keys that change what is computed, the data, the batch of all processes."""
+    """What makes two runs the same run: the keys that change what is computed, the data, the batch of all processes.
 
-    def __init__(self, cfg: CfgNode, dataset: DatasetBase, whole_batch: int) -> None:
+    So does ``precision``, the one in force; keys of precision count by it alone. ``device`` is the kind of device.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, dataset: DatasetBase, whole_batch: int, precision: str = "fp32", device: str = "cpu"
+    ) -> None:
         self.config, self._dataset, self._root, self.whole_batch = leaves(cfg), dataset, cfg.DATASET.ROOT, whole_batch
+        self.precision, self.device = precision, device
 
     @cached_property
     def data(self) -> str:
@@ -47,6 +54,8 @@ class RunIdentity:
             "whole_batch": self.whole_batch,
             "data": self.data,
             "imports": extensions.digests(),
+            "precision": self.precision,
+            "device": self.device,
         }
 
     def changed_keys(self, old: dict[str, Any]) -> dict[str, str]:
@@ -56,7 +65,13 @@ class RunIdentity:
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
         """``UserError`` where the checkpoint at ``path``, which holds ``facts``, is of another run."""
-        changed = [text for key, text in self.changed_keys(facts["config"]).items() if key not in FREE_WHEN_RESUMED]
+        changed = [
+            text
+            for key, text in self.changed_keys(facts["config"]).items()
+            if key not in FREE_WHEN_RESUMED and not (key.endswith(".PREC") and "precision" in facts)
+        ]
+        if precision := self._other_precision(facts):
+            changed.append(precision)
         if facts["whole_batch"] != self.whole_batch:
             changed.append(f"images per step of all processes were {facts['whole_batch']}, now {self.whole_batch}")
         if facts.get("data", self.data) != self.data:
@@ -71,12 +86,43 @@ class RunIdentity:
                 f"{path} is of another run: {'; '.join(changed[:3])}"
                 + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
                 + ". Choose another --output-dir, or delete the folder to train anew"
-                + (self._how_to_go_on(facts["config"], path) if len(changed) == 1 else "")
+                + (self._how_to_go_on(facts, path) if len(changed) == 1 else "")
             )
 
-    def _how_to_go_on(self, old: dict[str, Any], path: Path) -> str:
-        """What to add to the command to train the model at ``path`` for more epochs, where it was to have more."""
-        key = "OPTIM.MAX_EPOCH"
+    def precision_of(self, facts: dict[str, Any]) -> str:
+        """The precision in force when the checkpoint with ``facts`` was written.
+
+        Older checkpoints do not say; whether their losses were scaled tells fp16 from the others.
+        """
+        if "precision" in facts or "scaler" not in facts:
+            return facts.get("precision", self.precision)
+        scaled = bool(facts["scaler"])
+        return self.precision if scaled == scales_losses(self.precision) else "fp16" if scaled else "fp32"
+
+    def _other_precision(self, facts: dict[str, Any]) -> str:
+        """In words, how the precision in force differs; "" where it does not, amp and fp16 being two names of one."""
+        then, now = self.precision_of(facts), self.precision
+        if then == now or scales_losses(then) and scales_losses(now):
+            return ""
+        on = f" (on {_KINDS[facts['device']]})" if facts.get("device", self.device) != self.device else ""
+        return f"it was trained in {then}{on}, and {_KINDS[self.device]} would go on in {now} now"
+
+    def note_other_device(self, facts: dict[str, Any]) -> None:
+        """Say so where the epochs so far were trained on another kind of device, which rounds sums in its own way."""
+        if (then := facts.get("device", self.device)) != self.device:
+            logger.info(
+                f"Note: the epochs so far were trained on {_KINDS[then]}, the others are on {_KINDS[self.device]}; the last "
+                "digits are those of neither"
+            )
+
+    def _how_to_go_on(self, facts: dict[str, Any], path: Path) -> str:
+        """What to add to the command to train the model at ``path`` in its precision, or for more epochs than it had."""
+        if self._other_precision(facts):
+            then = self.precision_of(facts)
+            if scales_losses(then) and self.device == "cpu":
+                return f". To go on with it, use a GPU, which computes in {then}"
+            return f". To go on with it here, add TRAINER.PREC {then}"
+        old, key = facts["config"], "OPTIM.MAX_EPOCH"
         more = self.config[key] - old.get(key, self.config[key])
         if more <= 0:
             return ""
@@ -189,6 +235,7 @@ class Checkpoints:
         state.train_seconds, state.loaded_step_ms = engine["train_seconds"], engine["step_ms_median"]
         state.groups_by = engine.get("groups_by")
         self.trained.scaler.load_state_dict(engine["scaler"])
+        self.identity.note_other_device(engine)
         logger.info(f"Found checkpoint at {directory}: resuming after epoch {epoch} of {state.max_epoch}")
         if is_main_process and Path(directory).resolve() != self.folder.resolve():
             self._take_over(Path(directory), epoch)
@@ -249,5 +296,9 @@ class Checkpoints:
                 for key, text in self.identity.changed_keys(engine["config"]).items():
                     if key.startswith(_NOTED):
                         logger.info(f"Note: {text}")
+                if (then := self.identity.precision_of(engine)) != self.identity.precision:
+                    logger.info(
+                        f"Note: {name} was trained in {then}, and this run computes in {self.identity.precision}"
+                    )
             logger.info(f"Loaded {name} from {path} (epoch {content['epoch']})")
         return first

@@ -24,6 +24,7 @@ from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder, evaluating
 from oodprompt.files import write_atomically
 from oodprompt.log import logger
+from oodprompt.memory import memory_for
 from oodprompt.methods.attributes import DiscoveredClusters
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.regions.boxes import digest
@@ -82,7 +83,8 @@ class RunDiscovery:
 
         ``pictures``: whether the page and the figure are among the files.
         """
-        with evaluating(*self._models(), learner):
+        remedy = "Take fewer regions of an image (REGIONS.GRID, REGIONS.PER_IMAGE) or fewer images in DISCOVERY.SPLIT"
+        with evaluating(*self._models(), learner), memory_for("in discovery", remedy):
             found = run_discovery(self.cfg, self.encoder, learner, predict, self.region_features, str(folder / FILE))
         if self.writes:
             self._write(found, title, folder, pictures)

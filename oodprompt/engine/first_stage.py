@@ -10,13 +10,15 @@ from yacs.config import CfgNode
 
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch
-from oodprompt.engine.loop import LossCheck, RunState, fit_epoch, remedy
+from oodprompt.engine.loop import LossCheck, RunState, fit_epoch, memory_in_training, remedy
 from oodprompt.engine.objective import Objective
 from oodprompt.engine.optim import TrainedModels, scales_losses
 from oodprompt.features.encoder import Encoder, evaluating, gathered
 from oodprompt.log import progress
 from oodprompt.methods.contracts import Alignment, PromptLearner
 from oodprompt.methods.splits import Split
+
+_STAGE = " of the first stage"
 
 
 class FirstStage:
@@ -63,7 +65,7 @@ class FirstStage:
 
     def _train(self, learner: PromptLearner, trained: TrainedModels, epochs: int, choose: Tensor | None) -> None:
         encoder, objective, state = self.encoder, Objective(learner, base_name=self._base_name), RunState(epochs)
-        check = LossCheck(encoder.device, remedy(self.cfg, encoder.precision), " of the first stage")
+        check = LossCheck(encoder.device, remedy(self.cfg, encoder.precision), _STAGE)
         batches = encoder.batches("train")
         # Without ``choose`` the sampler's order, not that of a debiaser beside the one that asks.
         indices = None if choose is None else choose.cpu().numpy()
@@ -84,6 +86,7 @@ class FirstStage:
             for state.epoch in range(epochs):
                 seeding.set_random_seed(seeding.derive_seed(self.cfg.SEED, seeding.FIRST_STAGE, state.epoch))
                 learner.train()
-                fit_epoch(batches, state, step, queues_work=encoder.device.type == "cuda")
+                with memory_in_training(self.cfg, state, encoder.precision, encoder.device, _STAGE):
+                    fit_epoch(batches, state, step, queues_work=encoder.device.type == "cuda")
                 learner.after_epoch(state.epoch)
                 trained.step_schedules()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from yacs.config import CfgNode
 
 from oodprompt.data.loading import Batch
 from oodprompt.errors import UserError
+from oodprompt.memory import memory_for
 
 _LOOKED_AT_ONCE = 20  # losses on a GPU: to look at one waits for all work that is queued
 
@@ -23,7 +25,8 @@ _LOOKED_AT_ONCE = 20  # losses on a GPU: to look at one waits for all work that 
 class RunState:
     """Where a run stands.
 
-    ``epoch``: the epoch that is being trained, from 0, of ``start_epoch`` to ``max_epoch``. ``history``: a row for each
+    ``epoch``: the epoch that is being trained, from 0, of ``start_epoch`` to ``max_epoch``; ``batch``: that of the last
+    step, from 0. ``history``: a row for each
     finished epoch. ``best``: criterion -> its best validation value and the epoch of it. ``train_seconds``: time in
     training steps, also of the runs that were resumed. ``step_seconds``: of each step of this process.
     ``loaded_step_ms``: the median of the run that was loaded. ``groups_by``: the source of the groups that training used,
@@ -33,6 +36,7 @@ class RunState:
     max_epoch: int = 0
     start_epoch: int = 0
     epoch: int = 0
+    batch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_seconds: float = 0.0
@@ -69,11 +73,12 @@ def fit_epoch(
     a GPU; their time is then the mean over the epoch.
     """
     batches.set_epoch(state.epoch)
+    state.batch = 0
     sums: dict[str, Tensor] = {}
     samples = 0
     began = end = time.time()
     for number, batch in enumerate(batches):
-        data_seconds = time.time() - end
+        data_seconds, state.batch = time.time() - end, number
         scalars = step(number, batch)
         for key, value in scalars.items():
             sums[key] = value.detach() + sums.get(key, 0.0)
@@ -94,6 +99,37 @@ def fit_epoch(
 def remedy(cfg: CfgNode, precision: str) -> str:
     """What to do where numbers are no longer finite."""
     return f"Lower OPTIM.LR (now {cfg.OPTIM.LR}), or set TRAINER.PREC fp32 (now {precision})"
+
+
+@contextlib.contextmanager
+def memory_in_training(
+    cfg: CfgNode, state: RunState, precision: str, device: torch.device, what: str = "", regions: bool = False
+) -> Iterator[None]:
+    """``UserError`` where memory runs out in the block, which trains: the step, and what to lower.
+
+    ``what`` as of ``LossCheck``; ``regions``: they are encoded at every step.
+    """
+    with memory_for(
+        lambda: f"in epoch {state.epoch + 1}{what}, batch {state.batch + 1}",
+        lambda: _less_memory(cfg, precision, device, 0 if what else state.epoch, regions),
+    ):
+        yield
+
+
+def _less_memory(cfg: CfgNode, precision: str, device: torch.device, finished: int, regions: bool) -> str:
+    """What to do where memory runs out after ``finished`` epochs."""
+    kept = f"TRAIN.ACTIVATION_GIB (now {cfg.TRAIN.ACTIVATION_GIB})"
+    others = [f"DATALOADER.TRAIN_X.BATCH_SIZE (now {cfg.DATALOADER.TRAIN_X.BATCH_SIZE})"]
+    if regions:
+        size = "GRID" if cfg.REGIONS.SOURCE == "grid" else "PER_IMAGE"
+        others.append(f"REGIONS.{size} (now {cfg.REGIONS[size]})")
+    half = f", or set TRAINER.PREC bf16 (now {precision})" if precision == "fp32" and device.type == "cuda" else ""
+    if not finished:
+        return f"Lower {' or '.join([*others, kept])}{half}"
+    return (
+        f"Lower {kept} and rerun the same command, which goes on after epoch {finished}. To lower "
+        f"{' or '.join(others)}{half}, choose another --output-dir"
+    )
 
 
 class LossCheck:

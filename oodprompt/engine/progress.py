@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yacs.config import CfgNode
+
 from oodprompt.engine.loop import RunState, StepReport
 from oodprompt.features.encoder import Encoder
 from oodprompt.log import logger, optional, progress
@@ -38,19 +40,21 @@ def _no_traceback(failed: threading.ExceptHookArgs) -> None:
 class Progress:
     """Shows the steps of a run whose epochs have ``num_batches`` steps.
 
-    ``print_freq``: steps between lines; 0: none. ``show_progress``: whether this process shows a bar. ``folder``: where
+    TRAIN.PRINT_FREQ: steps between lines; 0: none. ``show_progress``: whether this process shows a bar. ``folder``: where
     TensorBoard's files go; None: nowhere.
     """
 
     def __init__(
-        self, title: str, state: RunState, num_batches: int, print_freq: int, show_progress: bool, folder: Path | None
+        self, cfg: CfgNode, state: RunState, num_batches: int, show_progress: bool, folder: Path | None
     ) -> None:
-        self.state, self.num_batches, self.print_freq = state, num_batches, print_freq
+        self.state, self.num_batches, self.print_freq = state, num_batches, cfg.TRAIN.PRINT_FREQ
         done = state.start_epoch * num_batches
         self._folder, self._purge_step = folder, done if state.start_epoch else None
         self._writer: SummaryWriter | None = None
         left = num_batches if state.start_epoch < state.max_epoch else 0
-        self._bar = progress(state.max_epoch * left, title, "step", show_progress, initial=state.start_epoch * left)
+        self._bar = progress(
+            state.max_epoch * left, cfg.TRAINER.NAME, "step", show_progress, initial=state.start_epoch * left
+        )
 
     def after_step(self, report: StepReport, learning_rate: float) -> None:
         self._bar.update()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +29,15 @@ def results_of(
     split: str,
     state: RunState,
     test_seconds: float,
-    device: torch.device,
+    peak_memory: dict[str, float],
+    environment: dict[str, Any],
     **further: Any,
 ) -> dict[str, Any]:
-    """The content of results.json; ``further`` entries are the selection, groups, pseudo-attributes and checkpoint."""
+    """The content of results.json; ``further`` entries are the selection, groups, pseudo-attributes and checkpoint.
+
+    ``peak_memory`` and ``environment`` are those of ``oodprompt.engine.device``.
+    """
     checkpoint = further.pop("checkpoint")
-    cuda = device.type == "cuda"
     return {
         "trainer": cfg.TRAINER.NAME,
         "base": base_name,
@@ -57,23 +57,19 @@ def results_of(
             "step_ms_median": state.step_ms_median,
             "test_s": test_seconds,
         },
-        "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else _peak_memory_mib(),
-        "environment": {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
-            "oodprompt": oodprompt.__version__,
-        },
+        **peak_memory,
+        "environment": {"torch": torch.__version__, "oodprompt": oodprompt.__version__, **environment},
         "checkpoint": checkpoint,
     }
 
 
-def _peak_memory_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def refuse_new_start(cfg: CfgNode, base_name: str, folder: Path) -> None:
+    """``UserError`` where a run starts anew that was to be resumed, or in a folder with results of another run.
 
-
-def refuse_other_results(cfg: CfgNode, base_name: str, folder: Path) -> None:
-    """``UserError`` where ``folder`` has the results of another method or data set, which would be lost."""
+    The results of another method or data set would be lost.
+    """
+    if cfg.RESUME:
+        raise UserError(f"--resume: there is no checkpoint in {cfg.RESUME}")
     old = finished_results(folder) or {}
     now = {"trainer": cfg.TRAINER.NAME, "base": base_name, "stack": list(cfg.TRAINER.STACK)}
     now["dataset"] = cfg.DATASET.NAME

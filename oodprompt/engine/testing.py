@@ -18,6 +18,7 @@ from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.selection import Selection
 from oodprompt.features.encoder import Encoder
 from oodprompt.log import logger, optional
+from oodprompt.memory import memory_for
 from oodprompt.methods.attributes import PseudoAttributes
 from oodprompt.reports.curves import write_training_curves
 from oodprompt.reports.results import selections_table, write_results
@@ -54,25 +55,35 @@ class Testing:
         self.trained.set_mode(training=False)
         by_pseudo = split == "val" and self.watches_pseudo_groups
         pseudo = self.pseudo.of(self.encoder.split(split)) if by_pseudo else None
-        return evaluate(
-            self.encoder.batches(split),
-            lambda batch: self.objective.predictions(self.encoder.align(batch)),
-            Evaluation(self.evaluator, self._new_evaluator, pseudo),
-            self.encoder.data_of("train"),
-            self.encoder.device,
+        batches = self.encoder.batches(split)
+        with memory_for(f"while evaluating the {split} split", self._less_memory):
+            return evaluate(
+                batches,
+                lambda batch: self.objective.predictions(self.encoder.align(batch)),
+                Evaluation(self.evaluator, self._new_evaluator, pseudo),
+                self.encoder.data_of("train"),
+                self.encoder.device,
+            )
+
+    def _less_memory(self) -> str:
+        """What to do where memory runs out."""
+        return (
+            f"Lower DATALOADER.TEST.BATCH_SIZE (now {self.cfg.DATALOADER.TEST.BATCH_SIZE}) and rerun the same command"
         )
 
     @torch.no_grad()
     def classify(self, paths: Sequence[str | Path]) -> Tensor:
         """Probabilities [N, C] of the classes for images that are in no split, by the test transform."""
         self.trained.set_mode(training=False)
-        return self.encoder.probabilities(paths, self.objective.predict)
+        with memory_for("while classifying images", self._less_memory):
+            return self.encoder.probabilities(paths, self.objective.predict)
 
     @torch.no_grad()
     def classify_readable(self, paths: Sequence[str | Path]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
         """As ``classify``, batch by batch: places of readable images, their probabilities, and what ails the others."""
         self.trained.set_mode(training=False)
-        yield from self.encoder.probabilities_by_batch(paths, self.objective.predict, skip_unreadable=True)
+        with memory_for("while classifying images", lambda: f"{self._less_memory()} (predict.py: --batch-size)"):
+            yield from self.encoder.probabilities_by_batch(paths, self.objective.predict, skip_unreadable=True)
 
     def tested_split(self) -> str:
         """TEST.SPLIT, or test where there are no validation data."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -28,14 +27,14 @@ from oodprompt.data import seeding
 from oodprompt.data.degenerate import notes_on
 from oodprompt.data.loading import Batch, DataManager
 from oodprompt.discovery.region_features import RegionFeatures
-from oodprompt.engine import assembly
+from oodprompt.engine import assembly, device
 from oodprompt.engine.checkpoints import Checkpoints, RunIdentity
 from oodprompt.engine.dassl_names import DasslNames
 from oodprompt.engine.evaluation import epoch_row
-from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, remedy
+from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, memory_in_training, remedy
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.progress import Progress, announce
-from oodprompt.engine.results import PseudoAttributeReport, refuse_other_results, results_of
+from oodprompt.engine.results import PseudoAttributeReport, refuse_new_start, results_of
 from oodprompt.engine.selection import Selection
 from oodprompt.engine.testing import Testing
 from oodprompt.errors import UserError
@@ -65,8 +64,9 @@ class PromptTrainer(DasslNames):
         self.cfg = cfg
         self.base_name, self.learner_type, self.debiaser_types = resolve_methods(cfg)
         self.check_cfg(cfg)
-        self.state = PartialState(cpu=not (cfg.USE_CUDA and torch.cuda.is_available()))
+        self.state = device.join_processes(cfg)
         self.device = self.state.device
+        device.describe(cfg, self.device)
         self.precision = assembly.precision_of(cfg, self.learner_type, self.base_name, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=assembly.scales_losses(self.precision))
         super().__init__(TrainedModels(scaler), RunState(max_epoch=cfg.OPTIM.MAX_EPOCH))
@@ -113,7 +113,7 @@ class PromptTrainer(DasslNames):
         self._build_debiasers()
         self.train_loader_x.batches.order = self.objective.epoch_order
         self._check_loss = LossCheck(self.device, self._remedy)
-        identity = RunIdentity(cfg, self.dataset, self.train_loader_x.batches.whole)
+        identity = RunIdentity(cfg, self.dataset, self.train_loader_x.batches.whole, self.precision, self.device.type)
         self.checkpoints = Checkpoints(self.output_dir, self.trained, identity, cfg.TRAIN.CHECKPOINT_FREQ, self._remedy)
 
     def build_learner(self, cfg: CfgNode) -> PromptLearner:
@@ -152,6 +152,7 @@ class PromptTrainer(DasslNames):
 
     # --- training ----------------------------------------------------------------------------------------------
 
+    @device.one_line_for_kernels()
     def train(self) -> None:
         """Train from where the output folder stands, then test."""
         with self.encoder.lasting_workers():
@@ -163,36 +164,27 @@ class PromptTrainer(DasslNames):
         self.after_train()
 
     def before_train(self) -> None:
+        device.set_torch(self.cfg, self.device)  # another run may have been built meanwhile
+        device.forget_peak(self.device)
         self.trainable = self.trained.are_trained
         if not self.trainable:
             self.max_epoch = 0
         self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.cfg.OUTPUT_DIR)
         if not self.start_epoch:
-            refuse_other_results(self.cfg, self.base_name, self.output_dir)
-        if self.cfg.RESUME and not self.start_epoch:
-            raise UserError(f"--resume: there is no checkpoint in {self.cfg.RESUME}")
+            refuse_new_start(self.cfg, self.base_name, self.output_dir)
         self.save_config()
         announce(self.encoder, self.state.num_processes, self.notes if self.trainable else ())
         if not self.trainable:
             self.objective.note_what_does_nothing()
         self.time_start = time.time()
-        if self.trainable and (self.dataset.test_only or not self.dataset.train_x):
-            raise UserError(
-                f"{self.cfg.DATASET.NAME} has no training images, and {self.cfg.TRAINER.NAME} trains: train on another data "
-                "set and come back with --eval-only --model-dir OUTPUT_FOLDER, or take a method that does not (ZeroshotCLIP)"
-            )
+        if self.trainable:
+            assembly.check_trained_on(self.cfg, self.dataset)
         if self.start_epoch < self.max_epoch:
             self._prepare_training()
         self.pseudo_report.update(is_resumed=bool(self.start_epoch))
-        writes = self.state.is_main_process and self.trainable
-        self.progress = Progress(
-            self.cfg.TRAINER.NAME,
-            self.run,
-            len(self.train_loader_x),
-            self.cfg.TRAIN.PRINT_FREQ,
-            self.state.is_main_process,
-            self.output_dir / "tensorboard" if writes else None,
-        )
+        shows = self.state.is_main_process
+        folder = self.output_dir / "tensorboard" if shows and self.trainable else None
+        self.progress = Progress(self.cfg, self.run, len(self.train_loader_x), shows, folder)
 
     def _prepare_training(self) -> None:
         """What is refused is refused first; then features are computed and debiasers get ready."""
@@ -219,7 +211,9 @@ class PromptTrainer(DasslNames):
         batches = self.encoder.batches("train")
         self.num_batches = len(batches)
         queues_work = self.device.type == "cuda"
-        self._epoch_means = fit_epoch(batches, self.run, self._numbered_step, self._after_step, queues_work)
+        regions = self.objective.takes_regions and not self.region_features.keeps(self.learner)
+        with memory_in_training(self.cfg, self.run, self.precision, self.device, regions=regions):
+            self._epoch_means = fit_epoch(batches, self.run, self._numbered_step, self._after_step, queues_work)
 
     def _numbered_step(self, number: int, batch: Batch) -> dict[str, Tensor]:
         self.batch_idx = number
@@ -249,7 +243,7 @@ class PromptTrainer(DasslNames):
         self.learner.after_epoch(self.epoch)
         self.objective.after_epoch(self.epoch)
         done = self.epoch + 1
-        metrics = self.evaluate("val") if self._validates_after(done) else None
+        metrics = self.evaluate("val") if self.selection.validates_after(done, self.val_loader is not None) else None
         improved = self.selection.improved(metrics, done) if metrics and self.selection.is_on else []
         self.run.groups_by = self.attributes.groups_by
         self.pseudo_report.update(is_resumed=False)  # ahead of the checkpoint, from which a killed run goes on
@@ -258,11 +252,6 @@ class PromptTrainer(DasslNames):
         if self.progress is not None:
             self.progress.after_epoch(row, self._epoch_means)
         self.save_model(done, improved)
-
-    def _validates_after(self, done: int) -> bool:
-        every = self.cfg.TRAIN.VAL_FREQ
-        due = every > 0 and (done % every == 0 or done == self.max_epoch)
-        return self.selection.is_on or (due and self.val_loader is not None)
 
     def after_train(self) -> None:
         if self.progress is not None:
@@ -324,12 +313,15 @@ class PromptTrainer(DasslNames):
         """Probabilities [N, C] of the classes for images that are in no split, by the test transform."""
         return self.testing.classify(paths)
 
+    @device.one_line_for_kernels()
     def test(self, split: str | None = None) -> float:
         """Evaluate, report, and write the results; returns the accuracy in [0, 1]."""
         split = split or self.testing.tested_split()
         began = time.time()
         logger.info(f"Evaluate on the *{split}* set")
+        device.set_torch(self.cfg, self.device)
         metrics = self.evaluate(split)
+        peak = device.peak_memory(self.state, self.device)
         if self.state.is_main_process:
             results = results_of(
                 self.cfg,
@@ -338,7 +330,8 @@ class PromptTrainer(DasslNames):
                 split,
                 self.run,
                 time.time() - began,
-                self.device,
+                peak,
+                device.environment(self.cfg, self.device, self.precision),
                 best_epoch=self.selection.best_epoch if self.selection.is_on else None,
                 selections=self.selections,
                 groups_by=self.attributes.groups_by or self.run.groups_by,

@@ -111,6 +111,10 @@ class FeatureCache:
                 key: value for key, value in leaves(self.cfg.INPUT).items() if key not in ("VIEWS", "MAX_PIXELS")
             },
         }
+        if (
+            self.device.type == "cuda" and self.cfg.TRAIN.TF32 != "convolutions"
+        ):  # the default was before there was a key
+            facts["tf32"] = self.cfg.TRAIN.TF32
         if parts:
             facts["parts"] = parts
         sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

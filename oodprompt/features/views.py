@@ -19,6 +19,7 @@ from oodprompt.data.transforms import is_random
 from oodprompt.errors import UserError
 from oodprompt.features.cache import FeatureCache, Views
 from oodprompt.log import progress
+from oodprompt.memory import memory_for
 
 
 class FeatureBatch(Batch):
@@ -124,8 +125,9 @@ def rows_in_order(
 
     They come in the order of the indices, whatever the loader's sampler; processes share the work.
     """
-    total = len(loader.dataset)
+    total, keys = len(loader.dataset), loader.batches.cfg.DATALOADER.TEST
     with (
+        memory_for(f"while computing: {title}", lambda: f"Lower DATALOADER.TEST.BATCH_SIZE (now {keys.BATCH_SIZE})"),
         loader.batches.ordered_by(lambda epoch, rng: np.arange(start, total)),
         progress(total, title, "image", show, start) as bar,
     ):

@@ -15,6 +15,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -117,11 +119,19 @@ class Peak:
 # --- a trainer and its batches -----------------------------------------------------------------------------------
 
 
-def random_backbone(name: str, path: str = "", cache_dir: str = "", activation: str = "auto") -> CLIP:
-    """A CLIP of the named architecture, in the place of ``load_backbone``; drawn on the GPU where there is one."""
+def random_backbone(
+    name: str, path: str = "", cache_dir: str = "", activation: str = "auto", layers: int | None = None
+) -> CLIP:
+    """A CLIP of the named architecture, in the place of ``load_backbone``; drawn on the GPU where there is one.
+
+    ``layers``: blocks of each tower in place of the architecture's; a ViT's alone.
+    """
+    shape = SHAPES[name]
+    if layers is not None:
+        shape = replace(shape, text_layers=layers, vision_layers=layers if shape.vision_patch else shape.vision_layers)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return CLIP(SHAPES[name]).eval().requires_grad_(False)
+        return CLIP(shape).eval().requires_grad_(False)
 
 
 def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
@@ -147,7 +157,7 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
 
     if cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME not in SHAPES:
         return build_trainer(cfg)
-    with mock.patch.object(assembly, "load_backbone", random_backbone):
+    with mock.patch.object(assembly, "load_backbone", partial(random_backbone, layers=case.get("layers"))):
         return build_trainer(cfg)
 
 
@@ -203,55 +213,21 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         if not any(p.requires_grad for p in nn.ModuleList([trainer.learner, *trainer.debiasers]).parameters()):
             raise UserError(f"{trainer.cfg.TRAINER.NAME} trains nothing, so there is no step to time")
         stack.enter_context(made_up(trainer))
-        found = time_case(trainer, case["steps"], case.get("seconds"), case.get("warm_up"))
-        found |= counts(trainer) if case.get("count") else dict.fromkeys(COUNTS)
-    return {
-        "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu",
-        "precision": trainer.precision,
-        "threads": torch.get_num_threads(),
-        **found,
-        "torch": torch.__version__,
-    }
+        go = steps_of(trainer)
+        found = whole_steps(go, trainer.device, case["steps"], case.get("seconds"), case.get("warm_up"))
+        found |= part_times(trainer, go, max(3, min(found["steps"], 10)))
+        found |= counts(go, trainer.device) if case.get("count") else dict.fromkeys(COUNTS)
+    return {**where(trainer.device), "precision": trainer.precision, **found}
 
 
-def time_case(
-    trainer: PromptTrainer, steps: int, seconds: float | None = None, warm_up: int | None = None
-) -> dict[str, Any]:
-    """``MEASURES`` and the number of steps timed: at most ``steps``, and at least 3 in about ``seconds``."""
-    prepare(trainer)
-    batches, end = endless_batches(trainer), None if seconds is None else time.perf_counter() + seconds
-    moments, peak = Moments(trainer.device), Peak(trainer.device)
-    warm_up = warm_up or WARM_UP[trainer.device.type]
-    began, first_s = time.perf_counter(), 0.0
-    for number in range(warm_up):
-        step(trainer, next(batches))
-        moments.wait()
-        first_s = first_s or time.perf_counter() - began
-        if number and end is not None and time.perf_counter() > end:
-            break
-    if seconds is not None:
-        began = time.perf_counter()
-        step(trainer, next(batches))
-        moments.wait()
-        steps = min(steps, max(3, int(seconds / (time.perf_counter() - began))))
-    peak.restart()
-    times, host = whole_steps(trainer, batches, steps, moments)
-    peak_mib = peak.mib()
-    parts = part_times(trainer, batches, max(3, min(steps, 10)), moments)
-    found = {
-        "step_s": median(times),
-        "mean_s": mean(times),
-        "host_s": median(host) if moments.on_gpu and host else None,
-        **{f"{part}_s": median(values) for part, values in parts.items()},
-        "first_s": first_s,
-        "peak_mib": peak_mib,
-    }
-    rounded = {key: None if found[key] is None else round(found[key], 6) for key in MEASURES}
-    return rounded | {"peak_mib": round(peak_mib, 1), "steps": steps}
+def where(device: torch.device) -> dict[str, Any]:
+    """The columns that say where a case ran."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def prepare(trainer: PromptTrainer) -> None:
-    """What the engine does ahead of the first step; no epoch ends."""
+def steps_of(trainer: PromptTrainer) -> Callable[[], None]:
+    """What the engine does ahead of the first step; returns what takes the next batch and does a step. No epoch ends."""
     trainer.encoder.batches("train")
     if trainer.learner.needs_frozen_features and trainer.encoder.keeps_frozen_features:
         trainer.encoder.frozen_features_of("train")
@@ -259,40 +235,57 @@ def prepare(trainer: PromptTrainer) -> None:
         debiaser.before_train()
     trainer.num_batches, trainer.batch_idx = sys.maxsize, -1
     trainer.before_epoch()
+    batches = endless_batches(trainer)
 
+    def go() -> None:
+        trainer.batch_idx += 1
+        trainer.forward_backward(next(batches))
 
-def step(trainer: PromptTrainer, batch: Batch) -> None:
-    """One step of the engine."""
-    trainer.batch_idx += 1
-    trainer.forward_backward(batch)
+    return go
 
 
 def whole_steps(
-    trainer: PromptTrainer, batches: Iterator[Batch], steps: int, moments: Moments
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step on the device, from one step's end to the next one's, and those that the host was busy."""
-    moments.wait()
+    go: Callable[[], None], device: torch.device, steps: int, seconds: float | None = None, warm_up: int | None = None
+) -> dict[str, Any]:
+    """Times of whole steps, the peak, and how many steps were timed; ``go`` does one step.
+
+    At most ``steps``; where there are ``seconds``, as many as fit, and at least 3. A step's time on a GPU is from its end
+    to the end of the next one; ``host_s`` is the time until its work was queued.
+    """
+    moments, peak = Moments(device), Peak(device)
+    end = None if seconds is None else time.perf_counter() + seconds
+    took: list[float] = []
+    for _ in range(warm_up or WARM_UP[device.type]):
+        began = time.perf_counter()
+        go()
+        moments.wait()
+        took.append(time.perf_counter() - began)
+        if len(took) > 1 and end is not None and time.perf_counter() > end:
+            break
+    if seconds is not None:
+        steps = min(steps, max(3, int(seconds / took[-1])))
+    peak.restart()
     ends, host = [moments.now()], []
-    for batch in itertools.islice(_with_host_time(batches, host), steps):
-        step(trainer, batch)
+    for _ in range(steps):
+        began = time.perf_counter()
+        go()
+        host.append(time.perf_counter() - began)
         ends.append(moments.now())
     moments.wait()
-    return [moments.between(a, b) for a, b in itertools.pairwise(ends)], host
+    times = [moments.between(a, b) for a, b in itertools.pairwise(ends)]
+    return {
+        "step_s": round(median(times), 6),
+        "mean_s": round(mean(times), 6),
+        "host_s": round(median(host), 6) if moments.on_gpu else None,
+        "first_s": round(took[0], 3),
+        "peak_mib": round(peak.mib(), 1),
+        "steps": steps,
+    }
 
 
-def _with_host_time(batches: Iterable[Batch], host: list[float]) -> Iterator[Batch]:
-    """``batches``; ``host`` gets the seconds from asking for each until the next is asked for."""
-    iterator = iter(batches)
-    while True:
-        began = time.perf_counter()
-        yield next(iterator)
-        host.append(time.perf_counter() - began)
-
-
-def part_times(
-    trainer: PromptTrainer, batches: Iterator[Batch], steps: int, moments: Moments
-) -> dict[str, list[float]]:
-    """Seconds of each step in the image tower, in the learner's forward pass, and in backward pass and optimiser."""
+def part_times(trainer: PromptTrainer, go: Callable[[], None], steps: int) -> dict[str, float]:
+    """Seconds of a step in the image tower, in the learner's forward pass, and in backward pass and optimiser."""
+    moments = Moments(trainer.device)
     marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def timed(part: str, function: Callable) -> Callable:
@@ -314,15 +307,15 @@ def part_times(
         patch(trainer.learner, "forward", timed("text", trainer.learner.forward)),
         patch(kind, "__call__", timed_method(timed, "objective", kind.__call__)),
     ):
-        for batch in itertools.islice(batches, steps):
+        for _ in range(steps):
             marks.clear()
-            step(trainer, batch)
+            go()
             end = moments.now()
             moments.wait()
-            rows["image_fwd"].append(sum(moments.between(*pair) for pair in marks["image"]))
-            rows["text_fwd"].append(sum(moments.between(*pair) for pair in marks["text"]))
-            rows["backward"].append(moments.between(marks["objective"][-1][1], end))
-    return rows
+            rows["image_fwd_s"].append(sum(moments.between(*pair) for pair in marks["image"]))
+            rows["text_fwd_s"].append(sum(moments.between(*pair) for pair in marks["text"]))
+            rows["backward_s"].append(moments.between(marks["objective"][-1][1], end))
+    return {part: round(median(values), 6) for part, values in rows.items()}
 
 
 def timed_method(timed: Callable, part: str, method: Callable) -> Callable:
@@ -331,19 +324,16 @@ def timed_method(timed: Callable, part: str, method: Callable) -> Callable:
     return lambda self, *args, **kwargs: call(self, *args, **kwargs)
 
 
-def counts(trainer: PromptTrainer, steps: int = 2) -> dict[str, float | None]:
+def counts(go: Callable[[], None], device: torch.device, steps: int = 2) -> dict[str, float | None]:
     """``COUNTS`` per step on a GPU, by torch's profiler; None where it cannot see the GPU's calls."""
     nothing: dict[str, float | None] = dict.fromkeys(COUNTS)
-    if trainer.device.type != "cuda":
+    if device.type != "cuda":
         return nothing
-    batches = endless_batches(trainer)
-    step(trainer, next(batches))
-    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
             with torch.profiler.record_function("one step"):
-                step(trainer, next(batches))
+                go()
         torch.cuda.synchronize()
     found = count_calls([(e.name, e.time_range.start, e.time_range.end) for e in profiler.events()], "one step")
     return {key: value / steps for key, value in found.items()} if found["launches"] else nothing

@@ -57,7 +57,7 @@ def plan(args: argparse.Namespace, opts: Sequence[str]) -> list[dict[str, Any]]:
     Raises ``UserError`` for names, keys and numbers that no case could run with.
     """
     check_name(args.backbone)
-    for flag in ("classes", "batch", "n_ctx", "depth", "steps", "threads", "warm_up"):
+    for flag in ("classes", "batch", "n_ctx", "depth", "steps", "threads", "warm_up", "layers"):
         value = getattr(args, flag)
         if value is not None and np.min(value) < 1:
             raise UserError(f"--{flag.replace('_', '-')}: give 1 or more")
@@ -99,7 +99,7 @@ def plan(args: argparse.Namespace, opts: Sequence[str]) -> list[dict[str, Any]]:
             "n_ctx": next((value for key, value in section.items() if key.startswith("N_CTX")), None),
             "depth": next((value for key, value in section.items() if key.startswith("PROMPT_DEPTH")), None),
             **{key: getattr(args, key) for key in ("cache", "device", "steps", "threads")},
-            **{key: getattr(args, key) for key in ("seconds", "warm_up", "count")},
+            **{key: getattr(args, key) for key in ("seconds", "warm_up", "count", "layers")},
             **{"batch": batch, "precision": precision, "compile": how, "options": " ".join(opts)},
         }
         cases += [facts | {"classes": classes, "arguments": arguments} for classes in args.classes]
@@ -253,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, metavar="J", help="blocks with prompts (default: the trainer's)")
     parser.add_argument("--cache", choices=("auto", "memory", "off"), default="auto", help="image features")
     parser.add_argument("--backbone", default="ViT-B/16", metavar="NAME", help="default: ViT-B/16")
+    parser.add_argument("--layers", type=int, metavar="L", help="blocks of each tower (default: the architecture's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "amp"), default=["fp32"], metavar="P")
     parser.add_argument(

@@ -34,7 +34,7 @@ from oodprompt.backbones import CLIP
 from oodprompt.backbones.weights import SHAPES
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase, Datum
-from oodprompt.data.loading import Batch
+from oodprompt.data.loading import Batch, Loader
 from oodprompt.engine import assembly
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
@@ -135,14 +135,18 @@ def random_backbone(
 
 
 def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
-    """The trainer of a case, over a data set of which only classes and attributes matter."""
+    """The trainer of a case, over a data set of which only classes and attributes matter.
+
+    Its images are the files ``case["images"]`` in turns, ``case["epoch"]`` in all; where it names none, one of noise.
+    """
     arguments = [*case["arguments"], "--output-dir", str(folder)]
     cfg = setup_cfg(build_parser().parse_intermixed_args(arguments))
     pixels = np.random.default_rng(0).integers(0, 256, (*cfg.INPUT.SIZE, 3), dtype=np.uint8)
     image, test_image = folder / "image.png", folder / "test_image.png"
     for file, size in ((image, cfg.INPUT.SIZE[0]), (test_image, 1)):
         Image.fromarray(pixels[:size, :size]).save(file)
-    names = class_names(case["classes"])
+    names, images = class_names(case["classes"]), case.get("images", [str(image)])
+    length = case.get("epoch") or max(len(names), _KEPT_BATCHES * case["batch"])
     DATASET_REGISTRY._objects.pop("StepTime", None)  # of a case before, in this process
 
     @DATASET_REGISTRY.register()
@@ -151,8 +155,10 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
         attribute_prompts = (("a photo of land.",), ("a photo of water.",))
 
         def __init__(self, cfg: Any) -> None:
-            labels = [i % len(names) for i in range(max(len(names), _KEPT_BATCHES * case["batch"]))]
-            data = [Datum(str(image), y, classname=names[y], attribute=i % 2) for i, y in enumerate(labels)]
+            data = [
+                Datum(images[i % len(images)], i % len(names), classname=names[i % len(names)], attribute=i % 2)
+                for i in range(length)
+            ]
             super().__init__(cfg, data, test=[Datum(str(test_image), 0, classname=names[0])])
 
     if cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME not in SHAPES:
@@ -186,16 +192,37 @@ def made_up(trainer: PromptTrainer) -> Iterator[None]:
 
 
 def endless_batches(trainer: PromptTrainer) -> Iterator[Batch]:
-    """Batches as the engine's epochs give them: of kept features by its loader; of images, a few that stay in memory.
-
-    Images are read and put into page-locked memory once: what reading costs is another measurement.
-    """
+    """Batches as the engine's epochs give them: of kept features by its loader, or of images ``from_memory``."""
     feed = trainer.encoder.batches("train")
     if not trainer.encoder.views:
-        yield from itertools.cycle(list(itertools.islice(feed, _KEPT_BATCHES)))
+        yield from from_memory(feed)
     for epoch in itertools.count():
         feed.set_epoch(epoch)
         yield from feed
+
+
+def from_memory(loader: Loader) -> Iterator[Batch]:
+    """The first few batches of ``loader`` in turns, without end.
+
+    Their images are read once and stay in memory as the loader's own workers leave them, page-locked for a GPU. What the
+    loader does with them then, as copying them to the GPU, it does each time.
+    """
+    loader.set_epoch(0)
+    kept = list(itertools.islice(loader._loader, _KEPT_BATCHES))
+    loader._loader = _Endless(kept)
+    yield from loader
+
+
+class _Endless:
+    """Batches in turns, in the place of a ``DataLoader`` without workers."""
+
+    num_workers = 0
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (dict(batch) for batch in itertools.cycle(self.batches))
 
 
 def make_batch(trainer: PromptTrainer, size: int) -> Batch:

@@ -76,6 +76,7 @@ def plan(args: argparse.Namespace, opts: Sequence[str]) -> list[dict[str, Any]]:
         "DATALOADER.NUM_WORKERS": 0,
         "DATALOADER.FEATURE_CACHE": args.cache,
         "INPUT.SIZE": size,
+        "INPUT.TRANSFORMS": "['normalize']",
         "OPTIM.NAME": "sgd",  # as upstream's
         "OPTIM.LR": 0.002,
         "USE_CUDA": args.device != "cpu",

@@ -105,7 +105,7 @@ def test_what_a_user_can_mend_is_an_error(step_time: ModuleType, monkeypatch: py
     monkeypatch.setattr(DATASET_REGISTRY, "_objects", {})
     args = step_time.parser().parse_args([*SMALL, "--trainer", "MaPLe", "--cache", "memory", "--classes", "2"])
     (case,) = step_time.plan(args, [])
-    found = step_time.answer(case)
+    found = step_time.one_case.answer(case)
     assert list(found) == ["error"] and "trains the image tower" in found["error"]
 
 
@@ -123,8 +123,8 @@ def test_refused_memory_is_an_error(step_time: ModuleType, monkeypatch: pytest.M
     def measure(case: dict[str, Any]) -> None:
         raise error
 
-    monkeypatch.setattr(step_time, "measure", measure)
-    assert step_time.answer({}) == {"error": "out of memory"}
+    monkeypatch.setattr(step_time.one_case, "measure", measure)
+    assert step_time.one_case.answer({}) == {"error": "out of memory"}
 
 
 def test_every_trainer_takes_the_number_of_contexts(step_time: ModuleType) -> None:
@@ -162,8 +162,8 @@ def test_what_cannot_run_is_refused_first(step_time: ModuleType, words: list[str
 
 
 def test_class_names(step_time: ModuleType) -> None:
-    names = step_time.class_names(1000)
-    assert len(set(names)) == 1000 and names[:10] == step_time.class_names(10)
+    names = step_time.one_case.class_names(1000)
+    assert len(set(names)) == 1000 and names[:10] == step_time.one_case.class_names(10)
     assert {3 <= len(encode(f"{name}.")) + 1 <= 8 for name in names} == {True}
 
 

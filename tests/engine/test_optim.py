@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import get_cfg_default
+from oodprompt.engine import optim
 from oodprompt.engine.optim import LRScheduler, build_optimizer, learning_rate
 from oodprompt.errors import UserError
 
@@ -141,3 +142,77 @@ def test_staged_rates_slow_the_old_layers() -> None:
     assert (old["lr"], old["params"]) == (0.1, list(model["body"].parameters()))
     with pytest.raises(UserError, match=r"OPTIM\.STAGED_LR"):
         build_optimizer(model.parameters(), cfg)
+
+
+FUSED = {
+    "sgd": {"NAME": "sgd", "MOMENTUM": 0.9},
+    "sgd without momentum": {"NAME": "sgd", "MOMENTUM": 0.0},
+    "nesterov": {"NAME": "sgd", "MOMENTUM": 0.9, "SGD_NESTEROV": True},
+    "dampened": {"NAME": "sgd", "MOMENTUM": 0.9, "SGD_DAMPNING": 0.3},
+    "adam": {"NAME": "adam"},
+    "amsgrad": {"NAME": "amsgrad"},
+    "adamw": {"NAME": "adamw"},
+    "radam": {"NAME": "radam"},
+    "rmsprop": {"NAME": "rmsprop"},
+}
+Training = tuple[list[nn.Parameter], torch.optim.Optimizer, torch.amp.GradScaler]
+
+
+def training(keys: dict[str, object], on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> Training:
+    """Three parameters with their optimiser, as on a GPU or not; the fused kernels are there on a CPU too."""
+    monkeypatch.setattr(optim, "_are_on_gpu", lambda trained: on_gpu)
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size, dtype=torch.double)) for size in (3, 40, 7)]
+    optimizer = build_optimizer(parameters, optim_cfg(WEIGHT_DECAY=0.01, **keys), lr=0.1)
+    return parameters, optimizer, torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+
+
+def some_steps(training: Training, steps: range) -> None:
+    """Steps in turn on the first two parameters and on the last two; the first overflows and is left out."""
+    parameters, optimizer, scaler = training
+    for step in steps:
+        optimizer.zero_grad(set_to_none=True)
+        loss = sum(((step + 1) * p).sin().sum() for p in (parameters[:2], parameters[1:])[step % 2])
+        scaler.scale(loss * (torch.inf if step == 0 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_steps_are_the_steps_of_plain_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused = (training(FUSED[name], on_gpu, monkeypatch) for on_gpu in (False, True))
+    has_fused = name not in ("dampened", "radam", "rmsprop")
+    assert bool(fused[1].param_groups[0].get("fused")) == has_fused and not plain[1].param_groups[0].get("fused")
+    start = [p.detach().clone() for p in plain[0]]
+    for steps in (range(1), range(1, 2), range(2, 7)):  # after the one that is left out, after the first, and later
+        for one in (plain, fused):
+            some_steps(one, steps)
+        torch.testing.assert_close(fused[0], plain[0], rtol=1e-9, atol=1e-12)
+        moved = [not torch.equal(p, q) for p, q in zip(plain[0], start, strict=True)]
+        assert moved == {1: [False] * 3, 2: [False, True, True]}.get(steps.stop, [True] * 3)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("to_gpu", [True, False])
+def test_a_state_goes_on_with_the_kernels_of_the_device(
+    name: str, to_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken, before, after = (training(FUSED[name], on_gpu, monkeypatch) for on_gpu in (to_gpu, not to_gpu, to_gpu))
+    for one in (unbroken, before):
+        some_steps(one, range(5))
+    flags = {key: after[1].param_groups[0].get(key) for key in ("fused", "foreach", "capturable")}
+    after[1].load_state_dict(before[1].state_dict())
+    assert {key: after[1].param_groups[0].get(key) for key in flags} == flags
+    with torch.no_grad():
+        for p, q in zip(after[0], before[0], strict=True):
+            p.copy_(q)
+    for one in (unbroken, after):
+        some_steps(one, range(5, 9))
+    torch.testing.assert_close(after[0], unbroken[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_state_of_other_groups_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer, _ = training({"NAME": "sgd"}, False, monkeypatch)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="number of parameter groups"):
+        optimizer.load_state_dict({**state, "param_groups": state["param_groups"] * 2})

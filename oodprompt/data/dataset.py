@@ -170,6 +170,12 @@ def told_apart(classnames: Sequence[str]) -> list[str]:
     return [name if count[name] == 1 else f"{name} (class {i})" for i, name in enumerate(classnames)]
 
 
+def attribute_values(dataset: DatasetBase) -> int:
+    """A, how many values the attribute has: those that have names, and those that an image of any split has."""
+    splits = (Images.of(split) for split in (dataset.train_x, dataset.val, dataset.test))
+    return max(len(dataset.attribute_names), *(int(split.attribute.max(initial=-1)) + 1 for split in splits))
+
+
 def attribute_name(dataset: DatasetBase, attribute: int) -> str:
     names = dataset.attribute_names
     if attribute < 0:

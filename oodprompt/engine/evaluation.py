@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config.registry import EVALUATOR_REGISTRY
 from oodprompt.data.columns import Images
-from oodprompt.data.dataset import DatasetBase, attribute_name, told_apart
+from oodprompt.data.dataset import DatasetBase, attribute_name, attribute_values, told_apart
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_together, numbers_of_all, whole_index
 from oodprompt.data.loading import Batch
@@ -61,7 +61,8 @@ class Classification:
         self.reset()
 
     def reset(self) -> None:
-        self.counts = GroupCounts(self.dataset.num_classes, confusion=self.cfg.TEST.COMPUTE_CMAT)
+        values = attribute_values(self.dataset)
+        self.counts = GroupCounts(self.dataset.num_classes, values, confusion=self.cfg.TEST.COMPUTE_CMAT)
 
     def process(self, logits: Tensor, label: Tensor, attribute: Tensor) -> None:
         """``logits`` [B, C], ``label`` [B], ``attribute`` [B] (-1: unknown)."""
@@ -97,7 +98,7 @@ class Classification:
         It is counted where TEST.COMPUTE_CMAT asks for it.
         """
         assert self.counts.confusion is not None, "TEST.COMPUTE_CMAT counts it"
-        counts = self.counts.confusion.double()
+        counts = self.counts.confusion.cpu().double()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -179,31 +180,31 @@ def evaluate(
 class GroupCounts:
     """How many images of each group were predicted right, whatever the number of images: nothing is kept of one.
 
-    ``total`` and ``right`` [C, 1 + A] count the images of a class (row) by attribute (column; the first is unknown),
-    ``predicted`` [C] the predictions of each class, ``confusion`` [C, C] (where it is asked for) class by prediction.
+    ``total`` and ``right`` [C, A + 2] count the images of a class (row) by attribute (column; the first is unknown, the
+    last is none of the A values), ``predicted`` [C] the predictions of each class, ``confusion`` [C, C] (where it is asked
+    for) class by prediction. Counts are on the device of the predictions until ``metrics``.
     """
 
-    def __init__(self, num_classes: int, confusion: bool = False) -> None:
-        self.total = torch.zeros(num_classes, 1, dtype=torch.long)
+    def __init__(self, num_classes: int, num_attributes: int, confusion: bool = False) -> None:
+        self.total = torch.zeros(num_classes, num_attributes + 2, dtype=torch.long)
         self.right, self.predicted = self.total.clone(), torch.zeros(num_classes, dtype=torch.long)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long) if confusion else None
 
     def add(self, prediction: Tensor, label: Tensor, attribute: Tensor) -> None:
-        """Count a batch: predicted classes, labels, and attributes (-1: unknown), all [B]."""
-        prediction, label, column = prediction.cpu(), label.cpu(), attribute.cpu().clamp(min=-1) + 1
-        if not len(label):
-            return
+        """Count a batch: predicted classes, labels, and attributes (-1: unknown), all [B]. The host does not wait."""
+        if self.total.device != prediction.device:
+            self.total, self.right, self.predicted = (
+                counts.to(prediction.device) for counts in (self.total, self.right, self.predicted)
+            )
+            self.confusion = None if self.confusion is None else self.confusion.to(prediction.device)
+        label, attribute = (x.to(prediction.device, non_blocking=True) for x in (label, attribute))
         classes, columns = self.total.shape
-        if (missing := int(column.max()) + 1 - columns) > 0:
-            self.total, self.right = (torch.nn.functional.pad(x, (0, missing)) for x in (self.total, self.right))
-            columns += missing
-        place, hit = label * columns + column, prediction == label
-        self.total += torch.bincount(place, minlength=classes * columns).view(classes, columns)
-        self.right += torch.bincount(place[hit], minlength=classes * columns).view(classes, columns)
-        self.predicted += torch.bincount(prediction, minlength=classes)
+        place, one = label * columns + attribute.clamp(min=-1, max=columns - 2) + 1, torch.ones_like(label)
+        self.total.view(-1).index_add_(0, place, one)
+        self.right.view(-1).index_add_(0, place, (prediction == label).long())
+        self.predicted.index_add_(0, prediction, one)
         if self.confusion is not None:
-            pairs = torch.bincount(label * classes + prediction, minlength=classes**2)
-            self.confusion += pairs.view(classes, classes)
+            self.confusion.view(-1).index_add_(0, label * classes + prediction, one)
 
     def metrics(self, train: Sequence[Datum], dataset: DatasetBase) -> OrderedDict[str, Any]:
         """Metrics of all images that were counted, by group (class, attribute).
@@ -214,14 +215,19 @@ class GroupCounts:
         ``num_without_attribute`` are the others. Where no attribute is known, there are no groups, and these three are
         None.
         """
-        total, right, names = self.total.sum(1), self.right.sum(1), told_apart(dataset.classnames)
+        by_group, right_by_group, predicted = self.total.cpu(), self.right.cpu(), self.predicted.cpu()
+        if by_group[:, -1].any():
+            raise ValueError(
+                f"an image has an attribute above {by_group.shape[1] - 3}, the last of those to be counted"
+            )
+        total, right, names = by_group.sum(1), right_by_group.sum(1), told_apart(dataset.classnames)
         images = int(total.sum())
-        f1 = 2 * right.double() / (total + self.predicted)
+        f1 = 2 * right.double() / (total + predicted)
         metrics: OrderedDict[str, Any] = OrderedDict(
             accuracy=int(right.sum()) / images,
             macro_f1=float(np.average(f1[total > 0].numpy())),
             num_samples=images,
-            num_without_attribute=int(self.total[:, 0].sum()),
+            num_without_attribute=int(by_group[:, 0].sum()),
             worst_group_accuracy=None,
             adjusted_average_accuracy=None,
             gap=None,
@@ -233,15 +239,15 @@ class GroupCounts:
                 metrics["classes"].append({"class": name, "num_samples": count, "accuracy": int(right[i]) / count})
         in_train = _group_sizes(Images.of(train))
         for i, name in enumerate(names):
-            for a in self.total[i, 1:].nonzero()[:, 0].tolist():
-                count = int(self.total[i, a + 1])
+            for a in by_group[i, 1:].nonzero()[:, 0].tolist():
+                count = int(by_group[i, a + 1])
                 metrics["groups"].append(
                     {
                         "class": name,
                         "attribute": attribute_name(dataset, a),
                         "num_samples": count,
                         "num_train": in_train.get((i, a), 0),
-                        "accuracy": int(self.right[i, a + 1]) / count,
+                        "accuracy": int(right_by_group[i, a + 1]) / count,
                     }
                 )
         groups = metrics["groups"]
@@ -267,7 +273,7 @@ def group_metrics(
     prediction: Tensor, label: Tensor, attribute: Tensor, train: Sequence[Datum], dataset: DatasetBase
 ) -> OrderedDict[str, Any]:
     """Metrics of predicted classes [N] against labels [N], as ``GroupCounts.metrics`` has them."""
-    counts = GroupCounts(dataset.num_classes)
+    counts = GroupCounts(dataset.num_classes, max(int(attribute.max()) + 1, 0))
     counts.add(prediction, label, attribute)
     return counts.metrics(train, dataset)
 

@@ -11,10 +11,12 @@ import torch
 
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import EVALUATOR_REGISTRY
+from oodprompt.data.dataset import attribute_values
 from oodprompt.data.datum import Datum
 from oodprompt.engine.evaluation import Classification, GroupCounts, group_metrics
 
 BIRDS = SimpleNamespace(classnames=["landbird", "waterbird"], num_classes=2, attribute_names=("land", "water"))
+BIRDS.train_x = BIRDS.val = BIRDS.test = ()
 
 #            landbird on land | on water | waterbird on water | on land
 LABEL = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
@@ -101,7 +103,7 @@ def test_no_known_attribute_gives_no_groups() -> None:
 
 
 def test_memory_of_an_evaluation_does_not_grow_with_the_images() -> None:
-    counts = GroupCounts(2)
+    counts = GroupCounts(2, 2)
     sizes = []
     for _ in range(3):
         counts.add(GUESS, LABEL, PLACE)
@@ -113,6 +115,24 @@ def test_memory_of_an_evaluation_does_not_grow_with_the_images() -> None:
 def test_attributes_without_names_are_numbered() -> None:
     metrics = group_metrics(GUESS, LABEL, PLACE + 1, TRAIN, BIRDS)
     assert {group["attribute"] for group in metrics["groups"]} == {"water", "2"}
+
+
+def test_an_attribute_beyond_those_that_are_counted_is_an_error() -> None:
+    counts = GroupCounts(2, 2)
+    counts.add(GUESS, LABEL, PLACE + 2 * (LABEL == 0))
+    with pytest.raises(ValueError, match="an attribute above 1"):
+        counts.metrics(TRAIN, BIRDS)
+
+
+def test_counts_are_those_of_every_attribute_that_an_image_or_a_name_has() -> None:
+    birds = SimpleNamespace(**{**vars(BIRDS), "test": train_of({(0, 4): 1})})
+    assert (attribute_values(BIRDS), attribute_values(birds)) == (2, 5)
+    cfg = get_cfg_default()
+    judge = EVALUATOR_REGISTRY.get("Classification")(cfg, birds)
+    judge.process(torch.eye(2), torch.tensor([0, 0]), torch.tensor([4, -1]))
+    metrics = judge.evaluate(TRAIN)
+    assert [(g["attribute"], g["accuracy"]) for g in metrics["groups"]] == [("4", 1.0)]
+    assert metrics["num_without_attribute"] == 1
 
 
 def test_classes_of_one_name_are_told_apart() -> None:

@@ -83,6 +83,7 @@ class GroupWeights(Debiaser):
     p: Tensor
     measured: Tensor
     started: Tensor
+    sums: Tensor
     group_correction = "size"
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
@@ -93,16 +94,14 @@ class GroupWeights(Debiaser):
         self.register_buffer("p", torch.zeros(count, dtype=torch.float64))  # [G], as last measured
         self.register_buffer("measured", torch.zeros(count, dtype=torch.bool))  # [G], whether p_g ever was
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        self._begin_measuring()
+        # Of the epoch, by group: sum of the probabilities of the true class, and number of images. [2, G]
+        self.register_buffer("sums", torch.zeros(2, count, dtype=torch.float64), persistent=False)
 
     def check(self) -> None:
         if self.keys.MEASURE == "held_out":
             if self.context.data.val is None:
                 raise UserError("TRAINER.DEBIASEDPT.MEASURE held_out: the data set has no validation images; use epoch")
             self.context.attributes.check_groups(self.context.data.val)
-
-    def _begin_measuring(self) -> None:
-        self.P_sum, self.cnt = torch.zeros_like(self.w), torch.zeros_like(self.w)
 
     def before_train(self) -> None:
         groups = self.context.attributes.groups(self.context.data.train)
@@ -112,30 +111,32 @@ class GroupWeights(Debiaser):
         self.started.fill_(True)
 
     def before_epoch(self, epoch: int) -> None:
-        self._begin_measuring()
+        self.sums.zero_()
         if self.keys.MEASURE in ("pass", "held_out"):
             split = self.context.data.train if self.keys.MEASURE == "pass" else self.context.data.val
             assert split is not None, "check has seen to it"
             _, logits = self.context.first_stage.outputs(split)
             groups = self.context.attributes.groups(split)
-            self._measure(logits[groups.known], split.label[groups.known], groups.index[groups.known])
-            self._update()
+            known = groups.known
+            self.sums = self._measured(logits[known], split.label[known], groups.index[known])
+            self._update(self.sums)
 
-    def _measure(self, logits: Tensor, y: Tensor, g: Tensor) -> None:
+    def _measured(self, logits: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        """Sum over the images of each group of the probability of the true class, and their number, [2, G]."""
         p_y = F.softmax(logits.detach(), dim=1).gather(1, y.unsqueeze(1)).squeeze(1)
-        total, count = per_group(p_y, g, len(self.w))
-        self.P_sum, self.cnt = self.P_sum + total, self.cnt + count
+        return torch.stack(per_group(p_y, g, len(self.w)))
 
-    def _update(self, keep: float = 0.0) -> None:
-        """New p_g of the groups that were measured now (``keep`` of the former stays), then new weights.
+    def _update(self, sums: Tensor, keep: float = 0.0) -> None:
+        """New p_g of the groups that were measured (``sums``; ``keep`` of the former stays), then new weights.
 
         A group that never was (no validation image, or none yet) counts as the mean of the others.
         """
-        mean, now = self.P_sum / self.cnt.clamp(min=1), self.cnt > 0
-        self.p = torch.where(now, torch.where(self.measured, keep * self.p + (1 - keep) * mean, mean), self.p)
+        total, count = sums
+        mean, now = total / count.clamp(min=1), count > 0
+        p = torch.where(now, torch.where(self.measured, keep * self.p + (1 - keep) * mean, mean), self.p)
         self.measured = self.measured | now
-        if self.measured.any():
-            self.p = torch.where(self.measured, self.p, self.p[self.measured].mean())
+        of_others = torch.where(self.measured, p, 0).sum() / self.measured.sum()
+        self.p = torch.where(self.measured | ~self.measured.any(), p, of_others)
         self.w = self.keys.EMA * self.w + (1 - self.keys.EMA) * self._weights(self.p, self.keys.ETA)
 
     def _weights(self, p: Tensor, eta: float) -> Tensor:
@@ -145,16 +146,15 @@ class GroupWeights(Debiaser):
     def contribute(self, step: Step) -> Contribution:
         g = self.g[step.index]
         weights = self.w[g].to(step.logits.dtype)
-        if self.keys.MEASURE in ("epoch", "step"):
-            self._measure(step.logits, step.label, g)
-        if self.keys.MEASURE == "step":
-            self._update(keep=self.keys.MOMENTUM)
-            self._begin_measuring()
+        if self.keys.MEASURE == "epoch":
+            self.sums += self._measured(step.logits, step.label, g)
+        elif self.keys.MEASURE == "step":
+            self._update(self._measured(step.logits, step.label, g), self.keys.MOMENTUM)
         return Contribution(sample_weights=weights)
 
     def after_epoch(self, epoch: int) -> None:
         if self.keys.MEASURE == "epoch":
-            self._update()
+            self._update(self.sums)
 
     def by_group(self) -> dict[str, dict[str, float]]:
         share = self.N_g * self.w / len(self.g)

@@ -97,11 +97,9 @@ def test_weights_do_not_depend_on_the_order_of_images(build: Build) -> None:
     logits, label = 3 * torch.randn(80, 2), trainer.encoder.split("train").label
     weights = []
     for order in (torch.arange(80), torch.randperm(80)):
-        debiaser._begin_measuring()
-        for part in order.split(16):
-            debiaser._measure(logits[part], label[part], debiaser.g[part])
+        sums = sum(debiaser._measured(logits[part], label[part], debiaser.g[part]) for part in order.split(16))
         debiaser.w.fill_(1)
-        debiaser._update()
+        debiaser._update(sums)
         weights.append(debiaser.w.clone())
     torch.testing.assert_close(*weights, rtol=1e-12, atol=0)
     assert weights[0].std() > 0
@@ -216,7 +214,7 @@ def test_held_out_measures_the_images_whose_attribute_is_known(build: Build, mon
     debiaser = build("DebiasedPT", *keys).debiasers[0]
     debiaser.before_train()
     debiaser.before_epoch(0)
-    assert debiaser.cnt.sum() == 14
+    assert debiaser.sums[1].sum() == 14
 
 
 def test_held_out_needs_validation_images(build: Build) -> None:
@@ -232,19 +230,20 @@ def test_a_group_that_was_never_measured_counts_as_the_mean(measure: str, build:
     trainer = build("DebiasedPT", "TRAINER.DEBIASEDPT.MEASURE", measure, "TRAINER.DEBIASEDPT.ETA", 50)
     start(trainer)
     debiaser = trainer.debiasers[0]
-    for name in ("p", "measured", "P_sum", "cnt"):
+    for name in ("p", "measured"):
         getattr(debiaser, name).zero_()
+    nothing = torch.zeros(2, 4, dtype=torch.float64)
+    debiaser._update(nothing)
+    assert not debiaser.p.any() and not debiaser.measured.any()
     label, g = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 2, 3])
     logits = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [3.0, 0.0]])
-    debiaser._measure(logits, label, g)
-    debiaser._update(keep=0.9)
+    debiaser._update(debiaser._measured(logits, label, g), keep=0.9)
     p = logits.softmax(1)[torch.arange(4), label].double()
     expected = torch.stack([p[:2].mean(), torch.tensor(0.0).double(), p[2], p[3]])
     expected[1] = expected[[0, 2, 3]].mean()
     torch.testing.assert_close(debiaser.p, expected, rtol=1e-6, atol=1e-7)
-    debiaser._begin_measuring()
-    debiaser._measure(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.tensor([1]))
-    debiaser._update(keep=0.9)  # the first time that it is seen, nothing of what stood for it stays
+    now = debiaser._measured(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.tensor([1]))
+    debiaser._update(now, keep=0.9)  # the first time that it is seen, nothing of what stood for it stays
     assert debiaser.p[1].item() == pytest.approx(torch.tensor([2.0, 0.0]).softmax(0)[0].item())
 
 

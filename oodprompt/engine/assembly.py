@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.captures import Captures
+from oodprompt.backbones.model import ModifiedResNet
 from oodprompt.config.defaults import PRECISIONS
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
@@ -52,8 +53,20 @@ def precision_of(cfg: CfgNode, learner_type: type[PromptLearner], base_name: str
     return choice
 
 
-def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
-    """The frozen backbone on ``device``. ``UserError`` where INPUT.SIZE is not what it takes."""
+def is_channels_last(clip: CLIP, device: torch.device, precision: str) -> bool:
+    """Whether the image tower's convolutions take channels last: in half precision, a GPU's matrix units do.
+
+    A vision transformer has one convolution, for which it does not matter. On a CPU channels last is no faster (RN50 in
+    fp32: 3.4 s for 8 images either way), and it rounds otherwise.
+    """
+    return isinstance(clip.visual, ModifiedResNet) and device.type == "cuda" and precision != "fp32"
+
+
+def load_clip(cfg: CfgNode, device: torch.device, precision: str = "fp32") -> CLIP:
+    """The frozen backbone on ``device``. ``UserError`` where INPUT.SIZE is not what it takes.
+
+    ``precision`` is that of the towers, which decides how a ResNet lies in memory.
+    """
     keys = cfg.MODEL.BACKBONE
     logger.info(f"Loading CLIP (backbone: {keys.PATH or keys.NAME})")
     if keys.PATH and keys.ACTIVATION == "auto":
@@ -66,6 +79,8 @@ def load_clip(cfg: CfgNode, device: torch.device) -> CLIP:
         "while the backbone was moved to it", "Close other programs that use it, or take a smaller --backbone"
     ):
         clip = clip.to(device)
+    if is_channels_last(clip, device, precision):
+        clip.visual.to(memory_format=torch.channels_last)
     takes = clip.visual.input_resolution
     if tuple(cfg.INPUT.SIZE) != (takes, takes):
         raise UserError(

@@ -102,7 +102,7 @@ class PromptTrainer(DasslNames):
     def build_model(self) -> None:
         cfg = self.cfg
         with self.state.main_process_first():
-            self.clip = assembly.load_clip(cfg, self.device)
+            self.clip = assembly.load_clip(cfg, self.device, self.precision)
         note_equal_classes(self.clip, self.dataset.classnames)
         self.learner = self.build_learner(cfg).to(self.device)
         self.trained.add(self.learner.model_name, self.learner, cfg.OPTIM)

@@ -180,6 +180,37 @@ def alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
+def _one_behind(
+    parts: Iterator[Tensor], goes_to_file: Callable[[], bool]
+) -> Iterator[tuple[Tensor, Callable[[], np.ndarray]]]:
+    """Each part [b, d] and what gives it on the host; of a GPU, when the computation of the next part has begun.
+
+    The copy of a part begins right behind its computation where it ``goes_to_file``. So the GPU has the next part to do
+    while the host waits for the copy, writes it and reads images.
+    """
+    waiting: list[tuple[Tensor, Callable[[], np.ndarray]]] = []
+    for part in parts:
+        if part.device.type != "cuda":
+            yield part, part.numpy
+            continue
+        this = part, (_copied(part) if goes_to_file() else lambda part=part: part.cpu().numpy())
+        yield from waiting
+        waiting = [this]
+    yield from waiting
+
+
+def _copied(part: Tensor) -> Callable[[], np.ndarray]:
+    """Begins to copy ``part`` to the host; what is returned waits for the copy alone."""
+    copy = part.to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.current_stream(part.device).record_event()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return copy.numpy()
+
+    return wait
+
+
 class _View:
     """One view [N, d] of a split: read from its file, or computed, and written where that pays.
 
@@ -283,11 +314,11 @@ class _View:
             tolerate(self._begin, lock, None)
         done = self._writer.done if self._writer is not None else 0
         rows: Tensor | None = None
-        for part in compute(view, done):
+        for part, on_host in _one_behind(compute(view, done), lambda: self._writer is not None):
             if rows is None and (self.fits or self._writer is None):
                 rows = part.new_empty(self.shape)
                 rows[:done] = self._written(rows.device)
-            if self._writer is not None and tolerate(self._append, part) is None:
+            if self._writer is not None and tolerate(self._append, on_host) is None:
                 rows = self._leave_file(rows)
             if rows is not None:
                 rows[done : done + len(part)] = part
@@ -316,16 +347,16 @@ class _View:
         multiple = self.cache.cfg.DATALOADER.TEST.BATCH_SIZE
         self._writer = PartialFile(self.path, self.shape, multiple, fresh=rows is not None)
         if rows is not None:
-            self._append(rows)
+            self._append(lambda: rows.cpu().numpy())
         elif self._writer.done:
             self.cache.say(
                 f"Image features: {self.split} go on behind the {self._writer.done:,} of {self.shape[0]:,} that an earlier "
                 "run has computed"
             )
 
-    def _append(self, rows: Tensor) -> bool:
+    def _append(self, rows: Callable[[], np.ndarray]) -> bool:
         assert self._writer is not None
-        self._writer.append(rows.cpu().numpy())
+        self._writer.append(rows())
         return True
 
     def _leave_file(self, rows: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from oodprompt.data.dataset import Datum
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.features import cache
 from oodprompt.features.cache import FeatureCache
 from oodprompt.features.store import PartialFile
 from oodprompt.features.views import extract, rows_of, whole
@@ -546,3 +547,43 @@ def test_frozen_features_are_of_the_view_that_training_sees(
     torch.testing.assert_close(
         trainer.encoder.frozen_features_of("train")[batch["index"]], expected, rtol=1e-4, atol=1e-5
     )
+
+
+class OnGPU:
+    """A part that says it is on a GPU; ``log`` gets what is done with it."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, number: int, log: list[str]) -> None:
+        self.number, self.log = number, log
+        log.append(f"compute {number}")
+
+    def numpy(self) -> np.ndarray:
+        self.log.append(f"wait {self.number}")
+        return np.array([self.number])
+
+    def cpu(self) -> OnGPU:
+        return self
+
+
+@pytest.mark.parametrize("copied_ahead", [True, False])
+def test_the_host_waits_for_a_part_when_the_gpu_has_the_next(
+    copied_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(cache, "_copied", lambda part: (log.append(f"copy {part.number}"), part.numpy)[1])
+    parts = (OnGPU(i, log) for i in range(3))
+    written = [on_host().item() for _, on_host in cache._one_behind(parts, lambda: copied_ahead)]
+    assert written == [0, 1, 2]
+    events = ["compute 0", "copy 0", "compute 1", "copy 1", "wait 0", "compute 2", "copy 2", "wait 1", "wait 2"]
+    assert log == [event for event in events if copied_ahead or "copy" not in event]
+
+
+def test_on_a_cpu_no_part_is_held_back() -> None:
+    asked: list[int] = []
+    parts = (torch.tensor([asked.append(i) or i]) for i in range(3))
+    assert [(len(asked), on_host().item()) for _, on_host in cache._one_behind(parts, lambda: True)] == [
+        (1, 0),
+        (2, 1),
+        (3, 2),
+    ]

@@ -197,7 +197,18 @@ def test_features_are_computed_anew_after_a_change_of(change: str, disk: Disk) -
     ]
 
 
+def test_features_of_a_gpu_are_named_by_tf32_where_it_is_not_torchs_default(disk: Disk) -> None:
+    disk.device = torch.device("cuda")
+    found = []
+    for choice in ("convolutions", "all", "none", "all"):
+        disk.keys.update(TRAIN__TF32=choice)
+        disk.views()
+        found.append(disk.files())
+    assert len(found[0]) < len(found[1]) < len(found[2]) == len(found[3])
+
+
 SAME: dict[str, Callable[[Disk], Any]] = {
+    "TF32 on the CPU": lambda d: d.keys.update(TRAIN__TF32="all"),
     "labels": lambda d: setattr(d, "images", [image.relabelled(7) for image in d.images]),
     "the seed where nothing is random": lambda d: d.keys.update(SEED=5),
     "the number of views": lambda d: d.keys.update(INPUT__VIEWS=1),

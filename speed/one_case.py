@@ -208,9 +208,9 @@ def from_memory(loader: Loader) -> Iterator[Batch]:
     loader does with them then, as copying them to the GPU, it does each time.
     """
     loader.set_epoch(0)
-    kept = list(itertools.islice(loader._loader, _KEPT_BATCHES))
-    loader._loader = _Endless(kept)
-    yield from loader
+    kept = list(itertools.islice(loader._source(), _KEPT_BATCHES))
+    with mock.patch.object(loader, "_source", lambda: _Endless(kept)):
+        yield from loader
 
 
 class _Endless:

@@ -85,6 +85,9 @@ def set_torch(cfg: CfgNode, device: torch.device) -> None:
         # torch.compile does.
         torch.backends.cuda.matmul.allow_tf32 = cfg.TRAIN.TF32 == "all"
         torch.backends.cudnn.allow_tf32 = cfg.TRAIN.TF32 != "none"
+        # cuDNN's attention gives NaN gradients under masks of some lengths (pytorch/pytorch#196678), and makes a plan for
+        # every new shape, which RaVL's varying numbers of regions would pay for step by step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextlib.contextmanager

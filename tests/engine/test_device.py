@@ -32,6 +32,7 @@ def _settings_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.undo()
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
     torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(True)
     torch.use_deterministic_algorithms(False)
     device._of_program = None
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
@@ -96,6 +97,7 @@ def test_the_default_of_tf32_is_torchs(make_cfg: MakeCfg) -> None:
     """The other tests set nothing, so what torch has here is its default."""
     ours = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     device.set_torch(make_cfg(), GPU)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == ours
 
 

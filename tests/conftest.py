@@ -23,9 +23,19 @@ from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.log import show_messages
+from tests.helpers.devices import chooses_gpu_tests
 from tests.helpers.forks import Forks
 from tests.helpers.runs import command_line, no_pictures
 from tests.helpers.small_data import TINY, MakeCfg, MakeData
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compute on the CPU, also where there is a GPU, unless ``-m gpu`` chooses those that need one.
+
+    Nothing has asked CUDA for its devices yet; processes that tests start inherit the variable.
+    """
+    if not chooses_gpu_tests(config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -320,6 +320,8 @@ class PromptTrainer(DasslNames):
         began = time.time()
         logger.info(f"Evaluate on the *{split}* set")
         device.set_torch(self.cfg, self.device)
+        if self.progress is None:  # without training
+            device.forget_peak(self.device)
         metrics = self.evaluate(split)
         peak = device.peak_memory(self.state, self.device)
         if self.state.is_main_process:

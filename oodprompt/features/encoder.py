@@ -139,14 +139,15 @@ class Encoder:
     def encode_image(self, images: Tensor, learner: PromptLearner | None = None) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, d] of ``learner``, or of the run's own."""
         with self.autocast():
-            return (learner or self.learner).encode_image(images.to(self.device, non_blocking=True)).float()
+            z = (learner or self.learner).encode_image(_at_least_one(images).to(self.device, non_blocking=True)).float()
+        return z if len(images) else z[:0]
 
     @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, d] of CLIP as it was released."""
         with self.autocast():
-            z = self.clip.encode_image(images.to(self.device, non_blocking=True))
-        return F.normalize(z.float(), dim=-1)
+            z = self.clip.encode_image(_at_least_one(images).to(self.device, non_blocking=True))
+        return F.normalize(z.float(), dim=-1)[: len(images)]
 
     @torch.no_grad()
     def frozen_features_of(self, split: str) -> Tensor:
@@ -218,13 +219,15 @@ class Encoder:
         learner = learner or self.learner
         z = batch["image_features"] if "image_features" in batch else self.encode_image(batch["img"], learner)
         with self.autocast():
-            alignment = learner(z)
+            alignment = learner(_at_least_one(z))
         frozen = captions = None
         if learner.needs_frozen_features and learner.training:
             frozen = self._frozen_features(batch, z)
         if learner.needs_captions and learner.training:
             captions = self.caption_features[batch["index"].to(self.device)]
         image, text, scale = alignment.image_features, alignment.text_features, alignment.logit_scale
+        if not len(z):
+            image, text = image[:0], text[:0] if text.ndim == 3 else text
         return Alignment(image.float(), text.float(), scale.float(), frozen, captions)
 
     @torch.no_grad()
@@ -268,6 +271,15 @@ class Encoder:
             else:
                 probabilities = torch.empty(0, len(self.learner.classnames))
             yield batch["index"].tolist(), probabilities, batch.get("unreadable", {})
+
+
+def _at_least_one(rows: Tensor) -> Tensor:
+    """``rows`` [B, ...], or one row of ones in place of none, whose results are cut off again.
+
+    A process may get no image of a small last batch, and not every kernel of a GPU takes an empty one. Parameters get
+    gradients all the same, zeros, as in the other processes.
+    """
+    return rows if len(rows) else torch.cat([rows, rows.new_ones(1, *rows.shape[1:])])
 
 
 def gathered(alignment: Alignment, batch: Batch) -> Alignment:

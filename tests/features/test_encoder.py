@@ -43,3 +43,22 @@ def test_workers_that_read_every_epoch_start_once_and_none_is_left(
     loaders = {"train": done.train_loader_x, "val": done.val_loader}
     assert [name for name, loader in loaders.items() if (loader, True) in started] == lasting
     assert sum(lasts for _, lasts in started) == len(lasting)
+
+
+@pytest.mark.parametrize("name", ["CoOp", "CoCoOp", "MaPLe"])
+def test_no_images_are_encoded_as_one_and_give_no_rows(
+    name: str, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a last batch that is smaller than the number of processes, some get none."""
+    trainer = build(name)
+    encoder, learner = trainer.encoder, trainer.learner
+    seen, encode, forward = [], learner.encode_image, learner.forward
+    monkeypatch.setattr(learner, "encode_image", lambda images: seen.append(len(images)) or encode(images))
+    monkeypatch.setattr(learner, "forward", lambda z: seen.append(len(z)) or forward(z))
+    batch = {key: value[:0] for key, value in next(iter(trainer.test_loader)).items()}
+    learner.train()
+    alignment = encoder.align(batch)
+    assert seen == [1, 1] and alignment.logits.shape == (0, 2) and encoder.encode_frozen(batch["img"]).shape == (0, 128)
+    (alignment.image_features.sum() + alignment.logits.sum() + 0 * alignment.text_features.sum()).backward()
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,11 @@ from accelerate import PartialState
 
 # Set to cpu, it runs the tests that need a GPU on the CPU, so that what they say themselves has run.
 STAND_IN = "OODPROMPT_GPU_TESTS"
+
+
+def chooses_gpu_tests(marks: str) -> bool:
+    """Whether the expression of ``pytest -m`` asks for the tests that need a GPU."""
+    return re.search(r"(?<!not )\bgpu\b", marks) is not None
 
 
 def device_of_tests() -> str:

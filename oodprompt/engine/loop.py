@@ -52,12 +52,18 @@ class RunState:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after a step: its number in the epoch, from 0; scalars of the step and their means so far."""
+    """What is known after a step: its number in the epoch, from 0; scalars of the step and their sums so far."""
 
     number: int
     now: dict[str, Tensor]
-    means: dict[str, Tensor]
+    sums: dict[str, Tensor]
     data_seconds: float
+
+    def values(self) -> dict[str, tuple[float, float]]:
+        """By name, the scalar of the step and its mean so far. The host waits for all queued work, once."""
+        both = {(key, kind): value for kind, values in ((0, self.now), (1, self.sums)) for key, value in values.items()}
+        numbers = _numbers(both)
+        return {key: (numbers[key, 0], numbers[key, 1] / (self.number + 1)) for key in self.now}
 
 
 def fit_epoch(
@@ -85,15 +91,21 @@ def fit_epoch(
         samples += 1
         state.step_seconds.append(time.time() - end)
         if after_step is not None:
-            means = {key: value / samples for key, value in sums.items()}
-            after_step(StepReport(number, scalars, means, data_seconds))
+            after_step(StepReport(number, scalars, sums, data_seconds))
         end = time.time()
-    totals = {key: float(value) / samples for key, value in sums.items()}  # waits for all queued work
+    totals = {key: value / samples for key, value in _numbers(sums).items()}  # waits for all queued work
     seconds = time.time() - began
     state.train_seconds += seconds
     if queues_work:
         state.step_seconds[-samples:] = [seconds / samples] * samples
     return totals
+
+
+def _numbers(values: dict[Any, Tensor]) -> dict[Any, float]:
+    """The values on the host, which waits for them once."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
 
 
 def remedy(cfg: CfgNode, precision: str) -> str:

@@ -63,18 +63,18 @@ class Progress:
             self._print(report, learning_rate)
 
     def _print(self, report: StepReport, learning_rate: float) -> None:
-        state, now = self.state, report.now
+        state, now = self.state, report.values()
         seconds = statistics.fmean(state.step_seconds[-_RECENT:])
         left = self.num_batches * (state.max_epoch - state.epoch) - report.number - 1
-        values = " ".join(f"{key} {float(now[key]):.4f} ({float(report.means[key]):.4f})" for key in now)
+        values = " ".join(f"{key} {value:.4f} ({mean:.4f})" for key, (value, mean) in now.items())
         logger.info(
             f"epoch [{state.epoch + 1}/{state.max_epoch}] batch [{report.number + 1}/{self.num_batches}] "
             f"time {state.step_seconds[-1]:.3f} ({seconds:.3f}) data {report.data_seconds:.3f} {values} "
             f"lr {learning_rate:.4e} eta {datetime.timedelta(seconds=int(seconds * left))}"
         )
         step = state.epoch * self.num_batches + report.number
-        for key, value in now.items():
-            self.write_scalar(f"train/{key}", float(value), step)
+        for key, (value, _) in now.items():
+            self.write_scalar(f"train/{key}", value, step)
         self.write_scalar("train/lr", learning_rate, step)
 
     def after_epoch(self, row: dict[str, Any], means: dict[str, float]) -> None:

@@ -163,6 +163,7 @@ class DecoupledProjections(Debiaser):
         self.h_u, self.h_s = (self._projection(width) for _ in range(2))
         self.club = Club(width) if keys.L_C == "club" and keys.ANCHOR == "none" else None
         self.scale = context.clip.logit_scale.exp().item()
+        self._latest: tuple[Alignment | None, Tensor | None] = None, None
         self.context, self.anchored = context, keys.ANCHOR != "none"
         self.alternating, self.spurious_turn = keys.PHASES == "alternating" and not self.anchored, False
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # tells whose turn it is
@@ -242,7 +243,10 @@ class DecoupledProjections(Debiaser):
     def predict(self, alignment: Alignment) -> Tensor:
         if self.keys.INFERENCE == "raw" and not self.training:
             return alignment.logits
-        return alignment.compare(self.project(self.h_u, alignment.image_features))
+        z_u = self.project(self.h_u, alignment.image_features)
+        if self.training:
+            self._latest = alignment, z_u  # the losses of this alignment take the same projection
+        return alignment.compare(z_u)
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         if self.keys.INFERENCE == "raw":
@@ -251,7 +255,10 @@ class DecoupledProjections(Debiaser):
 
     def contribute(self, step: Step) -> Contribution:
         z, y = step.alignment.image_features, step.label
-        z_u, z_s = self.project(self.h_u, z), self.project(self.h_s, z)
+        (alignment, z_u), self._latest = self._latest, (None, None)
+        if z_u is None or alignment is not step.alignment:
+            z_u = self.project(self.h_u, z)
+        z_s = self.project(self.h_s, z)
         contribution = self._anchored(step, z_u, z_s) if self.anchored else self._plain(step.alignment, y, z_u, z_s)
         self.steps += 1
         self.steps_taken += 1

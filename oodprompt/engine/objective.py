@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,8 +108,10 @@ class Objective:
         label, attribute, index = numbers_of_all(batch, alignment.image_features.device)
         logits = self.predict(alignment)
         step = Step(alignment, logits, label, attribute, index, regions)
-        per_sample = self.learner.ce_weight * F.cross_entropy(logits, label, reduction="none")
-        weights = torch.ones_like(per_sample)
+        per_sample = F.cross_entropy(logits, label, reduction="none")
+        if self.learner.ce_weight != 1:
+            per_sample = self.learner.ce_weight * per_sample
+        weights: list[Tensor] = []
         penalties = [p for p in [self.learner.penalty(alignment)] if p is not None]
         log: dict[str, Tensor] = {}
         for debiaser in self.debiasers:
@@ -117,11 +120,14 @@ class Objective:
                 per_sample = per_sample + contribution.per_sample_loss
             if contribution.sample_weights is not None:
                 self._check_weighed(debiaser)
-                weights = weights * contribution.sample_weights
+                weights.append(contribution.sample_weights)
             if contribution.penalty is not None:
                 penalties.append(contribution.penalty)
             log.update(contribution.log)
-        loss = (weights * per_sample).mean() + sum(penalties)
+        weighed = functools.reduce(operator.mul, [*weights, per_sample]) if weights else per_sample
+        loss = weighed.mean()
+        if penalties:
+            loss = loss + sum(penalties[1:], start=penalties[0])
         accuracy = 100 * (logits.argmax(1) == label).float().mean()
         return loss, {"loss": loss.detach(), "acc": accuracy, **{k: v.detach() for k, v in log.items()}}
 

@@ -44,7 +44,7 @@ class Classes:
 
     def centred(self, x: Tensor) -> Tensor:
         """x [B, p] minus the mean of its class."""
-        return x - self.mean @ x
+        return torch.addmm(x, self.mean, x, alpha=-1)
 
     def medians(self, distances: Tensor) -> Tensor:
         """The median within each class of distances [k, B, B] between different images, [k, B]: that of the own class.
@@ -224,16 +224,20 @@ def hsic(x: Tensor, y: Tensor, classes: Classes | None = None) -> Tensor:
     Source: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", ALT 2005.
     """
     classes = classes or Classes.one(x)
-    k, l = _rbf(torch.stack([_squared_distances(x), _squared_distances(y)]), classes)
-    rows = k.sum(dim=1) / classes.number
-    k = k - rows - rows.unsqueeze(1) + (classes.mean @ rows).unsqueeze(1)
-    return classes.weight @ (classes.mean * k * l).sum(dim=1)
+    if x.shape == y.shape:
+        distances = _squared_distances(torch.stack([x, y]))
+    else:
+        distances = torch.stack([_squared_distances(x), _squared_distances(y)])
+    kernels = _rbf(distances, classes)
+    k, l = torch.baddbmm(kernels, classes.mean.expand_as(kernels), kernels, alpha=-1)  # H K and H L
+    return classes.weight @ (classes.mean * k * l.T).sum(dim=1)
 
 
 def _squared_distances(x: Tensor) -> Tensor:
-    """|x_i - x_j|^2 of x [n, p], [n, n]."""
-    squares = (x * x).sum(1)
-    return (squares[:, None] + squares[None] - 2 * x @ x.T).clamp(min=0)
+    """|x_i - x_j|^2 of x [..., n, p], [..., n, n]."""
+    products = x @ x.transpose(-1, -2)
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    return torch.sub(squares.unsqueeze(-1) + squares.unsqueeze(-2), products, alpha=2).clamp(min=0)
 
 
 def _rbf(distances: Tensor, classes: Classes) -> Tensor:

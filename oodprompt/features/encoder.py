@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, is_too_long
+from oodprompt.backbones.transfer import to_device
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_together, whole_index
@@ -223,7 +224,7 @@ class Encoder:
         if learner.needs_frozen_features and learner.training:
             frozen = self._frozen_features(batch, z)
         if learner.needs_captions and learner.training:
-            captions = self.caption_features[batch["index"].to(self.device)]
+            captions = self.caption_features[to_device(batch["index"], self.device)]
         image, text, scale = alignment.image_features, alignment.text_features, alignment.logit_scale
         return Alignment(image.float(), text.float(), scale.float(), frozen, captions)
 

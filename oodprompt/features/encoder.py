@@ -223,7 +223,7 @@ class Encoder:
         if learner.needs_frozen_features and learner.training:
             frozen = self._frozen_features(batch, z)
         if learner.needs_captions and learner.training:
-            captions = self.caption_features[batch["index"].to(self.device)]
+            captions = self.caption_features[batch["index"].to(self.device, non_blocking=True)]
         image, text, scale = alignment.image_features, alignment.text_features, alignment.logit_scale
         return Alignment(image.float(), text.float(), scale.float(), frozen, captions)
 

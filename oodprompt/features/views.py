@@ -75,7 +75,7 @@ class FeatureLoader:
 def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str) -> Tensor:
     """Rows ``index`` of a view [N, d]; of a memory-mapped one only they are read, and moved to ``device``."""
     if isinstance(view, Tensor):
-        return view[index.to(view.device)]
+        return view[index.to(view.device, non_blocking=True)]
     # indexing with an array copies: the file stays untouched
     return to_device(torch.from_numpy(view[index.cpu().numpy()]), device)
 

@@ -41,10 +41,13 @@ out="$(absolute "$out")" upstream="$(absolute "$upstream")"
 mkdir -p "$out" || exit 2
 if compgen -G "$out/*.jsonl" >/dev/null; then usage "$out already holds results"; fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
-"$python" -c 'import torch' 2>/dev/null || usage "$python has no torch; set PYTHON to one that has"
-if [ "$device" = cuda ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+gpus="$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)" || usage "$python has no torch; set PYTHON to one that has"
+if [ "$device" = cpu ]; then
+  export OODPROMPT_GPU_TESTS=cpu
+elif [ "$gpus" = 0 ]; then
   usage "torch sees no GPU here; with --device cpu --small every case runs once without one"
 fi
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one GPU: figures are of one
 
 missing="$("$python" speed/gpu_cases.py missing)"
 if [ -n "$missing" ]; then
@@ -67,9 +70,12 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 # run NAME LIMIT FILE MISSING COMMAND: one case; its standard output is added to FILE, the rest to log.txt.
 run() {
-  local name="$1" limit="$2" file="$3" lacks="$4" at=$SECONDS status
+  local name="$1" limit="$2" file="$3" lacks="$4" at=$SECONDS status left=$((total - SECONDS + began))
+  if [ ${#small[@]} -eq 0 ] && [ "$limit" -gt "$left" ]; then limit="$left"; fi
   if [ "$lacks" != - ]; then
     status="left out: no $lacks"
+  elif [ "$limit" -lt 8 ]; then
+    status="left out: no time is left"
   else
     echo "== $name" >>"$out/log.txt"
     eval "timeout -k 5 $limit '$python' $5" </dev/null >>"$out/$file" 2>>"$out/log.txt" &
@@ -83,6 +89,7 @@ run() {
   echo "$name: $status, $((SECONDS - at)) s"
   summarise
 }
+total="$("$python" speed/gpu_cases.py total)"
 plan="$("$python" speed/gpu_cases.py plan "${small[@]}" --device "$device" --upstream "$upstream")" || exit 2
 while IFS=$'\t' read -r name limit file lacks command <&3; do
   run "$name" "$limit" "$file" "$lacks" "$command"

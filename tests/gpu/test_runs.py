@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from oodprompt import cli
-from oodprompt.config.keys import get_cfg_default
 from oodprompt.engine import checkpoint
 from oodprompt.engine.trainer import PromptTrainer
 from tests.helpers.devices import using
@@ -19,7 +18,7 @@ from tests.helpers.runs import Arguments, Run, interrupted_at, weights
 
 pytestmark = pytest.mark.gpu
 
-FP32 = ("TRAINER.PREC", "fp32")
+FP32 = ("TRAINER.PREC", "fp32", "TRAIN.TF32", "none")
 ANCHORED = ("TRAINER.COOPOOD.ANCHOR", "attributes")
 METHODS = ["CoOp", "MaPLe", "CoOpOOD"]
 # Without deterministic kernels two runs on a GPU may differ by rounding, which training carries on.
@@ -98,8 +97,6 @@ def test_a_run_goes_on_on_another_device(
 
 @pytest.mark.parametrize("method", ["CoOp", "MaPLe", "RaVL"])
 def test_deterministic_runs_are_the_same_bit_for_bit(run: Run, tmp_path: Path, device: str, method: str) -> None:
-    if "DETERMINISTIC" not in get_cfg_default().TRAIN:
-        pytest.skip("this version has no key TRAIN.DETERMINISTIC")
     found = ("DISCOVERY.THRESHOLD", -1.0, "DISCOVERY.BOTH_SIGNS", False, "DISCOVERY.K_RANGE", "(4, 6)")
     keys = ("TRAIN.DETERMINISTIC", True, "TRAINER.PREC", "amp", "DISCOVERY.EPOCHS", 1, *found)
     with using(device):

@@ -93,10 +93,10 @@ def test_a_step_makes_the_host_wait_for_nothing(build: Build, device: str, form:
         if not trainer.trained.are_trained:
             return
         batches = ready(trainer)
-        assert trainer.num_batches > 4
-        steps(trainer, batches, range(2))
+        assert trainer.num_batches >= 4
+        steps(trainer, batches, range(1))
         with no_waits(device):
-            steps(trainer, batches, range(2, 4))
+            steps(trainer, batches, range(1, 3))
 
 
 def test_a_wait_is_seen(device: str) -> None:

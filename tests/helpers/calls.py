@@ -250,8 +250,10 @@ class _Operations(TorchDispatchMode):
         if func in _COPIES:
             return
         if func in _INDEXING and seen.has(args[0]):
-            seen.note(seen.waits, "index on the CPU")
-            return
+            if any(isinstance(t, Tensor) and not seen.has(t) for t in args[1]):
+                seen.note(seen.waits, "index on the CPU")
+            given = [] if func is aten.index.Tensor else [args[2]]  # what is put there
+            here = [seen.has(value) for value in given]
         others = [tuple(tensor.shape) for tensor, is_here in zip(given, here, strict=True) if not is_here]
         if any(others):
             raise DeviceError(

@@ -20,8 +20,7 @@ from yacs.config import CfgNode
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.methods.attributes import DiscoveredClusters
-from tests.helpers.calls import DEVICE, DeviceError, SeenDevice, as_on_a_gpu, first_steps
+from tests.helpers.calls import DEVICE, DeviceError, SeenDevice, as_on_a_gpu, first_steps, with_clusters
 
 Build = Callable[..., PromptTrainer]
 ROOM = 1.05
@@ -89,11 +88,7 @@ def prepared(images: list[str], build: Build, monkeypatch: pytest.MonkeyPatch) -
             "VERBOSE",
             "False",
         ]
-        trainer = build(*words, *sizes)
-        regions = trainer.region_features.regions("train").owner
-        found = DiscoveredClusters((1,), {"train": torch.arange(len(regions)) % 3}, {"train": regions})
-        trainer.attributes.discovered._found = found
-        return trainer
+        return with_clusters(build(*words, *sizes))
 
     return make
 

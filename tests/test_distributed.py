@@ -108,6 +108,26 @@ def test_several_processes_need_a_seed(arguments: Callable[..., list[str]], monk
         cli.run(arguments("CoOp", "unseeded", "--seed", -1))
 
 
+def test_a_step_takes_one_gather_of_a_kind_and_one_reduction_of_what_is_on_the_device(
+    arguments: Callable[..., list[str]], tmp_path: Path, forks: Forks
+) -> None:
+    """Features, whatever they are, go together, and so do labels, attributes and indices; so do all gradients."""
+    step, regions = {"allgather_base": 2, "allreduce": 1}, {"allgather_base": 3, "allreduce": 1}
+    runs = [
+        (["CoOp", *AUGMENTED], step),
+        (["CoCoOp"], step),  # with text features by image
+        (["PromptSRC"], step),  # with frozen image features
+        (["FineTune", "TRAINER.FINETUNE.CAPTIONS", 0.8], step),  # with those of captions
+        (["CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.STACK", "['DebiasedPT']"], step),
+        (["RaVL"], step),  # of kept features of regions, every process has all
+        (["RaVL", "--base", "MaPLe"], regions),
+    ]
+    few = ["DATASET.SHAPES.NUM_TRAIN", 32, "DATASET.SHAPES.NUM_TEST", 8, "DATALOADER.TRAIN_X.BATCH_SIZE", 8]
+    commands = [(arguments(run[0], str(i), *run[1:], *few), expected) for i, (run, expected) in enumerate(runs)]
+    (tmp_path / "steps.json").write_text(json.dumps(commands))
+    forks.together(2, ["tests/helpers/collectives.py", str(tmp_path / "steps.json")])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one_with_the_summed_batch(
     case: str, arguments: Callable[..., list[str]], tmp_path: Path, forks: Forks

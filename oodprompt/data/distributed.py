@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from oodprompt.backbones.transfer import to_device
 
+# One tensor for the rows of all processes; torch 2.14 gave it another name and warns of the former.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def number_of_processes() -> int:
     """How many processes train together."""
@@ -38,7 +41,7 @@ class _GatherRows(torch.autograd.Function):
             sent = rows.new_zeros(longest, *rows.shape[1:])
             sent[: len(rows)] = rows
         received = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
-        dist.all_gather_into_tensor(received, sent)
+        _all_gather(received, sent)
         if min(sizes) == longest:
             return received
         parts = zip(received.split(longest), sizes, strict=True)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oodprompt.backbones import model, packing
 from oodprompt.engine import assembly, device, optim
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.methods.attributes import DiscoveredClusters
 from tests.helpers.runs import REPOSITORY
 
 DEVICE = torch.device("cpu", 0)
@@ -279,6 +280,14 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(assembly, "COMPUTES_IN_FP16", ["cuda", "cpu"])
     patch.setattr(optim, "_are_on_gpu", lambda trained: True)
     patch.setattr(model, "way_of", lambda _, tokens, width: way_of(torch.device("cuda"), tokens, width))
+
+
+def with_clusters(trainer: PromptTrainer) -> PromptTrainer:
+    """The trainer, for which discovery has found every third region of training images, without a search."""
+    regions = trainer.region_features.regions("train").owner
+    found = DiscoveredClusters((1,), {"train": torch.arange(len(regions)) % 3}, {"train": regions})
+    trainer.attributes.discovered._found = found
+    return trainer
 
 
 def first_steps(trainer: PromptTrainer, seen: SeenDevice, steps: int) -> Iterator[int]:

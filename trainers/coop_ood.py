@@ -296,18 +296,21 @@ class DecoupledProjections(Debiaser):
         L_a = F.cross_entropy(
             self.scale * z_s @ self.attribute_text.T, self.pseudo_attribute[step.index], reduction="none"
         )
-        L_s = uniformity_loss(step.alignment.compare(z_s.detach()))
-        q = self.posterior[step.index]
+        per_sample = keys.ANCHOR_GAMMA * L_a
+        with torch.set_grad_enabled(torch.is_grad_enabled() and keys.ANCHOR_ALPHA > 0):  # else it is only looked at
+            L_s = uniformity_loss(step.alignment.compare(z_s.detach()))
+        if keys.ANCHOR_ALPHA:
+            per_sample = keys.ANCHOR_ALPHA * L_s + per_sample
         if keys.ANCHOR_L_C == "xcov":
-            L_c = within_classes(cross_covariance, z_u, q, step.label, keys.MIN_PER_CLASS)
+            L_c = within_classes(cross_covariance, z_u, self.posterior[step.index], step.label, keys.MIN_PER_CLASS)
         elif self.statistics == "train":
             L_c = explained_share(*self.moments, self.h_u.weight)
         elif self.statistics == "running":
-            L_c = self.running(z_u, q, step.label)
+            L_c = self.running(z_u, self.posterior[step.index], step.label)
         else:
-            L_c = batch_share(z_u, q, step.label)
+            L_c = batch_share(z_u, self.posterior[step.index], step.label)
         return Contribution(
-            per_sample_loss=keys.ANCHOR_ALPHA * L_s + keys.ANCHOR_GAMMA * L_a,
+            per_sample_loss=per_sample,
             penalty=(keys.ANCHOR_BETA if self.context.features_are_frozen else keys.ANCHOR_BETA_TOWER) * L_c,
             log={"L_s": L_s.mean(), "L_c": L_c, "L_a": L_a.mean()},
         )

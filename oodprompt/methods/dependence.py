@@ -107,7 +107,7 @@ def within_class_moments(x: Tensor, q: Tensor, label: Tensor) -> tuple[Tensor, T
         centred, target = x[mine], q[mine]
         cross.append(centred.T @ target / (len(x) * len(target)) ** 0.5)
         covariance = covariance + centred.T @ centred / len(x)
-    return torch.stack(cross), covariance
+    return torch.stack(cross, dim=1).transpose(0, 1), covariance  # in the order in which ``explained_share`` takes it
 
 
 def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -116,11 +116,12 @@ def explained_share(cross: Tensor, covariance: Tensor, weight: Tensor | None = N
     sum_c n_c || W Cov_c(x, q) ||_F^2 / (A N tr(W Cov(x) W^T)), from ``within_class_moments`` of x and q; W is the
     identity when it is not given. In [0, 1] for one attribute and its complement; free of W's scale.
     """
+    columns, attributes = cross.transpose(0, 1).flatten(1), cross.shape[-1]  # [d, C' A]
     if weight is None:
         variance = covariance.diagonal().sum()
     else:
-        cross, variance = weight @ cross, (weight @ covariance * weight).sum()
-    return (cross**2).sum() / (cross.shape[-1] * variance.clamp(min=1e-12))
+        columns, variance = weight @ columns, (weight @ covariance * weight).sum()
+    return (columns**2).sum() / (attributes * variance.clamp(min=1e-12))
 
 
 def batch_share(x: Tensor, q: Tensor, label: Tensor) -> Tensor:

@@ -145,6 +145,16 @@ def plain_moments(x: Tensor, q: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(cross), covariance
 
 
+def test_share_of_projected_features_is_the_formula() -> None:
+    label, weight = LABELS["uneven"], torch.randn(8, 8, dtype=torch.double, requires_grad=True)
+    cross, covariance = plain_moments(
+        branches(len(label), torch.double, width=8)[0].detach(), torch.rand(32, 2).double(), label
+    )
+    explained = sum(((weight @ of_class) ** 2).sum() for of_class in cross)
+    plain = explained / (2 * (weight @ covariance @ weight.T).diagonal().sum())
+    agree(explained_share(cross, covariance, weight), plain, torch.double, weight)
+
+
 @pytest.mark.parametrize("labels", LABELS)
 def test_what_is_computed_ahead_of_training_is_bit_for_bit_what_masks_give(labels: str) -> None:
     label = LABELS[labels]

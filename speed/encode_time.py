@@ -184,7 +184,9 @@ def run(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         for line in measurements(args, write_photographs(Path(folder), args.images)):
-            print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}), flush=True)
+            print(
+                json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True
+            )
 
 
 if __name__ == "__main__":

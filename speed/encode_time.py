@@ -125,28 +125,36 @@ def measurements(args: argparse.Namespace, files: list[str]) -> Iterator[dict[st
     for precision in precisions:
         limits[precision] = matmul_tflops(DTYPES[precision], device, args.matmul, args.seconds)
         yield {"what": "matmul", "precision": precision, "tflops": limits[precision], **one_case.where(device)}
-    for backbone, (i, precision) in itertools.product(args.backbone, enumerate(precisions)):
-        # Files with the first precision alone: reading does not depend on it.
-        for workers in (None, *(args.workers if i == 0 else ())):
-            # More workers read more images, so that their start does not count for most of the time.
-            epoch = args.images * (1 if workers is None else max(1, min(workers, args.repeat)))
-            trainer, folder = trainer_of(args, backbone, precision, workers or 0, files, epoch)
-            with folder:
-                facts = {"backbone": backbone, "precision": precision, "batch": args.batch, "workers": workers}
-                if workers is None:
-                    found = {"images_s": encode_pixels(trainer, args.seconds)}
-                else:
-                    found = dict(zip(("images_s", "pass_s"), encode_files(trainer), strict=True)) | {"images": epoch}
-                tflops = found["images_s"] * flops_per_image(trainer.clip.shape) / 1e12
-                found |= {"tflops": tflops, "share": tflops / limits[precision]}
-            yield {"what": "pixels" if workers is None else "files", **facts, **found, **one_case.where(device)}
+    for backbone, precision in itertools.product(args.backbone, precisions):
+        yield measurement(args, files, backbone, precision, None, limits[precision])
+    # Files in the first precision alone, and other backbones with the last number of workers: reading is the same.
+    for backbone in args.backbone:
+        for workers in args.workers if backbone == args.backbone[0] else args.workers[-1:]:
+            yield measurement(args, files, backbone, precisions[0], workers, limits[precisions[0]])
+
+
+def measurement(
+    args: argparse.Namespace, files: list[str], backbone: str, precision: str, workers: int | None, limit: float
+) -> dict[str, Any]:
+    """One line: from files by so many workers, or from memory for None; ``limit`` is that of matrix products."""
+    # More workers read more images, so that their start does not count for most of the time.
+    epoch = args.images * (1 if workers is None else max(1, min(workers, args.repeat)))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(args, backbone, precision, workers or 0, files, epoch, Path(folder))
+        facts = {"backbone": backbone, "precision": precision, "batch": args.batch, "workers": workers}
+        if workers is None:
+            found: dict[str, Any] = {"images_s": encode_pixels(trainer, args.seconds)}
+        else:
+            found = dict(zip(("images_s", "pass_s"), encode_files(trainer), strict=True)) | {"images": epoch}
+        tflops = found["images_s"] * flops_per_image(trainer.clip.shape) / 1e12
+        found |= {"tflops": tflops, "share": tflops / limit}
+        return {"what": "pixels" if workers is None else "files", **facts, **found, **one_case.where(trainer.device)}
 
 
 def trainer_of(
-    args: argparse.Namespace, backbone: str, precision: str, workers: int, files: list[str], epoch: int
-) -> tuple[PromptTrainer, Any]:
-    """A trainer over ``epoch`` photographs with random weights, and the folder that lasts as long as it is used."""
-    folder = tempfile.TemporaryDirectory()
+    args: argparse.Namespace, backbone: str, precision: str, workers: int, files: list[str], epoch: int, folder: Path
+) -> PromptTrainer:
+    """A trainer over ``epoch`` photographs, with random weights."""
     words = ["--trainer", "CoOp", "--classes", "2", "--batch", str(args.batch), "--backbone", backbone]
     words += ["--device", args.device, "--precision", precision, "--cache", "off"]
     if args.layers is not None:
@@ -154,7 +162,7 @@ def trainer_of(
     keys = ["DATALOADER.NUM_WORKERS", str(workers)]
     (case,) = step_time.plan(step_time.parser().parse_args(words), keys)
     with contextlib.redirect_stdout(sys.stderr):
-        return one_case.build(case | {"images": files, "epoch": epoch}, Path(folder.name)), folder
+        return one_case.build(case | {"images": files, "epoch": epoch}, folder)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -176,7 +184,9 @@ def run(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         for line in measurements(args, write_photographs(Path(folder), args.images)):
-            print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}), flush=True)
+            print(
+                json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True
+            )
 
 
 if __name__ == "__main__":

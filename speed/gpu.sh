@@ -5,10 +5,10 @@
 #   --small            every case with tiny models and one step, on any machine
 #   --device           default: cuda
 #   PYTHON             the Python to use; default: python3
-# It needs this checkout and a Python with torch and torchvision. A bare torch machine lacks at most these packages:
-#   accelerate clip-anytorch filelock ftfy jinja2 kmedoids matplotlib pillow pyyaml regex safetensors scikit-learn scipy
-#   tabulate tensorboard tqdm yacs; for the tests also pytest pytest-timeout pytest-xdist
-# The script installs what is missing with pip. Where pip reaches nothing, it names them and runs what can run without.
+# It needs this checkout and a Python with torch, torchvision and these packages, of which a bare torch machine lacks a few:
+#   accelerate clip-anytorch filelock ftfy jinja2 kmedoids matplotlib numpy pillow pyyaml regex safetensors scikit-learn
+#   scipy tabulate tensorboard tqdm yacs; pytest pytest-timeout pytest-xdist for the tests
+# It tries to install what is missing with pip. Where pip reaches nothing, it names them and runs what can run without.
 # To bring them along, install them elsewhere, for the same Python, with `pip install --no-deps --target FOLDER ...`, and
 # start the script with PYTHONPATH=FOLDER. docs/gpu.md says what is measured.
 set -uo pipefail
@@ -71,14 +71,14 @@ trap 'exit 143' TERM
 # run NAME LIMIT FILE MISSING COMMAND: one case; its standard output is added to FILE, the rest to log.txt.
 run() {
   local name="$1" limit="$2" file="$3" lacks="$4" at=$SECONDS status left=$((total - SECONDS + began))
-  if [ ${#small[@]} -eq 0 ] && [ "$limit" -gt "$left" ]; then limit="$left"; fi
+  if [ ${#small[@]} -gt 0 ]; then left="$limit"; elif [ "$limit" -gt "$left" ]; then limit="$left"; fi
   if [ "$lacks" != - ]; then
     status="left out: no $lacks"
-  elif [ "$limit" -lt 8 ]; then
+  elif [ "$left" -lt 8 ]; then
     status="left out: no time is left"
   else
     echo "== $name" >>"$out/log.txt"
-    eval "timeout -k 5 $limit '$python' $5" </dev/null >>"$out/$file" 2>>"$out/log.txt" &
+    bash -c "exec timeout -k 5 $limit '$python' $5" </dev/null >>"$out/$file" 2>>"$out/log.txt" &
     pid=$!
     wait "$pid"
     status=$?

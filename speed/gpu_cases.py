@@ -218,10 +218,11 @@ def _in_ms(line: dict[str, Any]) -> dict[str, Any]:
 
 def tests_of(text: str) -> str:
     """How many tests had which outcome, and a line of each that failed, out of what pytest printed so far."""
-    outcomes = re.findall(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b(?=.*(?:\[ *\d+%\]|tests/\S+::))", text)
-    # With one process a line is NAME OUTCOME [n%]; with several [gwK] [n%] OUTCOME NAME. Both name a test once.
-    numbers = ", ".join(f"{outcomes.count(kind)} {kind.lower()}" for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED"))
+    # With one process a line is NAME OUTCOME [n%], with several [gwK] [n%] OUTCOME NAME; OUTCOME NAME - WHY comes last.
     failed = [line for line in text.splitlines() if re.match(r"(FAILED|ERROR) tests/", line)]
+    ran = [line for line in text.splitlines() if "tests/" in line and line not in failed]
+    outcomes = [match[1] for line in ran if (match := re.search(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b", line))]
+    numbers = ", ".join(f"{outcomes.count(kind)} {kind.lower()}" for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED"))
     return "\n".join([f"{numbers}.", *(f"- {line}" for line in failed)])
 
 

@@ -362,7 +362,8 @@ def counts(go: Callable[[], None], device: torch.device, steps: int = 2) -> dict
             with torch.profiler.record_function("one step"):
                 go()
         torch.cuda.synchronize()
-    found = count_calls([(e.name, e.time_range.start, e.time_range.end) for e in profiler.events()], "one step")
+    on_host = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    found = count_calls([(e.name, e.time_range.start, e.time_range.end) for e in on_host], "one step")
     return {key: value / steps for key, value in found.items()} if found["launches"] else nothing
 
 

@@ -4,7 +4,7 @@ FOLDER holds checkouts of Dassl.pytorch, CoOp and multimodal-prompt-learning; no
 trainer is built over the same random weights, class names and batch size as ours, with the keys of their own yaml file,
 and its ``forward_backward`` is timed as ours is. What is mended from outside, so that it runs on a current torch and
 without a data set: Dassl's known breakages (``oodprompt.plugin``), the download of weights, and MaPLe's first
-projection, which upstream keeps in half precision also where the rest is in fp32.
+projection, which upstream keeps in half precision also where the rest is in fp32, so that neither fp32 nor amp runs.
 
 One JSON line per implementation and setting. ``ratio`` is upstream's ``step_s`` in the same precision over ours;
 ``ratio_fp16`` that of upstream in fp16, which its files ask for, over ours in amp.
@@ -98,7 +98,7 @@ class Upstream:
         trainer.check_cfg(cfg)
         with mock.patch.object(module.clip, "_download", lambda *args: str(weights)):
             trainer.build_model()
-        if precision == "fp32" and hasattr(trainer.model.prompt_learner, "proj"):
+        if precision != "fp16" and hasattr(trainer.model.prompt_learner, "proj"):
             trainer.model.prompt_learner.proj.float()
         trainer.set_model_mode("train")
         trainer.num_batches, trainer.batch_idx = sys.maxsize, -1

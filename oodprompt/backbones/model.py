@@ -651,7 +651,11 @@ class CLIP(nn.Module):
         """``encode_prompts`` for a prefix [B, P, e], at once; returns [B, C, embed_dim]."""
         way = way_of(prefix.device, prefix.shape[1] + sum(lengths), self.shape.text_width)
         packing = pack(prefix.shape[1], lengths, prefix.device, way)
-        own = suffix[:, : max(lengths)].flatten(0, 1).index_select(0, packing.suffix_index)
+        longest = max(lengths)
+        if suffix.requires_grad:
+            own = suffix[:, :longest].flatten(0, 1).index_select(0, packing.suffix_index)
+        else:  # one kernel
+            own = suffix[packing.suffix_places]
         x = torch.cat([prefix, own.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1).to(self.dtype)
         x = x + self.positional_embedding[packing.positions]
         x = self.transformer(x, packing.attend, deep, deep_at=1, rows=packing.ends)

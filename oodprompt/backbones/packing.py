@@ -46,7 +46,8 @@ class Packing:
     """Where the tokens of C prompts stand: the P shared ones, then the suffixes, which make T tokens.
 
     ``buckets`` (first token, classes, length) of each run of suffixes of one length, which are side by side;
-    ``suffix_index`` [T] where each suffix token stands in a padded [C, S] that is flattened; ``positions`` [P + T] of the
+    ``suffix_index`` [T] where each suffix token stands in a padded [C, S] that is flattened, ``suffix_places`` the class and
+    the column of each; ``positions`` [P + T] of the
     tokens in their prompts; ``ends`` [C] where the last token of each class stands, in the order of the row;
     ``class_order`` [C] the place of each class in that order. ``way`` is one of ``WAYS``; ``visible`` says for "row"
     which tokens see which, [P + T, P + T], and for "classes" which tokens of a suffix see which of the prefix and the
@@ -56,30 +57,32 @@ class Packing:
     prefix: int
     buckets: tuple[tuple[int, int, int], ...]
     suffix_index: Tensor
+    suffix_places: tuple[Tensor, Tensor]
     positions: Tensor
     ends: Tensor
     class_order: Tensor
     way: str
     visible: Tensor
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _biases: dict[tuple[torch.dtype, bool], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each prompt. q, k, v [B, H, P + T, d]; q may hold the ``ends`` only, [B, H, C, d]."""
         ends_only = q.shape[2] != k.shape[2]
         if self.way == "row":
-            bias = self._bias(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[self.ends] if ends_only else bias)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(q.dtype, ends_only))
         return (self._by_class if self.way == "classes" else self._by_length)(q, k, v, ends_only)
 
-    def _bias(self, dtype: torch.dtype) -> Tensor:
-        """``visible`` as what is added to scores: 0 and minus infinity."""
-        if dtype not in self._biases:
+    def _bias(self, dtype: torch.dtype, ends_only: bool) -> Tensor:
+        """``visible`` as what is added to scores, 0 and minus infinity; for "row" and ``ends_only`` the rows ``ends``."""
+        key = dtype, ends_only
+        if key not in self._biases:
             with torch.inference_mode(False):
-                rows, columns = self.visible.shape
+                visible = self.visible[self.ends] if ends_only and self.way == "row" else self.visible
+                rows, columns = visible.shape
                 room = -(-columns // _ALIGNMENT) * _ALIGNMENT
-                bias = torch.zeros(rows, room, dtype=dtype, device=self.visible.device)[:, :columns]
-                self._biases[dtype] = bias.masked_fill_(~self.visible, -torch.inf)
-        return self._biases[dtype]
+                bias = torch.zeros(rows, room, dtype=dtype, device=visible.device)[:, :columns]
+                self._biases[key] = bias.masked_fill_(~visible, -torch.inf)
+        return self._biases[key]
 
     def _by_class(self, q: Tensor, k: Tensor, v: Tensor, ends_only: bool) -> Tensor:
         """Every suffix, padded to the longest, as an item of one batch, whose keys are the prefix's and its own."""
@@ -94,7 +97,7 @@ class Packing:
             ahead = shared.unsqueeze(1).expand(-1, classes, -1, -1, -1)
             return torch.cat([ahead.flatten(0, 1), own(rest, length)], dim=2)
 
-        bias = self._bias(q.dtype)
+        bias = self._bias(q.dtype, ends_only)
         asking = 1 if ends_only else length
         if ends_only:
             last = (self.ends - P) % length  # the place of each class's end in its suffix
@@ -172,6 +175,7 @@ def pack(prefix: int, lengths: tuple[int, ...], device: torch.device, way: str =
         prefix=prefix,
         buckets=tuple(buckets),
         suffix_index=tensor(index),
+        suffix_places=(tensor([i // longest for i in index]), tensor([i % longest for i in index])),
         positions=tensor(positions),
         ends=tensor(ends),
         class_order=tensor([place[i] for i in range(classes)]),

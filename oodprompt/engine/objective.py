@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -128,7 +129,7 @@ class Objective:
         loss = weighed.mean()
         if penalties:
             loss = loss + sum(penalties[1:], start=penalties[0])
-        accuracy = 100 * (logits.argmax(1) == label).float().mean()
+        accuracy = 100 * (logits.argmax(1) == label).mean(dtype=torch.float32)
         return loss, {"loss": loss.detach(), "acc": accuracy, **{k: v.detach() for k, v in log.items()}}
 
     def _check_weighed(self, debiaser: Debiaser) -> None:

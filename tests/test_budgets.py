@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase, Datum
+from oodprompt.data.distributed import numbers_of_all
 from oodprompt.engine.trainer import PromptTrainer
 from tests.helpers.calls import DEVICE, DeviceError, SeenDevice, as_on_a_gpu, first_steps, with_clusters
 
@@ -148,6 +149,19 @@ def test_what_does_not_wait_is_no_wait() -> None:
             torch.repeat_interleave(x, 2).index_add_(0, x.long(), torch.ones(4, device=x.device))
     assert not seen.waits
     assert (seen.casts, seen.copies.total(), seen.calls > 10) == (3, 1, True)
+
+
+@pytest.mark.parametrize("there", [(), ("attribute",), ("label", "attribute", "index")])
+def test_numbers_of_a_batch_come_to_the_device_from_wherever_they_are(there: tuple[str, ...]) -> None:
+    """Batches of images have them on the CPU, those of kept features on the device, and those of Dassl on both."""
+    with SeenDevice() as seen:
+        numbers = {name: torch.arange(3) + i for i, name in enumerate(("label", "attribute", "index"))}
+        batch = {name: value.to(DEVICE) if name in there else value for name, value in numbers.items()}
+        with seen.counted():
+            found = numbers_of_all(batch, DEVICE)
+        assert all(seen.has(value) for value in found) and not seen.waits
+        assert seen.copies.total() == {0: 1, 1: 2, 3: 0}[len(there)]
+        assert [value.tolist() for value in found] == [value.tolist() for value in numbers.values()]
 
 
 def test_what_cuda_refuses_is_refused() -> None:

@@ -100,8 +100,10 @@ def numbers_of_all(batch: Mapping[str, Any], device: torch.device) -> tuple[Tens
     """
     numbers = [batch[key] for key in ("label", "attribute", "index")]
     alone = number_of_processes() == 1
-    if alone and all(number.device == device for number in numbers):
-        return tuple(numbers)
+    if any(number.device == device for number in numbers):
+        numbers = [to_device(number, device) for number in numbers]
+        if alone:
+            return tuple(numbers)
     columns = to_device(torch.stack(numbers, dim=0 if alone else 1), device)
     if not alone:
         columns = gather_rows(columns, len(whole_index(batch))).T.contiguous()

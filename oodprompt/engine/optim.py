@@ -28,7 +28,7 @@ def build_optimizer(
     lr = optim_cfg.LR if lr is None else lr
     trained: Any = _staged(params, optim_cfg, lr) if optim_cfg.STAGED_LR else _trained(params)
     common: dict[str, Any] = {"lr": lr, "weight_decay": optim_cfg.WEIGHT_DECAY}
-    kernels = {"fused": True} if _are_on_gpu(trained) else {}
+    kernels: dict[str, Any] = {"fused": True} if _are_on_gpu(trained) else {}
     of_adam = {**common, "betas": (optim_cfg.ADAM_BETA1, optim_cfg.ADAM_BETA2)}
     with_momentum = {**common, "momentum": optim_cfg.MOMENTUM}
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = {

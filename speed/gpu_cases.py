@@ -65,9 +65,11 @@ def _tests(small: bool) -> list[Case]:
     if small:
         few = "CoOp and (gradients or without)"
         return [Case("tests", 0, "tests.txt", (*pytest, "-k", few), _TESTS)]
+    ends = ("-o", "session_timeout=")  # in seconds; pytest then says what failed so far
+    several = (*pytest, ends[0], f"{ends[1]}95", "-n", "6", "-k", f"not {timed}")
     return [
-        Case("tests", 110, "tests.txt", (*pytest, "-n", "6", "-k", f"not {timed}"), _TESTS),
-        Case("tests by the clock", 25, "tests.txt", (*pytest, "-k", timed), _TESTS),
+        Case("tests", 110, "tests.txt", several, _TESTS),
+        Case("tests by the clock", 25, "tests.txt", (*pytest, ends[0], f"{ends[1]}14", "-k", timed), _TESTS),
     ]
 
 
@@ -102,7 +104,7 @@ def _steps(small: bool, device: str) -> tuple[list[Case], list[Case]]:
             f"--precision amp --compile graphs {anchored}",
         ),
         case("batches of 32", 30, "CoCoOp MaPLe PromptSRC", (10,), (32,), "--precision amp --compile graphs"),
-        case("bf16", 20, "CoOp MaPLe", (10,), (4,), "--precision bf16 --compile graphs"),
+        case("bf16", 20, "CoOp MaPLe", (10,), (4,), "--precision bf16 --compile graphs --cache off"),
     ]
     return first, rest
 
@@ -209,7 +211,9 @@ def summary(out: Path) -> str:
 
 
 _SETTINGS = ("trainer", "base", "backbone", "classes", "batch", "cache", "precision", "compile", "options")
-_TIMES = {f"{part}_s": f"{part} ms" for part in ("step", "mean", "host", "image_fwd", "text_fwd", "backward")}
+_TIMES = {f"{part}_s": f"{part} ms" for part in ("step", "mean", "host", "image_fwd", "text_fwd", "backward")} | {
+    "setup_s": "setup ms"
+}
 
 
 def _in_ms(line: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +227,8 @@ def tests_of(text: str) -> str:
     ran = [line for line in text.splitlines() if "tests/" in line and line not in failed]
     outcomes = [match[1] for line in ran if (match := re.search(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b", line))]
     numbers = ", ".join(f"{outcomes.count(kind)} {kind.lower()}" for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED"))
-    return "\n".join([f"{numbers}.", *(f"- {line}" for line in failed)])
+    early = ["Time ran out before all had run."] if "session-timeout" in text else []
+    return "\n".join([f"{numbers}.", *early, *(f"- {line}" for line in failed)])
 
 
 # --- command line ------------------------------------------------------------------------------------------------

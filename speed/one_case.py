@@ -43,7 +43,7 @@ from oodprompt.features import views
 from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters
 
 WARM_UP = {"cpu": 2, "cuda": 10}  # steps ahead of the timed ones, by kind of device
-MEASURES = ("step_s", "mean_s", "host_s", "image_fwd_s", "text_fwd_s", "backward_s", "first_s", "peak_mib")
+MEASURES = ("step_s", "mean_s", "host_s", "image_fwd_s", "text_fwd_s", "backward_s", "setup_s", "peak_mib")
 COUNTS = ("launches", "waits")  # of a step, as the profiler of a GPU sees them
 _KEPT_BATCHES = 4  # of images, which stay in memory and are taken in turns
 
@@ -277,7 +277,8 @@ def whole_steps(
     """Times of whole steps, the peak, and how many steps were timed; ``go`` does one step.
 
     At most ``steps``; where there are ``seconds``, as many as fit, and at least 3. A step's time on a GPU is from its end
-    to the end of the next one; ``host_s`` is the time until its work was queued.
+    to the end of the next one; ``host_s`` is the time until its work was queued. ``setup_s`` is what the steps ahead of
+    the timed ones took longer than the last of them.
     """
     moments, peak = Moments(device), Peak(device)
     end = None if seconds is None else time.perf_counter() + seconds
@@ -304,7 +305,7 @@ def whole_steps(
         "step_s": round(median(times), 6),
         "mean_s": round(mean(times), 6),
         "host_s": round(median(host), 6) if moments.on_gpu else None,
-        "first_s": round(took[0], 3),
+        "setup_s": round(sum(took) - len(took) * took[-1], 3),
         "peak_mib": round(peak.mib(), 1),
         "steps": steps,
     }

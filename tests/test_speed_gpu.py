@@ -93,6 +93,15 @@ def test_programs_take_the_words_of_their_cases(
         assert batches >= {("CoCoOp", 1), ("CoCoOp", 32), ("MaPLe", 4), ("MaPLe", 32)}
 
 
+def test_the_page_names_every_case_with_its_limit(gpu_cases: ModuleType) -> None:
+    page = (REPOSITORY / "docs/gpu.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \|[^|]+\| (\d+) \|$", page, re.MULTILINE)
+    cases = gpu_cases.cases(small=False, device="cuda", upstream="folder")
+    assert sum(int(limit) for _, limit in rows) == sum(case.limit for case in cases)
+    assert all(any(name in case.name for case in cases) for names, _ in rows for name in names.split(", "))
+    assert f"{gpu_cases.TOTAL_SECONDS} seconds" in page
+
+
 def test_modules_that_are_not_there_are_named(gpu_cases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_cases.missing() == []
     monkeypatch.setattr(gpu_cases.importlib.util, "find_spec", lambda name: None if name in ("yacs", "clip") else name)

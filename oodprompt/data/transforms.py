@@ -185,6 +185,11 @@ class Transform:
         return self.compose()(image)
 
     @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, of Python or torch."""
+        return self._is_train and is_random(self._cfg)
+
+    @property
     def ends_in_pixels(self) -> bool:
         """Whether nothing but the normalisation needs floats: images can then be carried in bytes.
 

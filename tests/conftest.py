@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.dataset import Datum
 from oodprompt.engine.trainer import PromptTrainer, build_trainer
 from oodprompt.log import show_messages
-from tests.helpers.devices import chooses_gpu_tests
+from tests.helpers.devices import chooses_gpu_tests, using
 from tests.helpers.forks import Forks
 from tests.helpers.runs import command_line, no_pictures
 from tests.helpers.small_data import TINY, MakeCfg, MakeData
@@ -36,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not chooses_gpu_tests(config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests without the mark ``gpu`` compute on the CPU also where GPUs are there for those with it."""
+    hides = request.node.get_closest_marker("gpu") is None and torch.cuda.is_available()
+    with using("cpu") if hides else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

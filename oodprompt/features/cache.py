@@ -41,8 +41,8 @@ Views = Tensor | Sequence[np.ndarray]  # V views [N, d] of a split: on the compu
 Compute = Callable[[int, int], Iterator[Tensor]]
 
 _FORMAT = 2  # raise it when transforms, image towers or the files' layout change, so that older files are not read
-# Seconds after which the other processes of a run that waits for another run hear that it still does; their
-# collectives give up after 600.
+# Seconds after which the other processes of a run that waits for another run hear that it still does, so that no
+# collective of theirs waits for as long.
 _PATIENCE = 60.0
 
 

@@ -16,7 +16,15 @@ import torch
 
 SHARED = ("data", "features")  # folders beside the runs that are no runs
 FINISHED = "finished"  # the file that says that all commands of a run have succeeded
-NOT_RESULTS = {"time", "train_seconds", "step_ms_median", "peak_memory_mib", "environment", "imports"}
+NOT_RESULTS = {
+    "time",
+    "train_seconds",
+    "step_ms_median",
+    "peak_memory_mib",
+    "peak_memory_mib_sum",
+    "environment",
+    "imports",
+}
 WORDING = {"title", "facts"}  # entries of discovery.json that are sentences
 METRIC_LINE = re.compile(r"\* |=> result|Finish training|Evaluate on the|epoch \[")
 TIMING_FIELD = re.compile(r" (time \S+ \(\S+\)|data \S+|eta .*$)")

@@ -99,7 +99,7 @@ def watch(number, place, disturb, answer):
     sys.addaudithook(hook)
 """
 # Kept out of the comparison: times, and the machine.
-_FREE = ("time", "peak_memory_mib", "environment", "seconds")
+_FREE = ("time", "peak_memory_mib", "peak_memory_mib_sum", "environment", "seconds")
 _FREE_STATE = ("train_seconds", "step_ms_median")
 _APPENDED = ("log.txt", "tensorboard")  # a repeated run goes on in them
 

@@ -48,7 +48,7 @@ def test_q_and_the_loss_are_the_algorithm(build: Build, step_size: float, adjust
         loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
         torch.testing.assert_close(loss, sum(q[g] * l[g] for g in l), rtol=1e-5, atol=1e-6)
         own = trainer.debiasers[0].q
-        torch.testing.assert_close(own, torch.tensor(q, dtype=torch.float64), rtol=1e-5, atol=0)
+        torch.testing.assert_close(own.cpu(), torch.tensor(q, dtype=torch.float64), rtol=1e-5, atol=0)
         assert math.isclose(own.sum().item(), 1, rel_tol=1e-12)
         sizes.append(own.max() - own.min())
     assert lacking and max(sizes) > 1e-3  # some batches lack a group, and q has moved

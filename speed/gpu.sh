@@ -53,7 +53,7 @@ missing="$("$python" speed/gpu_cases.py missing)"
 if [ -n "$missing" ]; then
   echo "Missing packages: $missing; trying pip ..."
   # shellcheck disable=SC2086
-  timeout 90 "$python" -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 5 $missing >>"$out/log.txt" 2>&1
+  timeout 60 "$python" -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 5 $missing >>"$out/log.txt" 2>&1
   missing="$("$python" speed/gpu_cases.py missing)"
   [ -z "$missing" ] || echo "Still missing: $missing. What cannot run without is left out."
 fi

@@ -147,7 +147,6 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
         Image.fromarray(pixels[:size, :size]).save(file)
     names, images = class_names(case["classes"]), case.get("images", [str(image)])
     length = case.get("epoch") or max(len(names), _KEPT_BATCHES * case["batch"])
-    DATASET_REGISTRY._objects.pop("StepTime", None)  # of a case before, in this process
 
     @DATASET_REGISTRY.register()
     class StepTime(DatasetBase):
@@ -161,10 +160,13 @@ def build(case: dict[str, Any], folder: Path) -> PromptTrainer:
             ]
             super().__init__(cfg, data, test=[Datum(str(test_image), 0, classname=names[0])])
 
-    if cfg.MODEL.BACKBONE.PATH or cfg.MODEL.BACKBONE.NAME not in SHAPES:
-        return build_trainer(cfg)
-    with mock.patch.object(assembly, "load_backbone", partial(random_backbone, layers=case.get("layers"))):
-        return build_trainer(cfg)
+    named = cfg.MODEL.BACKBONE.NAME in SHAPES and not cfg.MODEL.BACKBONE.PATH
+    drawn = mock.patch.object(assembly, "load_backbone", partial(random_backbone, layers=case.get("layers")))
+    try:
+        with drawn if named else contextlib.nullcontext():
+            return build_trainer(cfg)
+    finally:
+        DATASET_REGISTRY._objects.pop("StepTime")  # the next case of this process has one of its own
 
 
 @contextlib.contextmanager

@@ -55,7 +55,8 @@ def test_times_and_peak_are_consistent(lines: str) -> None:
     for case in map(json.loads, lines.splitlines()):
         parts = [case[key] for key in ("image_fwd_s", "text_fwd_s", "backward_s")]
         assert (parts[0] > 0) == (case["trainer"] == "MaPLe"), "CoOp's image features are cached"
-        assert min(parts[1:]) > 0 and 0.3 * case["step_s"] < sum(parts) < 1.5 * case["step_s"]
+        # Parts are timed in other steps, and other programs may disturb either: units are held, and not more.
+        assert min(parts[1:]) > 0 and 0.05 < sum(parts) / case["step_s"] < 20
         assert case["peak_mib"] > 50
 
 
@@ -101,12 +102,12 @@ def test_wrong_names_end_with_one_line(forks: Forks) -> None:
     assert done.stderr.count("\n") == 1 and "unknown trainer 'CoOpp': did you mean 'CoOp'?" in done.stderr
 
 
-def test_what_a_user_can_mend_is_an_error(step_time: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DATASET_REGISTRY, "_objects", {})
+def test_what_a_user_can_mend_is_an_error(step_time: ModuleType) -> None:
     args = step_time.parser().parse_args([*SMALL, "--trainer", "MaPLe", "--cache", "memory", "--classes", "2"])
     (case,) = step_time.plan(args, [])
     found = step_time.one_case.answer(case)
     assert list(found) == ["error"] and "trains the image tower" in found["error"]
+    assert "StepTime" not in dict(DATASET_REGISTRY.items()), "the data set of a case is not left behind"
 
 
 def test_a_killed_or_broken_process_is_an_error(step_time: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

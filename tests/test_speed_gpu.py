@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oodprompt.backbones import CLIP
 from oodprompt.backbones.weights import SHAPES
-from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.errors import UserError
 from tests.helpers.runs import REPOSITORY, load_script
 
@@ -35,8 +34,7 @@ def gpu_cases() -> ModuleType:
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    monkeypatch.setattr(DATASET_REGISTRY, "_objects", dict(DATASET_REGISTRY._objects))
+def scripts() -> dict[str, ModuleType]:
     return {name: load_script(f"speed/{name}.py") for name in ("step_time", "upstream", "encode_time")}
 
 

@@ -101,7 +101,7 @@ class FeatureReweighting(Debiaser):
         )
 
     def epoch_order(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(self.held_out.nonzero().flatten().cpu().numpy())
+        return rng.permutation(np.flatnonzero(self.held_out.cpu().numpy()))
 
     def contribute(self, step: Step) -> Contribution:
         distance = (flat(self.context.learner) - self.theta_fit).square().sum()

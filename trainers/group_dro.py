@@ -65,6 +65,11 @@ class GroupRobustness(Debiaser):
         """The groups of the training images."""
         return self.context.attributes.groups(self.context.data.train)
 
+    @cached_property
+    def of_images(self) -> np.ndarray:
+        """The group of every training image, on the host, [N]."""
+        return self.groups.index.cpu().numpy()
+
     def before_train(self) -> None:
         self.N_g, self.names = self.groups.count, self.groups.names
         if not self.q.any():
@@ -76,7 +81,7 @@ class GroupRobustness(Debiaser):
         self.loss_sum, self.seen = torch.zeros_like(self.q), torch.zeros_like(self.q)
 
     def _groups_equally(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
-        return balanced_draws(self.groups.index.cpu().numpy(), rng)
+        return balanced_draws(self.of_images, rng)
 
     def contribute(self, step: Step) -> Contribution:
         g = self.groups.index[step.index]

@@ -74,11 +74,12 @@ class FirstStage:
             batches.batches.ordered_by(order),
             progress(epochs * len(batches), "First stage", "step", encoder.show_progress) as bar,
         ):
+            steps = len(batches)  # once: an order of its own is drawn to count it
 
             def step(number: int, batch: Batch) -> dict[str, Tensor]:
                 alignment = gathered(encoder.align(batch, learner), batch)
                 loss, scalars = objective(alignment, batch)
-                check(loss, state.epoch, number, number + 1 == len(batches))
+                check(loss, state.epoch, number, number + 1 == steps)
                 trained.update(lambda scale: learner.backward(loss, alignment, scale))
                 bar.update()
                 return scalars

@@ -174,7 +174,8 @@ def test_report_lies_with_the_run(run: Callable[..., dict[str, Any]], tmp_path: 
 
 @pytest.mark.parametrize(("unknown", "refused"), [(slice(0, 3), False), (slice(None), True)])
 def test_the_worst_group_is_chosen_by_where_an_attribute_is_known(unknown: slice, refused: bool) -> None:
-    cfg = SimpleNamespace(TEST=SimpleNamespace(SELECTION="worst_group_accuracy", FINAL_MODEL="best_val"))
+    test = SimpleNamespace(SELECTION="worst_group_accuracy", FINAL_MODEL="best_val")
+    cfg = SimpleNamespace(TEST=test, TRAIN=SimpleNamespace(VAL_FREQ=0))
     val = a_split(name="val")
     val.attribute[unknown] = -1
     with pytest.raises(UserError, match="no validation image has an attribute") if refused else nullcontext():

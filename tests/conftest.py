@@ -39,10 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.fixture(autouse=True)
-def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests without the mark ``gpu`` compute on the CPU also where GPUs are there for those with it."""
-    hides = request.node.get_closest_marker("gpu") is None and torch.cuda.is_available()
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests without the mark ``gpu`` compute on the CPU also where GPUs are there for those with it; so do fixtures."""
+    hides = item.get_closest_marker("gpu") is None and torch.cuda.is_available()
     with using("cpu") if hides else contextlib.nullcontext():
         yield
 

@@ -20,7 +20,7 @@ class Selection:
     """TEST.FINAL_MODEL and TEST.SELECTION; the best values so far are in ``state``."""
 
     def __init__(self, cfg: CfgNode, state: RunState) -> None:
-        self.choice, self.state, self._every = cfg.TEST.SELECTION, state, cfg.TRAIN.VAL_FREQ
+        self.cfg, self.choice, self.state = cfg, cfg.TEST.SELECTION, state
         self.is_on = cfg.TEST.FINAL_MODEL == "best_val"  # whether the epoch is chosen on validation data
 
     def check(self, val: Split, pseudo: PseudoAttributes) -> None:
@@ -37,7 +37,8 @@ class Selection:
 
     def validates_after(self, epoch: int, has_validation: bool) -> bool:
         """Whether validation data are evaluated after ``epoch`` epochs: for the choice, or by TRAIN.VAL_FREQ."""
-        due = self._every > 0 and (epoch % self._every == 0 or epoch == self.state.max_epoch)
+        every = self.cfg.TRAIN.VAL_FREQ
+        due = every > 0 and (epoch % every == 0 or epoch == self.state.max_epoch)
         return self.is_on or (due and has_validation)
 
     def improved(self, metrics: dict[str, Any], epoch: int) -> list[str]:

@@ -155,7 +155,11 @@ def test_every_case_is_bounded_and_summed_up(tmp_path: Path) -> None:
 def test_an_interrupted_script_sums_up_what_there_is(tmp_path: Path, sent: signal.Signals) -> None:
     text = 'import os, time; print(\'{"what": "matmul", "workers": %d}\' % os.getpid(), flush=True); time.sleep(60)'
     command = script(tmp_path, [("long", "60", "encoding.jsonl", "-", text)], "out")
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background is born deaf to it
+    try:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, was)
     file = tmp_path / "out" / "encoding.jsonl"
     deadline = time.monotonic() + 60
     while not (file.is_file() and file.read_text().endswith("\n")) and time.monotonic() < deadline:

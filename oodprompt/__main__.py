@@ -8,6 +8,7 @@ from collections.abc import Sequence
 USAGE = """usage: oodprompt COMMAND ...
   doctor [--root DIR]   what is installed and found, what is wrong and what to do
   train ...             what train.py does, with its flags
+  backbones [NAME]      CLIPs that can be named, and what each takes
   cache [prune ...]     image features that are kept on disk; which to remove
 """
 
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from oodprompt.cache import main as cache
 
         return cache(words[1:])
+    if command == "backbones":
+        from oodprompt.list_backbones import main as backbones
+
+        return backbones(words[1:])
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0

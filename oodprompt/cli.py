@@ -69,7 +69,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
         elif args.no_train:
-            print(check_run(cfg, trainer.dataset, trainer.clip.shape.context_length, trainer.notes))
+            print(check_run(cfg, trainer.dataset, trainer.clip.tokenizer, trainer.notes))
         else:
             trainer.train()
         leave_together()

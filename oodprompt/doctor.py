@@ -291,14 +291,14 @@ def trial() -> Section:
     try:
         import torch
 
-        from oodprompt.backbones import load_backbone, tokenize
+        from oodprompt.backbones import load_backbone
 
         clip = load_backbone("tiny")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         clip, size = clip.to(device), clip.visual.input_resolution
         with torch.no_grad():
             image = clip.encode_image(torch.linspace(-1, 1, 3 * size * size, device=device).view(1, 3, size, size))
-            text = clip.encode_text(tokenize("a photo of a circle").to(device))
+            text = clip.encode_text(clip.tokenizer(["a photo of a circle"]).to(device))
         if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
             return ["features are not finite"], [f"PyTorch computes wrongly on {device}: install it anew"]
     except Exception as error:  # whatever an installation gone wrong raises

@@ -20,6 +20,7 @@ from oodprompt.config.defaults import precision_key
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
+from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.contracts import TOWERS, Alignment, PromptLearner
 from oodprompt.methods.prompts import (
@@ -70,6 +71,11 @@ class VLPromptLearner(PromptLearner):
         words, context = initial_context(clip, f"TRAINER.{section}.N_CTX_TEXT", keys.N_CTX_TEXT, words)
         self.prompt_learner = nn.Module()
         self.prompts = ContextPrompts(self.prompt_learner, clip, self.classnames, words, context)
+        if keys.PROMPT_DEPTH_TEXT > 1 and not clip.takes_deep_text_prompts:
+            raise UserError(
+                f"{name} puts prompts into the blocks of the text tower, and that of this backbone takes none: set "
+                f"TRAINER.{name.upper()}.PROMPT_DEPTH_TEXT 1, or choose a text prompt learner (CoOp, CoCoOp, KgCoOp, ProGrad)"
+            )
         depth = depth_within(keys.PROMPT_DEPTH_TEXT, clip.shape.text_layers, f"{name}, text tower")
         self.text_encoder = TowerPrompts(keys.N_CTX_TEXT, clip.shape.text_width, depth, enters=False)
         self.image_encoder = visual_prompts(clip, name, keys.N_CTX_VISION, keys.PROMPT_DEPTH_VISION)

@@ -25,6 +25,8 @@ from oodprompt.backbones.captures import Captures
 from oodprompt.backbones.casts import Conv2d, Linear, autocast_dtype, cast
 from oodprompt.backbones.devices import queues_work
 from oodprompt.backbones.packing import pack, way_of
+from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.tokenizer import OpenAITokenizer, Tokenizer
 from oodprompt.backbones.transfer import to_device
 from oodprompt.errors import UserError
 
@@ -89,11 +91,12 @@ def _take(x: Tensor, rows: Rows) -> Tensor:
 class MLP(nn.Sequential):
     """Two linear layers with the activation between them, [B, L, width] -> [B, L, width]."""
 
-    def __init__(self, width: int, activation: str) -> None:
+    def __init__(self, width: int, activation: str, hidden: int = 0) -> None:
+        hidden = hidden or 4 * width
         layers = {
-            "c_fc": Linear(width, 4 * width),
+            "c_fc": Linear(width, hidden),
             "gelu": ACTIVATIONS[activation](),
-            "c_proj": Linear(4 * width, width),
+            "c_proj": Linear(hidden, width),
         }
         super().__init__(OrderedDict(layers))
 
@@ -111,11 +114,11 @@ class MLP(nn.Sequential):
 class ResidualAttentionBlock(nn.Module):
     """Pre-norm transformer block: ``x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``."""
 
-    def __init__(self, width: int, heads: int, activation: str = "quick_gelu") -> None:
+    def __init__(self, width: int, heads: int, activation: str = "quick_gelu", hidden: int = 0) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width, activation)
+        self.mlp = MLP(width, activation, hidden)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, attend: Attend = F.scaled_dot_product_attention, rows: Rows | None = None) -> Tensor:
@@ -127,10 +130,12 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks over [B, L, width]."""
 
-    def __init__(self, width: int, layers: int, heads: int, activation: str = "quick_gelu") -> None:
+    def __init__(self, width: int, layers: int, heads: int, activation: str = "quick_gelu", hidden: int = 0) -> None:
+        """``hidden``: width of the layer inside the MLPs; 0: four times ``width``."""
         super().__init__()
         self.width, self.layers = width, layers
-        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(width, heads, activation) for _ in range(layers)))
+        blocks = (ResidualAttentionBlock(width, heads, activation, hidden) for _ in range(layers))
+        self.resblocks = nn.Sequential(*blocks)
 
     def forward(
         self,
@@ -171,6 +176,7 @@ class VisionTransformer(nn.Module):
         heads: int,
         output_dim: int,
         activation: str = "quick_gelu",
+        hidden: int = 0,
     ) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = resolution, output_dim
@@ -179,7 +185,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation)
+        self.transformer = Transformer(width, layers, heads, activation, hidden)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
@@ -396,7 +402,13 @@ class ModifiedResNet(nn.Module):
 
 @dataclass(frozen=True)
 class CLIPShape:
-    """The sizes that define a CLIP. ``vision_layers`` is an int for a ViT, a tuple of four for a ResNet."""
+    """The sizes that define a CLIP. ``vision_layers`` is an int for a ViT, a tuple of four for a ResNet.
+
+    It is 0 where the image tower is another's.
+
+    ``vision_heads`` of a ViT are 0 where each is 64 wide; ``vision_hidden`` and ``text_hidden``, the widths inside the MLPs,
+    are 0 where they are four times those of the tokens.
+    """
 
     embed_dim: int
     image_resolution: int
@@ -408,19 +420,25 @@ class CLIPShape:
     text_width: int
     text_heads: int
     text_layers: int
+    vision_heads: int = 0
+    vision_hidden: int = 0
+    text_hidden: int = 0
 
     @classmethod
-    def of(cls, state_dict: dict[str, Tensor]) -> CLIPShape:
-        """Read the sizes off a state dict in OpenAI's layout (their heads are 64 wide).
+    def of(cls, state_dict: dict[str, Tensor], vision_heads: int = 0, text_heads: int = 0) -> CLIPShape:
+        """Read the sizes off a state dict in OpenAI's layout. It does not tell the heads; 0: they are 64 wide.
 
         Raises ``LookupError`` or ``ValueError`` when the state dict is not in that layout.
         """
         sd = state_dict
-        if "visual.proj" in sd:
+        vision_layers: int | tuple[int, ...]
+        if not any(key.startswith("visual.") for key in sd):
+            patch, vision_width, vision_layers, resolution = None, 0, 0, 0
+        elif "visual.proj" in sd:
             vision_width, _, patch, _ = sd["visual.conv1.weight"].shape
-            if vision_width % 64:
+            if vision_width % 64 and not vision_heads:
                 raise ValueError(f"the vision width {vision_width} is no multiple of 64")
-            vision_layers: int | tuple[int, ...] = _count(sd, "visual.transformer.resblocks.")
+            vision_layers = _count(sd, "visual.transformer.resblocks.")
             resolution = patch * round((sd["visual.positional_embedding"].shape[0] - 1) ** 0.5)
         else:
             patch = None
@@ -428,7 +446,7 @@ class CLIPShape:
             vision_width = sd["visual.layer1.0.conv1.weight"].shape[0]
             resolution = 32 * round((sd["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
         text_width = sd["ln_final.weight"].shape[0]
-        if text_width % 64:
+        if text_width % 64 and not text_heads:
             raise ValueError(f"the text width {text_width} is no multiple of 64")
         return cls(
             embed_dim=sd["text_projection"].shape[1],
@@ -439,9 +457,18 @@ class CLIPShape:
             context_length=sd["positional_embedding"].shape[0],
             vocab_size=sd["token_embedding.weight"].shape[0],
             text_width=text_width,
-            text_heads=text_width // 64,
+            text_heads=text_heads or text_width // 64,
             text_layers=_count(sd, "transformer.resblocks."),
+            vision_heads=0 if vision_heads * 64 == vision_width else vision_heads,
+            vision_hidden=_hidden(sd, "visual.transformer.", vision_width) if patch else 0,
+            text_hidden=_hidden(sd, "transformer.", text_width),
         )
+
+
+def _hidden(state_dict: dict[str, Tensor], prefix: str, width: int) -> int:
+    """The width inside the MLPs of a transformer; 0 where it is four times that of the tokens."""
+    first = state_dict.get(f"{prefix}resblocks.0.mlp.c_fc.weight")
+    return 0 if first is None or len(first) == 4 * width else len(first)
 
 
 def _count(state_dict: dict[str, Tensor], prefix: str) -> int:
@@ -464,10 +491,20 @@ def _roi_align(maps: Tensor, rois: Tensor, side: int) -> Tensor:
     return roi_align(maps.float(), rois, (side, side), spatial_scale=cells, sampling_ratio=ratio, aligned=True)
 
 
-def _in_parts(tower: Callable[[Tensor], Tensor], maps: Tensor, rois: Tensor, at_once: int) -> Tensor:
+def regions_in_parts(tower: Callable[[Tensor], Tensor], maps: Tensor, rois: Tensor, at_once: int) -> Tensor:
     """Regions of maps [B, c, n, n], resampled to n x n, through ``tower``: [r, d]."""
     side, rois = maps.shape[-1], to_device(rois, maps.device)
     return torch.cat([tower(_roi_align(maps, part, side).to(maps.dtype)) for part in rois.split(at_once)])
+
+
+def way_of_regions(clip: Any, how: str) -> str:
+    """``how``, or the best way of the backbone for "auto"; ``UserError`` where the backbone has no such way."""
+    known = clip.region_ways
+    if how == "auto":
+        return known[0]
+    if how not in known:
+        raise UserError(f"features of regions: {clip.image_tower} has no way {how!r}; give auto, {', '.join(known)}")
+    return how
 
 
 class CLIP(nn.Module):
@@ -477,9 +514,14 @@ class CLIP(nn.Module):
         super().__init__()
         self.shape = shape
         self.activation_limit = 4 << 30  # bytes that encode_prompts may keep for the backward pass
+        self.tokenizer: Tokenizer = OpenAITokenizer(shape.context_length)
+        self.preprocessing: Preprocessing | None = None  # what the image tower was trained on, where it is known
         self.captures: Captures | None = None  # records the passes of frozen towers, where there are prompts to learn
-        if isinstance(shape.vision_layers, tuple):
-            self.visual: VisionTransformer | ModifiedResNet = ModifiedResNet(
+        self.visual: Any
+        if shape.vision_layers == 0:
+            self.visual = nn.Identity()  # the image tower is another's, see ``MixedCLIP``
+        elif isinstance(shape.vision_layers, tuple):
+            self.visual = ModifiedResNet(
                 shape.vision_layers,
                 shape.embed_dim,
                 heads=shape.vision_width * 32 // 64,
@@ -493,11 +535,14 @@ class CLIP(nn.Module):
                 shape.vision_patch,
                 shape.vision_width,
                 shape.vision_layers,
-                heads=shape.vision_width // 64,
+                heads=shape.vision_heads or shape.vision_width // 64,
                 output_dim=shape.embed_dim,
                 activation=activation,
+                hidden=shape.vision_hidden,
             )
-        self.transformer = Transformer(shape.text_width, shape.text_layers, shape.text_heads, activation)
+        self.transformer = Transformer(
+            shape.text_width, shape.text_layers, shape.text_heads, activation, shape.text_hidden
+        )
         self.token_embedding = nn.Embedding(shape.vocab_size, shape.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(shape.context_length, shape.text_width))
         self.ln_final = nn.LayerNorm(shape.text_width)
@@ -506,12 +551,17 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Tensor], activation: str = "quick_gelu") -> CLIP:
-        """Build the CLIP that a state dict in OpenAI's layout describes, in fp32, and fill it strictly."""
+    def from_state_dict(
+        cls, state_dict: dict[str, Tensor], activation: str = "quick_gelu", vision_heads: int = 0, text_heads: int = 0
+    ) -> CLIP:
+        """Build the CLIP that a state dict in OpenAI's layout describes, in fp32, and fill it strictly.
+
+        It does not tell the numbers of heads; 0: they are 64 wide.
+        """
         extras = ("input_resolution", "context_length", "vocab_size")
         weights = {key: value.float() for key, value in state_dict.items() if key not in extras}
         with torch.device("meta"):
-            model = cls(CLIPShape.of(weights), activation)
+            model = cls(CLIPShape.of(weights, vision_heads, text_heads), activation)
         model = model.to_empty(device="cpu")
         model.load_state_dict(weights, strict=True)
         return model
@@ -519,6 +569,19 @@ class CLIP(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.visual.conv1.weight.dtype
+
+    shares_prefixes: bool = True  # whether ``encode_prompts`` computes once what prompts share
+    takes_deep_text_prompts: bool = True
+
+    @property
+    def image_tower(self) -> str:
+        """What the image tower is, for messages."""
+        return "a ViT" if self.takes_visual_prompts else "a ResNet"
+
+    @property
+    def region_ways(self) -> tuple[str, ...]:
+        """The ways of ``region_features``, the best first."""
+        return ("tokens", "crops", "masked", "patches") if self.takes_visual_prompts else ("roi", "crops", "patches")
 
     @property
     def takes_visual_prompts(self) -> bool:
@@ -562,12 +625,7 @@ class CLIP(nn.Module):
         ``prompts`` as in ``VisionTransformer``. "roi" and "crops" take ``at_once`` regions at a time through the tower.
         Raises ``UserError`` for another ``how``, ``ValueError`` for another number of boxes than images.
         """
-        vit = self.takes_visual_prompts
-        known = ("tokens", "crops", "masked", "patches") if vit else ("roi", "crops", "patches")
-        how = known[0] if how == "auto" else how
-        if how not in known:
-            tower = "ViT" if vit else "ResNet"
-            raise UserError(f"features of regions: a {tower} has no way {how!r}; give auto, {', '.join(known)}")
+        how = way_of_regions(self, how)
         if len(boxes) != len(images):
             raise ValueError(f"{len(images)} images, but boxes of {len(boxes)}")
         images = images.to(self.dtype)
@@ -588,9 +646,9 @@ class CLIP(nn.Module):
             features = self.visual.token_features(images, patches, *prompts)
         elif how == "roi":
             assert isinstance(self.visual, ModifiedResNet)
-            features = _in_parts(self.visual.head, self.visual.middle_map(images), rois, at_once)
+            features = regions_in_parts(self.visual.head, self.visual.middle_map(images), rois, at_once)
         else:
-            features = _in_parts(lambda crops: self.visual(crops, *prompts), images, rois, at_once)
+            features = regions_in_parts(lambda crops: self.visual(crops, *prompts), images, rois, at_once)
         return features.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) else features
 
     def encode_prompts(
@@ -664,9 +722,17 @@ class CLIP(nn.Module):
             x = x.index_select(1, packing.class_order)
         return x @ cast(self, "text_projection")
 
+    def encode_embedded(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
+        """Of backbones that do not share prefixes: whole prompts, ids [n, L] and embeddings [n, L, e] -> [n, embed_dim]."""
+        raise NotImplementedError("prompts are encoded by encode_prompts")
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """Token ids without columns that play no part in any row."""
+        return tokens
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [C, context_length] (end of text has the highest id) -> [C, embed_dim], not normalised."""
-        ends = tokens.argmax(dim=-1)
+        ends = self.tokenizer.ends(tokens)
         differs = (tokens != tokens[0]).any(dim=0)
         shared = min(int(ends.min()), int(differs.int().argmax()) if differs.any() else tokens.shape[1])
         embeddings = self.token_embedding(tokens[:, : int(ends.max()) + 1])

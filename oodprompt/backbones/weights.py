@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from oodprompt.backbones.model import CLIP, CLIPShape
+from oodprompt.backbones import hugging_face, open_clip_models
+from oodprompt.backbones.model import CLIP, CLIPShape, ModifiedResNet, VisionTransformer
+from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.state_dicts import brief, clip_state_dict, read_state_dict
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import replacing, sweep
@@ -49,6 +51,8 @@ TINY = Path(__file__).parent / "tiny.pt.gz"
 BACKBONES: dict[str, str] = {
     "tiny": "embedded ViT of 48 pixels, trained on rendered shapes on scenes; no download",
     **dict.fromkeys(OPENAI_WEIGHTS, "OpenAI's CLIP, downloaded on first use"),
+    "open_clip:ARCH/TAG": "any of OpenCLIP's, as open_clip:ViT-B-16/laion2b_s34b_b88k; open_clip:FOLDER, open_clip:hf-hub:REPO",
+    "hf:REPOSITORY": "a model of transformers, as hf:openai/clip-vit-base-patch16; hf:FOLDER",
 }
 
 
@@ -62,6 +66,10 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "", 
     Raises ``UserError`` for an unknown name, a missing or unreadable file, another layout, a wrong SHA256, and when
     the download fails; the message names the address, the file and the folder.
     """
+    if name.startswith(open_clip_models.PREFIX):
+        return open_clip_models.load_open_clip(name, path, cache_dir)
+    if name.startswith(hugging_face.PREFIX):
+        return hugging_face.load_hugging_face(name)
     if path:
         file = Path(path).expanduser()
         if not file.is_file():
@@ -100,8 +108,17 @@ def check_name(name: str) -> None:
     """``UserError`` with the nearest known name when there is no backbone ``name``."""
     if not name:
         raise UserError("no backbone is named: give --backbone (tiny, ViT-B/16, ...) or a --config-file that names one")
+    if name.startswith((open_clip_models.PREFIX, hugging_face.PREFIX)):
+        return
     if name not in BACKBONES:
         raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, BACKBONES)}")
+
+
+def preprocessing_of(name: str, path: str | Path = "") -> Preprocessing | None:
+    """What the backbone was trained on, without a look at its weights; None for those whose files the user's keys fit."""
+    if name.startswith(open_clip_models.PREFIX):
+        return open_clip_models.check_open_clip(name, path)
+    return hugging_face.check_hugging_face(name) if name.startswith(hugging_face.PREFIX) else None
 
 
 def digest(module: nn.Module) -> str:
@@ -109,6 +126,8 @@ def digest(module: nn.Module) -> str:
     sha256 = hashlib.sha256()
     if any(isinstance(part, nn.GELU) for part in module.modules()):
         sha256.update(b"gelu\n")
+    if not isinstance(module, VisionTransformer | ModifiedResNet):  # equal weights may be computed with otherwise
+        sha256.update(f"{module}\n".encode())
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         value = value.detach().cpu().contiguous()
         sha256.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())

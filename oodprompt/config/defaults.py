@@ -217,11 +217,13 @@ declare(
         "INIT_WEIGHTS": ("", "Checkpoint of the prompt learner to start from."),
         "BACKBONE.NAME": (
             "",
-            "tiny, or one of OpenAI's: RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px.",
+            "tiny, one of OpenAI's (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px), "
+            "open_clip:ARCH/TAG, open_clip:FOLDER, hf:REPOSITORY or hf:FOLDER (docs/backbones.md).",
         ),
         "BACKBONE.PATH": (
             "",
-            "A file of weights in OpenAI's layout (OpenAI's archive, a state dict, .safetensors); wins over NAME.",
+            "A file of weights in OpenAI's layout (OpenAI's archive, a state dict, .safetensors); wins over NAME. With "
+            "open_clip:ARCH a file of weights of that architecture.",
         ),
         "BACKBONE.ACTIVATION": Key(
             "auto",

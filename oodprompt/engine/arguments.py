@@ -82,12 +82,13 @@ def setup_cfg(args: argparse.Namespace, say: Callable[[str], None] = logger.info
                 opts = words[i:] + opts
                 break
     cfg = get_cfg_default()
-    _merge_files(cfg, args.dataset_config_file, args.config_file, say)
+    given = _merge_files(cfg, args.dataset_config_file, args.config_file, say)
     for flag, key in _FLAG_KEYS.items():
         value = getattr(args, flag)
         if value is not None:
             set_key(cfg, key, tuple(value) if isinstance(value, list) else value, f"--{flag.replace('_', '-')}")
     merge_opts(cfg, opts)
+    _take_preprocessing(cfg, {*given, *opts[::2]}, say)
     check_values(cfg)
     if cfg.SEED < 0:
         wanted = args.seed is not None or "SEED" in opts[::2]  # a random one; else the same command again shall go on
@@ -102,8 +103,31 @@ def setup_cfg(args: argparse.Namespace, say: Callable[[str], None] = logger.info
     return cfg
 
 
-def _merge_files(cfg: CfgNode, of_data: str | None, of_method: str | None, say: Callable[[str], None]) -> None:
-    """Merge the file of the data set, then that of the method, whose keys win.
+def _take_preprocessing(cfg: CfgNode, given: set[str], say: Callable[[str], None]) -> None:
+    """Keys of INPUT that nobody has ``given`` become what the backbone was trained on, where that is known; say which."""
+    if ":" not in cfg.MODEL.BACKBONE.NAME:
+        return
+    from oodprompt.backbones.weights import preprocessing_of  # here: it takes PyTorch
+
+    preprocessing = preprocessing_of(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.PATH)
+    if preprocessing is None:
+        return
+    keys = preprocessing.keys()
+    for key, value in keys.items():
+        if key not in given:
+            set_key(cfg, key, value, cfg.MODEL.BACKBONE.NAME)
+    values = leaves(cfg)
+    others = [key for key, value in keys.items() if list(values[key]) != list(value)]
+    if others:
+        say(f"Note: {cfg.MODEL.BACKBONE.NAME} was trained with {', '.join(f'{k} {keys[k]}' for k in others)}")
+    if preprocessing.resize_mode != "shortest":
+        say(
+            f"Note: {cfg.MODEL.BACKBONE.NAME} was trained with images resized by {preprocessing.resize_mode}; here by shortest"
+        )
+
+
+def _merge_files(cfg: CfgNode, of_data: str | None, of_method: str | None, say: Callable[[str], None]) -> list[str]:
+    """Merge the file of the data set, then that of the method, whose keys win; returns the keys that they give.
 
     The section DATASET is that of the data set's file where both files name a data set: the keys that this file gives
     win, and of another data set the method's file says nothing that counts here.
@@ -125,6 +149,7 @@ def _merge_files(cfg: CfgNode, of_data: str | None, of_method: str | None, say: 
     ):
         if pairs := [f"{key} {now[key]!r} (was {was[key]!r})" for key in keys if now[key] != was[key]]:
             say(f"Note: {winner} overrides of {loser}: {', '.join(pairs)}")
+    return [*first, *second]
 
 
 def _seed_of_run(cfg: CfgNode) -> int | None:

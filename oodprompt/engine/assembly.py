@@ -69,7 +69,7 @@ def load_clip(cfg: CfgNode, device: torch.device, precision: str = "fp32") -> CL
     """
     keys = cfg.MODEL.BACKBONE
     logger.info(f"Loading CLIP (backbone: {keys.PATH or keys.NAME})")
-    if keys.PATH and keys.ACTIVATION == "auto":
+    if keys.PATH and keys.ACTIVATION == "auto" and ":" not in keys.NAME:
         logger.info(
             f"Note: {keys.PATH} is taken to have QuickGELU, as OpenAI's weights have; most of OpenCLIP's need "
             "MODEL.BACKBONE.ACTIVATION gelu"
@@ -81,7 +81,7 @@ def load_clip(cfg: CfgNode, device: torch.device, precision: str = "fp32") -> CL
         clip = clip.to(device)
     if is_channels_last(clip, device, precision):
         clip.visual.to(memory_format=torch.channels_last)
-    takes = clip.visual.input_resolution
+    takes = clip.shape.image_resolution
     if tuple(cfg.INPUT.SIZE) != (takes, takes):
         raise UserError(
             f"INPUT.SIZE is {tuple(cfg.INPUT.SIZE)}, but the backbone takes {takes} x {takes} pixels: "

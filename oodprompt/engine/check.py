@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from yacs.config import CfgNode
 
-from oodprompt.backbones import is_too_long
+from oodprompt.backbones.tokenizer import Tokenizer
 from oodprompt.data.check import Finding, Report, check_data
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.data.images import PixelRules
@@ -22,7 +22,7 @@ def check_images(cfg: CfgNode, dataset: DatasetBase, until: float = math.inf, sh
     return check_data(dataset, PixelRules.of(cfg), build_transform(cfg, is_train=False).transforms[0], until, show)
 
 
-def check_texts(dataset: DatasetBase, context_length: int) -> Iterator[Finding]:
+def check_texts(dataset: DatasetBase, tokenizer: Tokenizer) -> Iterator[Finding]:
     """Prompts and captions that have more tokens than the text encoder takes, start and end among them."""
     prompts = [dataset.template.format(name.replace("_", " ")) for name in dataset.classnames]
     prompts += [prompt for entry in dataset.attribute_prompts for prompt in entry]
@@ -34,15 +34,15 @@ def check_texts(dataset: DatasetBase, context_length: int) -> Iterator[Finding]:
         number, total, examples = 0, 0, list[str]()
         for text in texts:
             total += bool(text)
-            if is_too_long(text, context_length):
+            if tokenizer.is_too_long(text):
                 number += 1
                 examples += [f"{text[:60]!r}..."] * (len(examples) < _EXAMPLES)
         if number:
-            words = f"have more than {context_length} tokens, all that the text encoder takes"
+            words = f"have more than {tokenizer.context_length} tokens, all that the text encoder takes"
             yield Finding(f"{number:,} of {total:,} {kind} {words}", tuple(examples))
 
 
-def check_run(cfg: CfgNode, dataset: DatasetBase, context_length: int, notes: Sequence[str] = ()) -> str:
+def check_run(cfg: CfgNode, dataset: DatasetBase, tokenizer: Tokenizer, notes: Sequence[str] = ()) -> str:
     """Say what the check finds, a line per kind; returns the verdict. ``UserError`` names images that cannot be read.
 
     ``notes`` are what is known of the data set without a look at its images (``notes_on``).
@@ -50,7 +50,7 @@ def check_run(cfg: CfgNode, dataset: DatasetBase, context_length: int, notes: Se
     report = check_images(cfg, dataset)
     if (error := report.error()) is not None:
         raise error
-    findings = [*map(Finding, notes), *report.findings, *check_texts(dataset, context_length)]
+    findings = [*map(Finding, notes), *report.findings, *check_texts(dataset, tokenizer)]
     for finding in findings:
         logger.warning(f"Note: {finding}")
     if not findings:

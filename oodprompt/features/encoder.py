@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, is_too_long
+from oodprompt.backbones import CLIP
 from oodprompt.backbones.transfer import to_device
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
@@ -206,7 +206,7 @@ class Encoder:
         if data.captions is None:
             return
         images = Counter(datum.caption for datum in data if datum.caption)
-        long = sum(number for caption, number in images.items() if is_too_long(caption, length))
+        long = sum(number for caption, number in images.items() if self.clip.tokenizer.is_too_long(caption))
         if long:
             logger.info(
                 f"Note: {long:,} of {images.total():,} captions have more than the {length} tokens that the text encoder "

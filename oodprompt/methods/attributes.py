@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oodprompt.backbones import CLIP, tokenize
+from oodprompt.backbones import CLIP
 from oodprompt.errors import UserError
 from oodprompt.methods.splits import Split
 
@@ -99,7 +99,7 @@ def prompt_features(clip: CLIP, prompts: Sequence[str], truncate: bool = False) 
 
     ``UserError`` for a prompt that is longer than the text encoder takes; with ``truncate`` its rest is cut.
     """
-    tokens = tokenize(list(prompts), clip.shape.context_length, truncate).to(clip.logit_scale.device)
+    tokens = clip.tokenizer(list(prompts), truncate).to(clip.logit_scale.device)
     return F.normalize(clip.encode_text(tokens).double(), dim=-1)
 
 

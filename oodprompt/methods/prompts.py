@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from oodprompt.backbones import CLIP, encode, tokenize
+from oodprompt.backbones import CLIP
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 
@@ -25,7 +25,7 @@ def class_text_features(clip: CLIP, classnames: Sequence[str], templates: Sequen
     device = clip.logit_scale.device
     with torch.no_grad():
         features = [
-            clip.encode_text(tokenize([template.replace("{}", name) for name in classnames]).to(device))
+            clip.encode_text(clip.tokenizer([template.replace("{}", name) for name in classnames]).to(device))
             for template in templates
         ]
     return F.normalize(torch.stack(features).float().mean(dim=0), dim=-1)
@@ -36,7 +36,7 @@ def note_equal_classes(clip: CLIP, classnames: Sequence[str]) -> None:
 
     ``tiny`` has one embedding for all words that it was not trained on; other CLIPs find equal what differs in case alone.
     """
-    names = [encode(name) for name in classnames]
+    names = [clip.tokenizer.encode(name) for name in classnames]
     known = sorted({token for tokens in names for token in tokens})
     with torch.no_grad():
         rows = clip.token_embedding(torch.tensor(known, dtype=torch.long, device=clip.logit_scale.device))
@@ -64,11 +64,14 @@ def initial_context(clip: CLIP, key: str, n_ctx: int, words: str = "") -> tuple[
         raise UserError(NO_CONTEXT.format(key=key, value=n_ctx))
     if not words:
         return " ".join(["X"] * n_ctx), INIT_STD * torch.randn(n_ctx, clip.shape.text_width)
-    if len(encode(words)) < n_ctx:
-        raise UserError(f"{key}: the {len(encode(words))} tokens of {words!r} are fewer than {n_ctx} context vectors")
+    if len(clip.tokenizer.encode(words)) < n_ctx:
+        raise UserError(
+            f"{key}: the {len(clip.tokenizer.encode(words))} tokens of {words!r} are fewer than {n_ctx} context vectors"
+        )
     device = clip.logit_scale.device
     with torch.no_grad():
-        return words, clip.token_embedding(tokenize(words).to(device))[0, 1 : 1 + n_ctx].clone()
+        first = clip.tokenizer.before
+        return words, clip.token_embedding(clip.tokenizer([words]).to(device))[0, first : first + n_ctx].clone()
 
 
 def words_or_flag(value: Any) -> Any:
@@ -138,20 +141,32 @@ class ContextPrompts:
     ) -> None:
         self.holder: Any = holder  # a module whose ctx, token_prefix and token_suffix are tensors
         self.clip, device = clip, clip.logit_scale.device
-        n_ctx = context.shape[-2]
-        tokens = tokenize([f"{words} {name}." for name in classnames])
+        n_ctx, before = context.shape[-2], clip.tokenizer.before
+        tokens = clip.tokenizer([f"{words} {name}." for name in classnames])
         with torch.no_grad():
             embedding = clip.token_embedding(tokens.to(device))
         holder.ctx = nn.Parameter(context.to(device))
-        holder.register_buffer("token_prefix", embedding[:, :1])
-        holder.register_buffer("token_suffix", embedding[:, 1 + n_ctx :].clone())
-        order = _token_order(position, classnames, n_ctx, len(encode(words)), tokens.shape[1])
+        holder.register_buffer("token_prefix", embedding[:, :before])
+        holder.register_buffer("token_suffix", embedding[:, before + n_ctx :].clone())
+        own = [clip.tokenizer.encode(name) for name in classnames]
+        order = _token_order(
+            position, [len(ids) for ids in own], n_ctx, len(clip.tokenizer.encode(words)), tokens, before
+        )
+        if clip.shares_prefixes:
+            self._share(tokens, order, context, position)
+        else:
+            self.tokens = clip.cut(tokens.gather(1, order)).to(device)
+            self.order = order[:, : self.tokens.shape[1]].to(device)
+
+    def _share(self, tokens: Tensor, order: Tensor, context: Tensor, position: str) -> None:
+        """What the prompts have in common, and what each has of its own."""
+        classes, n_ctx, device = len(tokens), context.shape[-2], self.clip.logit_scale.device
         # What stands at each place: a context vector (negative) or a frozen token; equal columns are shared.
         content = tokens.gather(1, order)
-        own = torch.arange(len(classnames)).unsqueeze(1) * (n_ctx + 1) if context.ndim == 3 else 0
+        own = torch.arange(classes).unsqueeze(1) * (n_ctx + 1) if context.ndim == 3 else 0
         content = torch.where((order >= 1) & (order <= n_ctx), -(order + own), content)
         differs = (content != content[0]).any(dim=0)
-        ends = tokens.argmax(dim=-1)
+        ends = self.clip.tokenizer.ends(tokens)
         self.shared = min(int(ends.min()), int(differs.int().argmax()) if differs.any() else tokens.shape[1])
         self.lengths = tuple((ends + 1 - self.shared).tolist())
         self.prefix_order = order[0, : self.shared].to(device)
@@ -163,6 +178,8 @@ class ContextPrompts:
 
         ``deep`` prompts [M, e] replace the context ahead of blocks 1, 2, ....
         """
+        if not self.clip.shares_prefixes:
+            return self._by_prompt(ctx)
         holder = self.holder
         n_ctx = holder.ctx.shape[-2]
         by_image = ctx is not None
@@ -179,20 +196,34 @@ class ContextPrompts:
             suffix = embeddings.gather(1, self.suffix_order.unsqueeze(-1).expand(-1, -1, embeddings.shape[-1]))
         return F.normalize(self.clip.encode_prompts(prefix, suffix, self.lengths, deep).float(), dim=-1)
 
+    def _by_prompt(self, ctx: Tensor | None) -> Tensor:
+        """As ``text_features``, for a text encoder that takes each prompt by itself."""
+        holder, classes = self.holder, len(self.tokens)
+        contexts = holder.ctx.expand(classes, -1, -1).unsqueeze(0) if ctx is None else ctx.unsqueeze(1)
+        images = len(contexts)
+        parts = (holder.token_prefix, contexts, holder.token_suffix)
+        embeddings = torch.cat([part.expand(images, classes, -1, -1) for part in parts], dim=2).flatten(0, 1)
+        order = self.order.repeat(images, 1).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
+        features = self.clip.encode_embedded(self.tokens.repeat(images, 1), embeddings.gather(1, order))
+        features = F.normalize(features.float(), dim=-1)
+        return features if ctx is None else features.unflatten(0, (images, classes))
 
-def _token_order(position: str, classnames: Sequence[str], n_ctx: int, ahead: int, length: int) -> Tensor:
-    """For every class, which token of (SOS, the ``ahead`` tokens ahead of the name, name and rest) stands at each place.
 
-    The first ``n_ctx`` of those ahead are context vectors. Returns [C, length].
+def _token_order(position: str, names: Sequence[int], n_ctx: int, ahead: int, tokens: Tensor, before: int) -> Tensor:
+    """For every class, which token of (special, ``ahead`` tokens ahead of the name, name and rest) stands at each place.
+
+    ``names`` are the numbers of tokens of the classes' names, ``tokens`` [C, L] those of the prompts, of which ``before``
+    are special tokens ahead. The first ``n_ctx`` of those ahead of the name are context vectors. Returns [C, L].
     """
-    before = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}  # context vectors ahead of the name
+    length = tokens.shape[1]
     if position == "end":
-        return torch.arange(length).expand(len(classnames), -1)
+        return torch.arange(length).expand(len(names), -1)
+    leading = {"middle": n_ctx // 2, "front": 0}[position]  # context vectors ahead of the name
     rows = []
-    for name in classnames:
-        context = list(range(1, 1 + ahead))
-        name_tokens = list(range(1 + ahead, 1 + ahead + len(encode(name))))
-        head = [0, *context[: before[position]], *name_tokens, *context[before[position] :]]
+    for number in names:
+        context = list(range(before, before + ahead))
+        name = list(range(before + ahead, before + ahead + number))
+        head = [*range(before), *context[:leading], *name, *context[leading:]]
         rows.append(head + list(range(len(head), length)))
     return torch.tensor(rows)
 
@@ -232,11 +263,15 @@ def visual_prompts(clip: CLIP, trainer: str, n_ctx: int, depth: int) -> TowerPro
     return TowerPrompts(n_ctx, width, depth_within(depth, layers, f"{trainer}, image tower"), enters=True)
 
 
+def _takes_none(clip: CLIP) -> str:
+    return "a ResNet has none" if clip.image_tower == "a ResNet" else f"{clip.image_tower} takes none"
+
+
 def need_vit(clip: CLIP, trainer: str) -> None:
     """``UserError`` when the image tower is a ResNet."""
     if not clip.takes_visual_prompts:
         raise UserError(
-            f"{trainer} puts prompts among the tokens of the image tower, and a ResNet has none: choose a ViT "
+            f"{trainer} puts prompts among the tokens of the image tower, and {_takes_none(clip)}: choose a ViT "
             "(MODEL.BACKBONE.NAME ViT-B/16, ...), a text prompt learner (CoOp, CoCoOp, KgCoOp, ProGrad), or for IVLP and "
             "PromptSRC PROMPT_DEPTH_VISION 0"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from oodprompt.backbones import CLIP, tokenize
+from oodprompt.backbones import CLIP
 
 _STEPS, _LR, _TEMPERATURE = 60, 0.01, 0.1
 
@@ -26,7 +26,7 @@ def teach_words(clip: CLIP, classnames: Sequence[str], templates: Sequence[str],
     if len(rows) == len(table):
         return []
     shared = rows[count.argmax()]
-    named = {int(i) for name in classnames for i in tokenize([name])[0] if 0 < int(i) < clip.shape.vocab_size - 2}
+    named = {int(i) for name in classnames for i in clip.tokenizer([name])[0] if 0 < int(i) < clip.shape.vocab_size - 2}
     unknown = sorted(i for i in named if torch.equal(table[i], shared))
     if not unknown:
         return []
@@ -34,7 +34,7 @@ def teach_words(clip: CLIP, classnames: Sequence[str], templates: Sequence[str],
     generator = torch.Generator().manual_seed(seed)
     own = (torch.randn(len(unknown), table.shape[1], generator=generator) * known.std().cpu()).to(table.device)
     own.requires_grad_(True)
-    tokens = tokenize([t.replace("{}", n) for t in templates for n in classnames]).to(table.device)
+    tokens = clip.tokenizer([t.replace("{}", n) for t in templates for n in classnames]).to(table.device)
     ends = tokens.argmax(dim=1)
     tokens, lengths = tokens[:, : int(ends.max()) + 1], tuple(ends.tolist())
     apart = ~torch.eye(len(classnames), dtype=torch.bool, device=table.device)

@@ -66,7 +66,7 @@ class CustomCLIP(nn.Module):
 class CoOp(TrainerX):
     def build_model(self) -> None:
         tiny = load_backbone("tiny")
-        clip = load_clip_file("model").CLIP(*astuple(tiny.shape)).eval().requires_grad_(False)
+        clip = load_clip_file("model").CLIP(*astuple(tiny.shape)[:10]).eval().requires_grad_(False)
         clip.load_state_dict({key: value.half().float() for key, value in tiny.state_dict().items()})  # as upstream's
         self.model = CustomCLIP(clip, self.dm.dataset.classnames)
         for name, parameter in self.model.named_parameters():

@@ -39,7 +39,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state dict in OpenAI's layout."""
     path = tmp_path_factory.mktemp("weights") / "clip.pt"
     torch.manual_seed(0)
-    torch.save(load_clip_file("model").CLIP(*astuple(SHAPE)).state_dict(), path)
+    torch.save(load_clip_file("model").CLIP(*astuple(SHAPE)[:10]).state_dict(), path)
     return path
 
 
@@ -85,7 +85,7 @@ def test_ravl_fine_tunes_a_resnet_on_captions(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(RunDiscovery, "find", first_of_four)
     torch.manual_seed(0)
     shape = CLIPShape(32, 224, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1, 1)
-    torch.save(load_clip_file("model").CLIP(*astuple(shape)).state_dict(), tmp_path / "clip.pt")
+    torch.save(load_clip_file("model").CLIP(*astuple(shape)[:10]).state_dict(), tmp_path / "clip.pt")
     rng, rows = np.random.default_rng(0), ["image,label,split,attribute,caption"]
     for i in range(24):
         pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)

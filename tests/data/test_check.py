@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from oodprompt.backbones import is_too_long
+from oodprompt.backbones.tokenizer import OpenAITokenizer
 from oodprompt.data.check import Report, check_data
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.images import PixelRules
@@ -233,7 +234,7 @@ def test_texts_of_too_many_tokens(make_cfg: MakeCfg, photo: Callable[..., str]) 
     train = [Datum(photo(i), i % 2, classname="ab"[i % 2], caption=text) for i, text in enumerate(captions)]
     names = ("dog", "long " * 80)
     dataset = Given(make_cfg(), (train, [], train), names=names, attribute_prompts=[("a photo of water.",)])
-    prompts, found = check_texts(dataset, 77)
+    prompts, found = check_texts(dataset, OpenAITokenizer())
     assert prompts.text.startswith("1 of 3 prompts of classes and attribute values have more than 77 tokens")
     assert (
         found.text.startswith("2 of 4 captions of training images have more than 77 tokens")
@@ -249,17 +250,17 @@ def test_a_text_is_over_by_its_tokens() -> None:
 
 def test_the_verdict(make_cfg: MakeCfg, photo: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     cfg, good = make_cfg(INPUT__SIZE=(8, 8)), [Datum(photo(i), 0, classname="a") for i in range(2)]
-    assert check_run(cfg, Given(cfg, (good[:1], [], good[1:])), 77) == (
+    assert check_run(cfg, Given(cfg, (good[:1], [], good[1:])), OpenAITokenizer()) == (
         "Config, weights and all 2 images are in order; nothing is trained (--no-train)"
     )
     assert capsys.readouterr().out == ""
-    verdict = check_run(cfg, Given(cfg, (good, [], good)), 77)
+    verdict = check_run(cfg, Given(cfg, (good, [], good)), OpenAITokenizer())
     assert verdict.startswith("Config and weights are in order, and all 2 images can be read; the note above tells")
     assert capsys.readouterr().out.startswith(
         "Note: 2 of 2 test images (100.0%) are training images too, by their pixels: "
     )
-    check_run(cfg, Given(cfg, (good[:1], [], good[1:])), 77, ["Every test image is a cow."])
+    check_run(cfg, Given(cfg, (good[:1], [], good[1:])), OpenAITokenizer(), ["Every test image is a cow."])
     assert capsys.readouterr().out == "Note: Every test image is a cow.\n"
     Path(good[0].impath).write_bytes(b"")
     with pytest.raises(UserError, match=f"^cannot read the image {good[0].impath}"):
-        check_run(cfg, Given(cfg, (good, [], good)), 77)
+        check_run(cfg, Given(cfg, (good, [], good)), OpenAITokenizer())

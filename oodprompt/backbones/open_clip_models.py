@@ -1,0 +1,331 @@
+"""OpenCLIP's architectures, ``open_clip:ARCH`` and ``open_clip:ARCH/TAG``: on our fast path where it knows the towers.
+
+What open_clip calls an architecture is a file of settings; a tag names weights that were trained for one. Weights with a
+ViT or a ResNet and a text tower as OpenAI's have OpenAI's names, and are loaded into our own towers. All others are
+open_clip's own modules under the face of ``GeneralCLIP``.
+
+Source: Ilharco et al., OpenCLIP, github.com/mlfoundations/open_clip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodprompt.backbones.general import GeneralCLIP, MixedCLIP, Towers
+from oodprompt.backbones.model import CLIP
+from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.state_dicts import brief, read_state_dict
+from oodprompt.backbones.tokenizer import LibraryTokenizer, OpenAITokenizer, Tokenizer
+from oodprompt.errors import UserError, nearest
+
+PREFIX = "open_clip:"
+_UNREACHABLE = (
+    "cannot get the {what} of {name} ({reason}); open_clip keeps them in the cache of Hugging Face (HF_HOME). Download them "
+    "where there is a network, or give a folder of open_clip's files, or an architecture with MODEL.BACKBONE.PATH"
+)
+_MISSING = "{name} needs the package open_clip_torch, which is not installed: pip install oodprompt[open_clip]"
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What a name says: open_clip's ``identifier``, the ``tag`` of weights ("": none), ``preprocess`` as its files have it."""
+
+    identifier: str
+    tag: str
+    tags: tuple[str, ...]
+    preprocess: dict[str, Any]
+
+
+def _named(name: str) -> tuple[Any, _Architecture]:
+    """The package and the architecture. ``UserError`` where one of them is not there."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(_MISSING.format(name=name)) from error
+    rest = name.removeprefix(PREFIX)
+    facts: dict[str, Any] = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    if not rest:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name} names no architecture: give {PREFIX}ARCH/TAG, as {PREFIX}ViT-B-32/openai"
+        )
+    if rest.startswith("hf-hub:") or Path(rest).expanduser().is_dir():
+        config = _config_file(name, rest)
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+            size = content["model_cfg"]["vision_cfg"].get("image_size", 224)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"MODEL.BACKBONE.NAME {name}: {config} is no configuration of open_clip ({brief(error)})"
+            ) from error
+        identifier = rest if rest.startswith("hf-hub:") else f"local-dir:{config.parent}"
+        return open_clip, _Architecture(
+            identifier, "", (), {**facts, "size": size, **content.get("preprocess_cfg", {})}
+        )
+    architecture, _, tag = rest.partition("/")
+    if architecture not in open_clip.list_models():
+        near = nearest(architecture, open_clip.list_models())
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: open_clip has no architecture and there is no folder {architecture!r}: {near}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag and tag not in tags:
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: unknown tag {tag!r}: {nearest(tag, tags)}")
+    of_tag = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    size = open_clip.get_model_config(architecture)["vision_cfg"].get("image_size", 224)
+    known = {key: value for key, value in of_tag.items() if value is not None}
+    return open_clip, _Architecture(architecture, tag, tuple(tags), {**facts, "size": size, **known})
+
+
+def _config_file(name: str, rest: str) -> Path:
+    """open_clip's own configuration of a folder, or of a repository of the hub, which is downloaded."""
+    if not rest.startswith("hf-hub:"):
+        file = Path(rest).expanduser() / "open_clip_config.json"
+        if not file.is_file():
+            raise UserError(
+                f"MODEL.BACKBONE.NAME {name}: there is no {file}, which open_clip writes beside its weights"
+            )
+        return file
+    from huggingface_hub import hf_hub_download  # a part of open_clip's own requirements
+
+    try:
+        return Path(hf_hub_download(rest.removeprefix("hf-hub:"), "open_clip_config.json"))
+    except Exception as error:  # the hub's errors are of many kinds
+        raise UserError(_UNREACHABLE.format(what="configuration", name=name, reason=brief(error))) from error
+
+
+def check_open_clip(name: str, path: str | Path = "") -> Preprocessing:
+    """What the tower of a name was trained on, without its weights. ``UserError`` as ``load_open_clip``, as far as known."""
+    _, found = _named(name)
+    if not (found.tag or path or ":" in found.identifier):
+        tags = found.tags
+        some = (
+            f"one of its tags ({PREFIX}{found.identifier}/{tags[0]}, ...)" if tags else "a file in MODEL.BACKBONE.PATH"
+        )
+        raise UserError(f"MODEL.BACKBONE.NAME {name} names an architecture without weights: give {some}")
+    return _preprocessing(found.preprocess)
+
+
+def _preprocessing(facts: dict[str, Any]) -> Preprocessing:
+    size = facts["size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    interpolation, resize = facts.get("interpolation") or "bicubic", facts.get("resize_mode") or "shortest"
+    return Preprocessing(size, tuple(facts["mean"]), tuple(facts["std"]), interpolation, resize)
+
+
+def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "") -> CLIP:
+    """The backbone ``open_clip:ARCH[/TAG]``, in fp32 on the CPU, in evaluation mode, with no gradients.
+
+    Weights are those of ``path``, else of the tag, which open_clip downloads into ``cache_dir`` or its own cache.
+    ``UserError`` where open_clip is not installed, for unknown architectures and tags, where there are no weights, and
+    where they do not fit.
+    """
+    preprocessing = check_open_clip(name, path)
+    open_clip, found = _named(name)
+    module = _module(open_clip, name, found, path, cache_dir).eval()
+    return adapt(module, _tokenizer(open_clip, name, found.identifier, module), preprocessing, name)
+
+
+def _module(open_clip: Any, name: str, found: _Architecture, path: str | Path, cache_dir: str | Path) -> nn.Module:
+    """open_clip's own module, filled."""
+    folder = str(cache_dir) or None
+    if not path:
+        try:
+            with _quiet():
+                return open_clip.create_model(
+                    found.identifier, pretrained=found.tag or None, require_pretrained=True, cache_dir=folder
+                )
+        except Exception as error:  # the hub's errors are of many kinds
+            raise UserError(_UNREACHABLE.format(what="weights", name=name, reason=brief(error))) from error
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"MODEL.BACKBONE.PATH: no file at {file}; give a checkpoint, or leave the key empty")
+    with _quiet():
+        module = open_clip.create_model(found.identifier, load_weights=False, pretrained_text=False, cache_dir=folder)
+    try:
+        module.load_state_dict(read_state_dict(file), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit {name}: {brief(error)}; is it of another architecture?") from error
+    return module
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's messages, as that it starts from random weights; and without the handler that they would set up.
+
+    They go to Python's root logger, and the handler would show the lines of all others a second time.
+    """
+    was, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(was)
+        logging.root.handlers[:] = handlers
+
+
+def _tokenizer(open_clip: Any, name: str, architecture: str, module: Any) -> Tokenizer:
+    """That of the architecture; ``UserError`` where it cannot be had."""
+    text = getattr(module, "text", module)
+    length = int(module.context_length)
+    try:
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # the hub's errors are of many kinds
+        raise UserError(_UNREACHABLE.format(what="tokenizer", name=name, reason=brief(error))) from error
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return OpenAITokenizer(length)
+    own = tokenizer.tokenizer
+    pooled, end = pooling_of(text)
+    plain = lambda words: own(words, add_special_tokens=False).input_ids  # noqa: E731
+    return LibraryTokenizer(tokenizer, plain, length, end if pooled == "eos" else None)
+
+
+def adapt(module: Any, tokenizer: Tokenizer, preprocessing: Preprocessing, name: str) -> CLIP:
+    """open_clip's ``module`` on our fast path where it knows its towers, else as it is; frozen."""
+    backbone: CLIP = _fast(module, preprocessing, name) or _general(module, tokenizer, preprocessing, name)
+    backbone.tokenizer, backbone.preprocessing = tokenizer, preprocessing
+    return backbone.eval().requires_grad_(False)
+
+
+def pooling_of(text: Any) -> tuple[str, int | None]:
+    """Where open_clip's text tower is read ("argmax", "eos", "last", ...), and the id of its end of text."""
+    kinds = [getattr(text, name, None) for name in ("text_pool_type", "pool_type")]
+    ends = [getattr(text, name, None) for name in ("text_eos_id", "eos_id")]
+    return next(filter(None, kinds), "argmax"), next((end for end in ends if end is not None), None)
+
+
+def path_of(module: Any) -> str:
+    """How open_clip's ``module`` is computed: "fast", "fast text" (beside its own image tower) or "general"."""
+    text = getattr(module, "text", module)
+    pooled, _ = pooling_of(text)
+    if not hasattr(text, "token_embedding") or not isinstance(getattr(text, "text_projection", None), nn.Parameter):
+        return "general"
+    if pooled not in ("argmax", "eos") or text.attn_mask is None or getattr(text, "cls_emb", None) is not None:
+        return "general"
+    activation = _activation(text.transformer.resblocks)
+    if not activation or not _is_plain(text.ln_final):
+        return "general"
+    return "fast" if _image_is_ours(module.visual, activation)[0] else "fast text"
+
+
+def path_of_settings(settings: dict[str, Any]) -> str:
+    """As ``path_of``, from the settings of an architecture, without building it."""
+    image, text = settings["vision_cfg"], settings["text_cfg"]
+    special = {
+        "hf_model_name",
+        "no_causal_mask",
+        "proj_bias",
+        "proj_type",
+        "norm_kwargs",
+        "act_kwargs",
+        "ls_init_value",
+    }
+    others = any(text.get(key) for key in special | {"embed_cls"}) or text.get("pool_type", "argmax") not in (
+        "argmax",
+        "eos",
+    )
+    if others or "multimodal_cfg" in settings:
+        return "general"
+    parts = {"timm_model_name", "ls_init_value", "no_ln_pre", "attentional_pool", "final_ln_after_pool", "qk_norm"}
+    plain = not any(image.get(key) for key in parts) and image.get("pool_type", "tok") == "tok"
+    return "fast" if plain else "fast text"
+
+
+def _fast(module: Any, preprocessing: Preprocessing, name: str) -> CLIP | None:
+    """The same weights in our towers, or our text tower beside open_clip's image tower; None where text is of another kind."""
+    path = path_of(module)
+    if path == "general":
+        return None
+    text = getattr(module, "text", module)
+    weights = {key.removeprefix("text."): value for key, value in module.state_dict().items() if key != "logit_bias"}
+    weights = {key: value for key, value in weights.items() if not key.endswith(("attn_mask", "num_batches_tracked"))}
+    weights["logit_scale"] = weights["logit_scale"].reshape(())
+    activation, heads = _activation(text.transformer.resblocks), text.transformer.resblocks[0].attn.num_heads
+    if path == "fast":
+        return CLIP.from_state_dict(weights, activation, _image_is_ours(module.visual, activation)[1], heads)
+    weights = {key: value for key, value in weights.items() if not key.startswith("visual.")}
+    return MixedCLIP(CLIP.from_state_dict(weights, activation, 0, heads), module.visual, preprocessing, name)
+
+
+def _image_is_ours(visual: Any, activation: str) -> tuple[bool, int]:
+    """Whether our image towers compute what open_clip's ``visual`` does, and the heads of a ViT (0: it is none)."""
+    if type(visual).__name__ == "ModifiedResNet":
+        return True, 0
+    if type(visual).__name__ != "VisionTransformer":
+        return False, 0
+    plain = visual.pool_type == "tok" and not visual.final_ln_after_pool and visual.attn_pool is None
+    plain = plain and isinstance(visual.proj, nn.Parameter) and _is_plain(visual.ln_pre) and _is_plain(visual.ln_post)
+    return plain and _activation(visual.transformer.resblocks) == activation, visual.transformer.resblocks[
+        0
+    ].attn.num_heads
+
+
+def _activation(blocks: Any) -> str:
+    """The activation of transformer blocks by our name; "" where they have parts that ours have not."""
+    kinds = {type(block.mlp.gelu).__name__ for block in blocks}
+    names = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
+    if len(kinds) != 1 or not kinds <= names.keys() or any(map(_is_special, blocks)):
+        return ""
+    return names[kinds.pop()]
+
+
+def _is_plain(norm: Any) -> bool:
+    return isinstance(norm, nn.LayerNorm) and norm.eps == 1e-5
+
+
+def _is_special(block: Any) -> bool:
+    """Whether a block has parts that ours have not."""
+    parts = [getattr(block, part, nn.Identity()) for part in ("ls_1", "ls_2", "ln_1_kv")]
+    own = isinstance(block.attn, nn.MultiheadAttention) and _is_plain(block.ln_1) and _is_plain(block.ln_2)
+    return not (own and all(isinstance(part, nn.Identity) for part in parts))
+
+
+def _general(module: Any, tokenizer: Tokenizer, preprocessing: Preprocessing, name: str) -> GeneralCLIP:
+    """The module as it is."""
+    text = getattr(module, "text", None) or module
+    own = getattr(text, "token_embedding", None)
+    embedding = own if own is not None else text.transformer.get_input_embeddings()
+    image = _First(module.visual) if hasattr(module, "text_decoder") else module.visual
+    with torch.no_grad():
+        d = image(torch.zeros(2, 3, *preprocessing.size)).shape[-1]
+    return GeneralCLIP(
+        Towers(
+            image=image,
+            text=text,
+            encode_text=module.encode_text,
+            embedding=embedding,
+            tokenizer=tokenizer,
+            preprocessing=preprocessing,
+            scale=float(module.logit_scale.detach().exp().flatten()[0]),
+            embed_dim=d,
+            pad=_pad(text),
+            name=name,
+        )
+    )
+
+
+class _First(nn.Module):
+    """The first of what an image tower returns: CoCa's feature, ahead of its tokens."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tower(images)[0]
+
+
+def _pad(text: Any) -> int | None:
+    """The id of padding that may be cut off: of a Hugging Face tower, which has an attention mask.
+
+    open_clip's own towers take their mask, or the place from where they are read, at full length.
+    """
+    return int(text.config.pad_token_id) if hasattr(text, "pooler") else None

@@ -1,0 +1,62 @@
+"""``oodprompt backbones``: which CLIPs can be named, and what prompts and regions each takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from oodprompt.backbones import open_clip_models
+from oodprompt.backbones.weights import SHAPES, TINY, load_backbone
+from oodprompt.reports.style import markdown_table
+from oodprompt.terminal import exit_status
+
+COLUMNS = ("name", "path", "pixels", "text prompts", "deep text prompts", "visual prompts", "regions")
+_YES, _NO = "yes", "no"
+_VIT, _RESNET, _CROPS = "tokens, crops, masked, patches", "roi, crops, patches", "crops"
+
+
+def rows(name: str = "") -> list[tuple[str, ...]]:
+    """A row of ``COLUMNS`` for each backbone whose name holds ``name``: ours, and open_clip's where it is installed."""
+    tiny = load_backbone("tiny").shape
+    found: list[tuple[str, ...]] = [
+        ("tiny", "fast", str(tiny.image_resolution), _YES, _YES, _YES, _VIT)
+    ] * TINY.is_file()
+    for own, shape in SHAPES.items():
+        vit = shape.vision_patch is not None
+        found.append(
+            (own, "fast", str(shape.image_resolution), _YES, _YES, _YES if vit else _NO, _VIT if vit else _RESNET)
+        )
+    try:
+        import open_clip
+    except ImportError:
+        return [row for row in found if name in row[0]]
+    for architecture in open_clip.list_models():
+        settings = open_clip.get_model_config(architecture)
+        path = open_clip_models.path_of_settings(settings)
+        vit = path == "fast" and isinstance(settings["vision_cfg"]["layers"], int)
+        regions = _CROPS if path != "fast" else _VIT if vit else _RESNET
+        pixels = settings["vision_cfg"].get("image_size", 224)
+        deep = _NO if path == "general" else _YES
+        found.append(
+            (f"{open_clip_models.PREFIX}{architecture}", path, str(pixels), _YES, deep, _YES if vit else _NO, regions)
+        )
+    return [row for row in found if name in row[0]]
+
+
+def run(argv: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="oodprompt backbones", description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="only backbones whose name holds this")
+    args = parser.parse_args(argv)
+    found = rows(args.name)
+    print(markdown_table(COLUMNS, found))
+    print(
+        f"\n{len(found)} backbones. hf:REPOSITORY and hf:FOLDER name models of transformers: a CLIPModel takes the fast path."
+    )
+    if not any(row[0].startswith(open_clip_models.PREFIX) for row in found) and not args.name:
+        print("OpenCLIP's are not listed, as open_clip_torch is not installed: pip install oodprompt[open_clip]")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    return exit_status(lambda: run(argv))

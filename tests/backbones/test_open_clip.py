@@ -1,0 +1,292 @@
+"""open_clip's architectures, with random weights and few layers: on our towers or as they are, against open_clip's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip import factory
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from oodprompt.backbones import CLIP, load_backbone
+from oodprompt.backbones.general import GeneralCLIP, MixedCLIP
+from oodprompt.backbones.open_clip_models import (
+    adapt,
+    check_open_clip,
+    load_open_clip,
+    path_of,
+    path_of_settings,
+    pooling_of,
+)
+from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.tokenizer import OpenAITokenizer, Tokenizer
+from oodprompt.errors import UserError
+from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
+from tests.helpers.runs import Run
+
+NAMES = ["water bird", "land bird", "cat"]
+
+
+def as_trained(module: Any) -> Preprocessing:
+    size = module.visual.image_size
+    return Preprocessing((size, size) if isinstance(size, int) else tuple(size), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+class WordTokenizer:
+    """One id for each word; start, words, end, padding."""
+
+    before = 1
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        self.context_length, self.end, self.start = length, vocabulary - 1, vocabulary - 2
+
+    def encode(self, text: str) -> list[int]:
+        return [10 + sum(map(ord, word)) % 500 for word in text.replace(".", " .").split()]
+
+    def is_too_long(self, text: str) -> bool:
+        return len(self.encode(text)) + 2 > self.context_length
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        return (tokens == self.end).int().argmax(dim=-1)
+
+    def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+        rows = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.start, *self.encode(text), self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+
+# Name -> what is computed how.
+KINDS = {
+    "ViT-B-32": "fast",  # GELU
+    "ViT-B-32-quickgelu": "fast",
+    "ViT-H-14": "fast",  # heads of 80
+    "RN50": "fast",
+    "ViT-H-14-worldwide": "fast",  # read at the id of the end of text, which is not the highest
+    "EVA02-B-16": "fast text",
+    "ViT-B-16-SigLIP": "general",  # text that sees both ways, read at its last place
+    "ViT-L-14-CLIPA": "general",
+    "coca_ViT-B-32": "general",
+    "MobileCLIP-S1": "general",
+}
+
+
+def small(name: str, any_image_tower: bool = True) -> dict[str, Any]:
+    """The settings of an architecture with few layers, small images and a small vocabulary.
+
+    Without ``any_image_tower`` a small ViT of open_clip's takes the place of those of timm.
+    """
+    config = copy.deepcopy(factory._MODEL_CONFIGS[name])
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision and not any_image_tower:
+        config["vision_cfg"] = {"image_size": 64, "patch_size": 32, "layers": 1, "width": 64}
+    elif "timm_model_name" in vision:
+        if not name.startswith("MobileCLIP"):
+            vision.update(timm_model_name="vit_tiny_patch16_224", timm_pool="avg", timm_proj="linear")
+    else:
+        patch = vision.get("patch_size") or 32
+        vision.update(layers=[1, 1, 1, 1] if isinstance(vision["layers"], list) else 2, image_size=2 * patch)
+        if patch == 32 and isinstance(vision["layers"], list):
+            vision["image_size"] = 64
+    text.update(layers=2, vocab_size=600)
+    if "multimodal_cfg" in config:
+        config["multimodal_cfg"]["layers"] = 1
+    return config
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    def make(name: str) -> Any:
+        monkeypatch.setitem(factory._MODEL_CONFIGS, name, small(name))
+        logging.disable(logging.WARNING)
+        torch.manual_seed(0)
+        module = open_clip.create_model(name, pretrained=None, load_weights=False, pretrained_text=False).eval()
+        logging.disable(logging.NOTSET)
+        for norm in (m for m in module.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d)):
+            norm.weight.data.uniform_(0.5, 1.5)
+        return module
+
+    return make
+
+
+def tokenizer_of(module: Any) -> Tokenizer:
+    text = getattr(module, "text", module)
+    tokenizer = WordTokenizer(module.context_length, 600)
+    pooled, end = pooling_of(text)
+    if pooled == "eos":
+        assert end is not None
+        tokenizer.end = end
+    return tokenizer
+
+
+def off(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_are_those_of_open_clip(name: str, build: Callable[[str], Any]) -> None:
+    module = build(name)
+    tokenizer = tokenizer_of(module)
+    theirs = copy.deepcopy(module)
+    clip = adapt(module, tokenizer, as_trained(module), f"open_clip:{name}")
+    assert {"fast": CLIP, "fast text": MixedCLIP, "general": GeneralCLIP}[KINDS[name]] is type(clip)
+    images = torch.randn(2, 3, *as_trained(theirs).size, requires_grad=True)
+    tokens = tokenizer([f"a photo of a {n}." for n in NAMES])
+    for ours, expected in (
+        (clip.encode_image(images), theirs.encode_image(images)),
+        (clip.encode_text(tokens), theirs.encode_text(tokens)),
+    ):
+        if name.startswith("coca"):
+            ours, expected = (torch.nn.functional.normalize(x, dim=-1) for x in (ours, expected))
+        assert off(ours, expected) < 1e-5
+    gradients = [
+        torch.autograd.grad(torch.nn.functional.normalize(model.encode_image(images), dim=-1)[:, 0].sum(), images)[0]
+        for model in (clip, theirs)
+    ]
+    assert off(*gradients) < 1e-4 and not any(p.requires_grad for p in clip.parameters())
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-H-14-worldwide", "EVA02-B-16", "ViT-B-16-SigLIP", "ViT-L-14-CLIPA"])
+def test_prompts_of_the_same_words_have_the_same_features(name: str, build: Callable[[str], Any]) -> None:
+    """Context vectors that are the embeddings of words give what the words give, wherever the name stands."""
+    module = build(name)
+    clip = adapt(module, tokenizer_of(module), as_trained(module), name)
+    expected = class_text_features(clip, NAMES, ["a photo of a {}."])
+    words, context = initial_context(clip, "key", 4, "a photo of a")
+    holder = nn.Module()
+    prompts = ContextPrompts(holder, clip, NAMES, words, context)
+    features = prompts.text_features()
+    assert (features - expected).abs().max() < 1e-5
+    features.square().sum().backward()
+    assert holder.ctx.grad.any() and all(p.grad is None for p in clip.parameters())
+    by_image = prompts.text_features(torch.stack([holder.ctx, 2 * holder.ctx]))
+    assert (by_image[0] - features).abs().max() < 1e-5 and (by_image[1] - features).abs().max() > 1e-3
+    front = ContextPrompts(nn.Module(), clip, NAMES, words, context, "front").text_features()
+    moved = class_text_features(clip, NAMES, ["{} a photo of a."])
+    assert (front - moved).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_path_follows_from_the_settings(name: str, build: Callable[[str], Any]) -> None:
+    assert path_of_settings(small(name)) == path_of(build(name)) == KINDS[name]
+    assert path_of_settings(open_clip.get_model_config(name)) == KINDS[name]
+
+
+@pytest.mark.slow  # last run on 2026-11-27
+def test_the_paths_of_all_architectures(build: Callable[[str], Any]) -> None:
+    """With a small ViT of open_clip's in the place of each image tower of timm; towers of the hub cannot be had here."""
+    found: Counter[str] = Counter()
+    for name in open_clip.list_models():
+        settings = small(name, any_image_tower=False)
+        if "hf_model_name" in settings["text_cfg"]:
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(factory._MODEL_CONFIGS, name, settings)
+            module = open_clip.create_model(name, pretrained=None, load_weights=False)
+        path = path_of_settings(settings)
+        assert path == path_of(module), name
+        found[path_of_settings(open_clip.get_model_config(name))] += 1
+    assert found["fast"] >= 48 and found["fast"] + found["fast text"] >= 92
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny`` as open_clip keeps a model: a configuration and weights; and as a checkpoint of its training."""
+    folder, clip = tmp_path_factory.mktemp("tiny_open_clip"), load_backbone("tiny")
+    shape, weights = clip.shape, {key: value.contiguous() for key, value in clip.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    training = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}, "optimizer": {}}
+    torch.save(training, folder / "epoch_3.checkpoint")
+    config = {
+        "model_cfg": {
+            "embed_dim": shape.embed_dim,
+            "quick_gelu": True,
+            "vision_cfg": {
+                "image_size": shape.image_resolution,
+                "layers": shape.vision_layers,
+                "width": shape.vision_width,
+                "patch_size": shape.vision_patch,
+            },
+            "text_cfg": {"width": shape.text_width, "heads": shape.text_heads, "layers": shape.text_layers},
+        },
+        "preprocess_cfg": {
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+            "interpolation": "bicubic",
+        },
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("path", ["", "epoch_3.checkpoint"])
+def test_tiny_written_out_is_tiny(folder: Path, path: str) -> None:
+    clip = load_backbone(f"open_clip:{folder}", folder / path if path else "")
+    assert type(clip) is CLIP
+    tiny = load_backbone("tiny")
+    for name, value in tiny.state_dict().items():
+        assert torch.equal(clip.state_dict()[name], value), name
+    assert isinstance(clip.tokenizer, OpenAITokenizer) and clip.preprocessing.size == (48, 48)
+
+
+@pytest.mark.parametrize("trainer", ["CoOp", "MaPLe"])
+def test_a_run_gives_the_results_of_tiny(folder: Path, trainer: str, run: Run) -> None:
+    words = [trainer, "OPTIM.MAX_EPOCH", 1]
+    expected = run(words[0], "tiny", *words[1:])
+    result = run(words[0], "open_clip", *words[1:], "--backbone", f"open_clip:{folder}")
+    for key in ("accuracy", "worst_group_accuracy", "macro_f1"):
+        assert result[key] == pytest.approx(expected[key], abs=1e-4)
+
+
+def test_no_line_twice(folder: Path) -> None:
+    """open_clip's messages would set up Python's root logger, which shows our lines again."""
+    before = list(logging.root.handlers)
+    load_backbone(f"open_clip:{folder}")
+    assert logging.root.handlers == before
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [
+        ("open_clip:ViT-B-23/openai", "", "ViT-B-32"),
+        ("open_clip:ViT-B-32/openia", "", "openai"),
+        ("open_clip:ViT-B-32", "", "give one of its tags"),
+        ("open_clip:ViT-B-32", "missing.pt", "no file at missing.pt"),
+        ("open_clip:", "", "names no architecture"),
+    ],
+)
+def test_wrong_names(name: str, path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_backbone(name, path)
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="open_clip_config.json, which open_clip writes"):
+        check_open_clip(f"open_clip:{tmp_path}")
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(UserError, match="is no configuration of open_clip"):
+        check_open_clip(f"open_clip:{tmp_path}")
+
+
+def test_weights_of_another_architecture(folder: Path) -> None:
+    with pytest.raises(UserError, match="does not fit open_clip:ViT-S-32"):
+        load_open_clip("open_clip:ViT-S-32", folder / "epoch_3.checkpoint")
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    with pytest.raises(UserError, match=r"pip install oodprompt\[open_clip\]"):
+        load_backbone("open_clip:ViT-B-32/openai")

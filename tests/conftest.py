@@ -15,6 +15,7 @@ from PIL import Image
 from yacs.config import CfgNode
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test touches a network
 
 import torch
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oodprompt.backbones.transfer import to_device
+from oodprompt.backbones.devices import to_device
 
 
 def joined(boxes: Tensor | Sequence[Tensor]) -> Tensor:

@@ -23,11 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from oodprompt.backbones.boxes import Patches, joined, side_by_side
 from oodprompt.backbones.captures import Captures
 from oodprompt.backbones.casts import Conv2d, Linear, autocast_dtype, cast
-from oodprompt.backbones.devices import queues_work
+from oodprompt.backbones.devices import queues_work, to_device
 from oodprompt.backbones.packing import pack, way_of
 from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.tokenizer import OpenAITokenizer, Tokenizer
-from oodprompt.backbones.transfer import to_device
 from oodprompt.errors import UserError
 
 # How queries, keys and values [B, H, L, d] become [B, H, L, d]; the default lets every position see all others.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from oodprompt.backbones.transfer import to_device
+from oodprompt.backbones.devices import to_device
 
 # One tensor for the rows of all processes; torch 2.14 gave it another name and warns of the former.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

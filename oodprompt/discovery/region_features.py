@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones.transfer import to_device
+from oodprompt.backbones.devices import to_device
 from oodprompt.data.distributed import (
     gather_rows,
     number_of_processes,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from oodprompt.backbones.devices import queues_work
 from oodprompt.data import seeding
 from oodprompt.data.loading import Batch
 from oodprompt.engine.loop import LossCheck, RunState, fit_epoch, memory_in_training, remedy
@@ -88,6 +89,6 @@ class FirstStage:
                 seeding.set_random_seed(seeding.derive_seed(self.cfg.SEED, seeding.FIRST_STAGE, state.epoch))
                 learner.train()
                 with memory_in_training(self.cfg, state, encoder.precision, encoder.device, _STAGE):
-                    fit_epoch(batches, state, step, queues_work=encoder.device.type == "cuda")
+                    fit_epoch(batches, state, step, queues_work=queues_work(encoder.device))
                 learner.after_epoch(state.epoch)
                 trained.step_schedules()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from oodprompt.backbones.devices import queues_work
 from oodprompt.data.loading import Batch
 from oodprompt.errors import UserError
 from oodprompt.memory import memory_for
@@ -151,7 +152,7 @@ class LossCheck:
     """
 
     def __init__(self, device: torch.device, remedy: str, what: str = "") -> None:
-        self._waits, self._remedy, self._what = device.type == "cuda", remedy, what
+        self._waits, self._remedy, self._what = queues_work(device), remedy, what
         self._unchecked: list[tuple[int, Tensor]] = []
 
     def __call__(self, loss: Tensor, epoch: int, number: int, is_last: bool) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from oodprompt.backbones.devices import queues_work
 from oodprompt.backbones.weights import check_name
 from oodprompt.config.keys import check_values, get_cfg_default, merge_file, merge_opts, set_key
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
@@ -210,10 +211,11 @@ class PromptTrainer(DasslNames):
     def run_epoch(self) -> None:
         batches = self.encoder.batches("train")
         self.num_batches = len(batches)
-        queues_work = self.device.type == "cuda"
         regions = self.objective.takes_regions and not self.region_features.keeps(self.learner)
         with memory_in_training(self.cfg, self.run, self.precision, self.device, regions=regions):
-            self._epoch_means = fit_epoch(batches, self.run, self._numbered_step, self._after_step, queues_work)
+            self._epoch_means = fit_epoch(
+                batches, self.run, self._numbered_step, self._after_step, queues_work(self.device)
+            )
 
     def _numbered_step(self, number: int, batch: Batch) -> dict[str, Tensor]:
         self.batch_idx = number

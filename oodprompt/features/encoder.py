@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
-from oodprompt.backbones.transfer import to_device
+from oodprompt.backbones.devices import to_device
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_together, whole_index

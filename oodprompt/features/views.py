@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from oodprompt.backbones.transfer import to_device
+from oodprompt.backbones.devices import to_device
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.distributed import gather_rows, whole_index

@@ -25,10 +25,10 @@ from oodprompt.backbones.tokenizer import Tokenizer
 class Towers:
     """What ``GeneralCLIP`` is made of.
 
-    ``image`` [B, 3, R, R] -> [B, d] is the image encoder, ``text`` the module with the text encoder, and ``encode_text(ids)``
-    [n, L] -> [n, d] computes with it; nothing is normalised. ``embedding`` is the layer of ``text`` that looks up token ids. ``scale``
-    multiplies cosines. ``pad`` is the id of padding behind a text where the text encoder neither attends to it nor counts
-    it, so that it may be cut off; None: all ids are needed. ``name`` is for messages.
+    ``image`` [B, 3, R, R] -> [B, d] is the image encoder. ``text`` is the module with the text encoder, and
+    ``encode_text(ids)`` [n, L] -> [n, d] computes with it. Nothing is normalised. ``embedding`` is the layer of ``text``
+    that looks up token ids. ``scale`` multiplies cosines. ``pad`` is the id of padding that the text encoder neither
+    attends to nor counts, so that it may be cut off; None: all ids are needed. ``name`` is for messages.
     """
 
     image: nn.Module
@@ -43,37 +43,18 @@ class Towers:
     name: str = "this model"
 
 
-class GeneralCLIP(CLIP):
-    """``towers`` under the face of ``CLIP``. Prompts are encoded one by one, and the image tower takes none."""
+class MixedCLIP(CLIP):
+    """Our text tower beside a library's image tower, untouched: all that concerns text is as fast as in ``CLIP``."""
 
-    shares_prefixes = False
-    takes_deep_text_prompts = False
     takes_visual_prompts = False
     region_ways = ("crops",)
     image_tower = "this image tower"
 
-    def __init__(self, towers: Towers) -> None:
-        nn.Module.__init__(self)
-        self.visual, self.text, self.token_embedding = towers.image, towers.text, cast(Any, towers.embedding)
-        self.logit_scale = nn.Parameter(torch.tensor(float(towers.scale)).log())
-        self.tokenizer, self.preprocessing = towers.tokenizer, towers.preprocessing
-        self.__dict__["towers"] = towers  # its modules are registered above
-        self.activation_limit, self.captures = 0, None
-        self.image_tower = f"the image tower of {towers.name}"
-        with torch.no_grad():
-            width = towers.embedding(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
-        self.shape = CLIPShape(
-            embed_dim=towers.embed_dim,
-            image_resolution=towers.preprocessing.size[0],
-            vision_layers=0,
-            vision_width=0,
-            vision_patch=None,
-            context_length=towers.tokenizer.context_length,
-            vocab_size=0,
-            text_width=width,
-            text_heads=0,
-            text_layers=0,
-        )
+    def take(self, image: nn.Module, preprocessing: Preprocessing, name: str) -> None:
+        """Encode images by ``image``, [B, 3, R, R] -> [B, d]; ``name`` is that of the backbone, for messages."""
+        self.visual, self.preprocessing = image, preprocessing
+        self.image_tower = f"the image tower of {name}"
+        self.shape = replace(self.shape, image_resolution=preprocessing.size[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,6 +65,55 @@ class GeneralCLIP(CLIP):
         if prompts:
             raise ValueError(f"{self.image_tower} takes no prompts")
         return self.visual(images.to(self.dtype))
+
+    def region_features(
+        self,
+        images: Tensor,
+        boxes: Tensor | Sequence[Tensor],
+        how: str = "auto",
+        prompts: Sequence[Any] = (),
+        at_once: int = 256,
+    ) -> Tensor:
+        """As ``CLIP.region_features``; the one way is "crops"."""
+        way_of_regions(self, how)
+        if len(boxes) != len(images):
+            raise ValueError(f"{len(images)} images, but boxes of {len(boxes)}")
+        images, rois = images.to(self.dtype), joined(boxes)
+        if len(rois):
+            features = regions_in_parts(self.encode_image, images, rois, at_once)
+        else:
+            features = images.new_zeros(0, self.shape.embed_dim)
+        return features.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) else features
+
+
+class GeneralCLIP(MixedCLIP):
+    """``towers`` under the face of ``CLIP``. Prompts are encoded one by one, and the image tower takes none."""
+
+    shares_prefixes = False
+    takes_deep_text_prompts = False
+
+    def __init__(self, towers: Towers) -> None:
+        nn.Module.__init__(self)
+        self.text, self.token_embedding = towers.text, cast(Any, towers.embedding)
+        self.logit_scale = nn.Parameter(torch.tensor(float(towers.scale)).log())
+        self.tokenizer = towers.tokenizer
+        self.__dict__["towers"] = towers  # its modules are registered above
+        self.activation_limit, self.captures = 0, None
+        with torch.no_grad():
+            width = towers.embedding(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+        self.shape = CLIPShape(
+            embed_dim=towers.embed_dim,
+            image_resolution=0,
+            vision_layers=0,
+            vision_width=0,
+            vision_patch=None,
+            context_length=towers.tokenizer.context_length,
+            vocab_size=0,
+            text_width=width,
+            text_heads=0,
+            text_layers=0,
+        )
+        self.take(towers.image, towers.preprocessing, towers.name)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [n, context_length] -> [n, embed_dim], not normalised."""
@@ -101,9 +131,8 @@ class GeneralCLIP(CLIP):
     def encode_prompts(
         self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor] = ()
     ) -> Tensor:
-        raise NotImplementedError(
-            f"the text encoder of {self.__dict__['towers'].name} takes whole prompts: encode_embedded"
-        )
+        name = self.__dict__["towers"].name
+        raise NotImplementedError(f"the text encoder of {name} takes whole prompts: encode_embedded")
 
     def cut(self, tokens: Tensor) -> Tensor:
         """Without the columns that are padding in every row, where these play no part."""
@@ -112,67 +141,6 @@ class GeneralCLIP(CLIP):
             return tokens
         used = int((tokens != pad).any(dim=0).nonzero().max()) + 1
         return tokens[:, :used]
-
-    def region_features(
-        self,
-        images: Tensor,
-        boxes: Tensor | Sequence[Tensor],
-        how: str = "auto",
-        prompts: Sequence[Any] = (),
-        at_once: int = 256,
-    ) -> Tensor:
-        """As ``CLIP.region_features``; the one way is "crops"."""
-        way_of_regions(self, how)
-        return crops(self.encode_image, images.to(self.dtype), boxes, self.shape.embed_dim, at_once)
-
-
-class MixedCLIP(CLIP):
-    """Our text tower beside a library's image tower, untouched: all that concerns text is as fast as in ``CLIP``."""
-
-    takes_visual_prompts = False
-    region_ways = ("crops",)
-    image_tower = "this image tower"
-
-    def __init__(self, text: CLIP, image: nn.Module, preprocessing: Preprocessing, name: str = "this model") -> None:
-        """``text``: a CLIP without an image tower, whose modules are taken over; ``image``: [B, 3, R, R] -> [B, d]."""
-        nn.Module.__init__(self)
-        self.__dict__.update({key: value for key, value in text.__dict__.items() if not key.startswith("_")})
-        self._modules.update(text._modules)
-        self._parameters.update(text._parameters)
-        self.visual, self.preprocessing = image, preprocessing
-        self.image_tower = f"the image tower of {name}"
-        self.shape = replace(text.shape, image_resolution=preprocessing.size[0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.text_projection.dtype
-
-    def encode_image(self, images: Tensor, *prompts: Any) -> Tensor:
-        if prompts:
-            raise ValueError(f"{self.image_tower} takes no prompts")
-        return self.visual(images.to(next(self.visual.parameters()).dtype))
-
-    def region_features(
-        self,
-        images: Tensor,
-        boxes: Tensor | Sequence[Tensor],
-        how: str = "auto",
-        prompts: Sequence[Any] = (),
-        at_once: int = 256,
-    ) -> Tensor:
-        way_of_regions(self, how)
-        return crops(self.encode_image, images, boxes, self.shape.embed_dim, at_once)
-
-
-def crops(
-    encode_image: Callable[[Tensor], Tensor], images: Tensor, boxes: Tensor | Sequence[Tensor], width: int, at_once: int
-) -> Tensor:
-    """Features [sum n_i, width] of boxes that are stretched to whole images; [B, K, width] for boxes [B, K, 4]."""
-    if len(boxes) != len(images):
-        raise ValueError(f"{len(images)} images, but boxes of {len(boxes)}")
-    rois = joined(boxes)
-    features = regions_in_parts(encode_image, images, rois, at_once) if len(rois) else images.new_zeros(0, width)
-    return features.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) else features
 
 
 @contextlib.contextmanager

@@ -104,7 +104,11 @@ def _config_file(name: str, rest: str) -> Path:
 
 def check_open_clip(name: str, path: str | Path = "") -> Preprocessing:
     """What the tower of a name was trained on, without its weights. ``UserError`` as ``load_open_clip``, as far as known."""
-    _, found = _named(name)
+    return _with_weights(name, _named(name)[1], path)
+
+
+def _with_weights(name: str, found: _Architecture, path: str | Path) -> Preprocessing:
+    """What the architecture was trained on; ``UserError`` where nothing says which weights are meant."""
     if not (found.tag or path or ":" in found.identifier):
         tags = found.tags
         some = (
@@ -128,8 +132,8 @@ def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "")
     ``UserError`` where open_clip is not installed, for unknown architectures and tags, where there are no weights, and
     where they do not fit.
     """
-    preprocessing = check_open_clip(name, path)
     open_clip, found = _named(name)
+    preprocessing = _with_weights(name, found, path)
     module = _module(open_clip, name, found, path, cache_dir).eval()
     return adapt(module, _tokenizer(open_clip, name, found.identifier, module), preprocessing, name)
 
@@ -164,7 +168,7 @@ def _quiet() -> Iterator[None]:
     They go to Python's root logger, and the handler would show the lines of all others a second time.
     """
     was, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # an error is told by what is raised
     try:
         yield
     finally:
@@ -184,7 +188,10 @@ def _tokenizer(open_clip: Any, name: str, architecture: str, module: Any) -> Tok
         return OpenAITokenizer(length)
     own = tokenizer.tokenizer
     pooled, end = pooling_of(text)
-    plain = lambda words: own(words, add_special_tokens=False).input_ids  # noqa: E731
+
+    def plain(words: str) -> list[int]:  # cleaned as whole texts are
+        return own(tokenizer.clean_fn(words), add_special_tokens=False).input_ids
+
     return LibraryTokenizer(tokenizer, plain, length, end if pooled == "eos" else None)
 
 
@@ -219,7 +226,7 @@ def path_of(module: Any) -> str:
 def path_of_settings(settings: dict[str, Any]) -> str:
     """As ``path_of``, from the settings of an architecture, without building it."""
     image, text = settings["vision_cfg"], settings["text_cfg"]
-    special = {
+    special = (
         "hf_model_name",
         "no_causal_mask",
         "proj_bias",
@@ -227,14 +234,11 @@ def path_of_settings(settings: dict[str, Any]) -> str:
         "norm_kwargs",
         "act_kwargs",
         "ls_init_value",
-    }
-    others = any(text.get(key) for key in special | {"embed_cls"}) or text.get("pool_type", "argmax") not in (
-        "argmax",
-        "eos",
     )
-    if others or "multimodal_cfg" in settings:
+    plain = not any(text.get(key) for key in (*special, "embed_cls")) and "multimodal_cfg" not in settings
+    if not plain or text.get("pool_type", "argmax") not in ("argmax", "eos"):
         return "general"
-    parts = {"timm_model_name", "ls_init_value", "no_ln_pre", "attentional_pool", "final_ln_after_pool", "qk_norm"}
+    parts = ("timm_model_name", "ls_init_value", "no_ln_pre", "attentional_pool", "final_ln_after_pool", "qk_norm")
     plain = not any(image.get(key) for key in parts) and image.get("pool_type", "tok") == "tok"
     return "fast" if plain else "fast text"
 
@@ -252,7 +256,10 @@ def _fast(module: Any, preprocessing: Preprocessing, name: str) -> CLIP | None:
     if path == "fast":
         return CLIP.from_state_dict(weights, activation, _image_is_ours(module.visual, activation)[1], heads)
     weights = {key: value for key, value in weights.items() if not key.startswith("visual.")}
-    return MixedCLIP(CLIP.from_state_dict(weights, activation, 0, heads), module.visual, preprocessing, name)
+    clip = MixedCLIP.from_state_dict(weights, activation, 0, heads)
+    assert isinstance(clip, MixedCLIP), "a class builds its own kind"
+    clip.take(module.visual, preprocessing, name)
+    return clip
 
 
 def _image_is_ours(visual: Any, activation: str) -> tuple[bool, int]:
@@ -263,9 +270,8 @@ def _image_is_ours(visual: Any, activation: str) -> tuple[bool, int]:
         return False, 0
     plain = visual.pool_type == "tok" and not visual.final_ln_after_pool and visual.attn_pool is None
     plain = plain and isinstance(visual.proj, nn.Parameter) and _is_plain(visual.ln_pre) and _is_plain(visual.ln_post)
-    return plain and _activation(visual.transformer.resblocks) == activation, visual.transformer.resblocks[
-        0
-    ].attn.num_heads
+    blocks = visual.transformer.resblocks
+    return plain and _activation(blocks) == activation, blocks[0].attn.num_heads
 
 
 def _activation(blocks: Any) -> str:

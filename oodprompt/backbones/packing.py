@@ -46,12 +46,11 @@ class Packing:
     """Where the tokens of C prompts stand: the P shared ones, then the suffixes, which make T tokens.
 
     ``buckets`` (first token, classes, length) of each run of suffixes of one length, which are side by side;
-    ``suffix_index`` [T] where each suffix token stands in a padded [C, S] that is flattened, ``suffix_places`` the class and
-    the column of each; ``positions`` [P + T] of the
-    tokens in their prompts; ``ends`` [C] where the last token of each class stands, in the order of the row;
-    ``class_order`` [C] the place of each class in that order. ``way`` is one of ``WAYS``; ``visible`` says for "row"
-    which tokens see which, [P + T, P + T], and for "classes" which tokens of a suffix see which of the prefix and the
-    suffix, [S, P + S].
+    ``suffix_index`` [T] where each suffix token stands in a padded [C, S] that is flattened; ``suffix_places`` the class
+    and the column of each; ``positions`` [P + T] of the tokens in their prompts; ``ends`` [C] where the last token of each
+    class stands, in the order of the row; ``class_order`` [C] the place of each class in that order. ``way`` is one of
+    ``WAYS``. ``visible`` says for "row" which tokens see which, [P + T, P + T]. For "classes" it says which tokens of a
+    suffix see which of the prefix and the suffix, [S, P + S].
     """
 
     prefix: int

@@ -66,9 +66,15 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "", 
     Raises ``UserError`` for an unknown name, a missing or unreadable file, another layout, a wrong SHA256, and when
     the download fails; the message names the address, the file and the folder.
     """
+    if name.startswith((open_clip_models.PREFIX, hugging_face.PREFIX)) and activation != "auto":
+        raise UserError(f"MODEL.BACKBONE.ACTIVATION: {name} says itself which one it has; leave the key auto")
     if name.startswith(open_clip_models.PREFIX):
         return open_clip_models.load_open_clip(name, path, cache_dir)
     if name.startswith(hugging_face.PREFIX):
+        if path:
+            raise UserError(
+                f"MODEL.BACKBONE.PATH: {name} names its weights itself; give hf:FOLDER, or leave the key empty"
+            )
         return hugging_face.load_hugging_face(name)
     if path:
         file = Path(path).expanduser()

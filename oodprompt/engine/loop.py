@@ -27,8 +27,7 @@ class RunState:
     """Where a run stands.
 
     ``epoch``: the epoch that is being trained, from 0, of ``start_epoch`` to ``max_epoch``; ``batch``: that of the last
-    step, from 0. ``history``: a row for each
-    finished epoch. ``best``: criterion -> its best validation value and the epoch of it. ``train_seconds``: time in
+    step, from 0. ``history``: a row for each finished epoch. ``best``: criterion -> its best validation value and the epoch of it. ``train_seconds``: time in
     training steps, also of the runs that were resumed. ``step_seconds``: of each step of this process.
     ``loaded_step_ms``: the median of the run that was loaded. ``groups_by``: the source of the groups that training used,
     None without.

@@ -21,6 +21,7 @@ from oodprompt.backbones.hugging_face import check_hugging_face
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
+from oodprompt.methods.attributes import DiscoveredClusters
 from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
 from tests.helpers.runs import Run
 
@@ -125,6 +126,14 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load_backbone("hf:openai/clip-vit-base-patch32")
 
 
+@pytest.mark.parametrize(
+    ("key", "words"), [("PATH", {"path": "x.pt"}), ("ACTIVATION", {"activation": "gelu"})], ids=["path", "activation"]
+)
+def test_keys_that_would_do_nothing_are_refused(key: str, words: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"MODEL.BACKBONE.{key}: hf:some"):
+        load_backbone("hf:some", **words)
+
+
 def test_a_copy_of_a_backbone_is_whole(tmp_path: Path) -> None:
     """FineTune copies the image tower."""
     write_model("siglip", tmp_path)
@@ -160,6 +169,7 @@ OWN_SIZE = ["INPUT.SIZE", "(32, 32)", "OPTIM.MAX_EPOCH", 1]
         ["CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes"],
         ["DebiasedPT"],
         ["GroupCoOp"],
+        ["OrthCal"],
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
@@ -176,6 +186,19 @@ def test_methods_train_over_it(words: list[Any], siglip: str, run: Run) -> None:
     ]
     result = run(words[0], "run", *words[1:], "--backbone", siglip, *OWN_SIZE, *short)
     assert 0 <= result["accuracy"] <= 1
+
+
+def test_ravl_takes_crops(siglip: str, build: Callable[..., PromptTrainer]) -> None:
+    """Over a model of random weights discovery finds nothing, so a cluster is given."""
+    trainer = build("RaVL", "--backbone", siglip, *OWN_SIZE, "TRAINER.COOP.N_CTX", 2)
+    owner = trainer.region_features.regions("train").owner
+    clusters = DiscoveredClusters((1,), {"train": torch.arange(len(owner)) % 3}, {"train": owner})
+    trainer.attributes.discovered._found = clusters
+    before = trainer.learner.ctx.detach().clone()
+    trainer.before_train()
+    trainer.before_epoch()
+    trainer.run_epoch()
+    assert trainer._epoch_means["L_R"] > 0 and not torch.equal(trainer.learner.ctx, before)
 
 
 def test_finetuning_changes_the_image_tower(siglip: str, build: Callable[..., PromptTrainer]) -> None:

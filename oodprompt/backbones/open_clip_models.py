@@ -35,6 +35,21 @@ _UNREACHABLE = (
 _MISSING = "{name} needs the package open_clip_torch, which is not installed: pip install oodprompt[open_clip]"
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's messages, as that it starts from random weights; and without the handler that they would set up.
+
+    They go to Python's root logger, and the handler would show the lines of all others a second time.
+    """
+    was, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    logging.disable(logging.ERROR)  # an error is told by what is raised
+    try:
+        yield
+    finally:
+        logging.disable(was)
+        logging.root.handlers[:] = handlers
+
+
 @dataclass(frozen=True)
 class _Architecture:
     """What a name says: open_clip's ``identifier``, the ``tag`` of weights ("": none), ``preprocess`` as its files have it."""
@@ -102,6 +117,7 @@ def _config_file(name: str, rest: str) -> Path:
         raise UserError(_UNREACHABLE.format(what="configuration", name=name, reason=brief(error))) from error
 
 
+@_quiet()
 def check_open_clip(name: str, path: str | Path = "") -> Preprocessing:
     """What the tower of a name was trained on, without its weights. ``UserError`` as ``load_open_clip``, as far as known."""
     return _with_weights(name, _named(name)[1], path)
@@ -125,6 +141,7 @@ def _preprocessing(facts: dict[str, Any]) -> Preprocessing:
     return Preprocessing(size, tuple(facts["mean"]), tuple(facts["std"]), interpolation, resize)
 
 
+@_quiet()
 def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "") -> CLIP:
     """The backbone ``open_clip:ARCH[/TAG]``, in fp32 on the CPU, in evaluation mode, with no gradients.
 
@@ -143,37 +160,20 @@ def _module(open_clip: Any, name: str, found: _Architecture, path: str | Path, c
     folder = str(cache_dir) or None
     if not path:
         try:
-            with _quiet():
-                return open_clip.create_model(
-                    found.identifier, pretrained=found.tag or None, require_pretrained=True, cache_dir=folder
-                )
+            return open_clip.create_model(
+                found.identifier, pretrained=found.tag or None, require_pretrained=True, cache_dir=folder
+            )
         except Exception as error:  # the hub's errors are of many kinds
             raise UserError(_UNREACHABLE.format(what="weights", name=name, reason=brief(error))) from error
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"MODEL.BACKBONE.PATH: no file at {file}; give a checkpoint, or leave the key empty")
-    with _quiet():
-        module = open_clip.create_model(found.identifier, load_weights=False, pretrained_text=False, cache_dir=folder)
+    module = open_clip.create_model(found.identifier, load_weights=False, pretrained_text=False, cache_dir=folder)
     try:
         module.load_state_dict(read_state_dict(file), strict=True)
     except RuntimeError as error:
         raise UserError(f"{file} does not fit {name}: {brief(error)}; is it of another architecture?") from error
     return module
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without open_clip's messages, as that it starts from random weights; and without the handler that they would set up.
-
-    They go to Python's root logger, and the handler would show the lines of all others a second time.
-    """
-    was, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.ERROR)  # an error is told by what is raised
-    try:
-        yield
-    finally:
-        logging.disable(was)
-        logging.root.handlers[:] = handlers
 
 
 def _tokenizer(open_clip: Any, name: str, architecture: str, module: Any) -> Tokenizer:

@@ -50,7 +50,7 @@ def write_model(kind: str, folder: Path) -> Any:
     end = write_tokenizer(folder, pads_with_end=kind.startswith("clip"))
     CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}, image_mean=[0.5] * 3).save_pretrained(folder)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
-    act = "gelu" if kind.endswith("gelu") else "quick_gelu"
+    act = "quick_gelu" if kind == "clip quick_gelu" else "gelu"
     text = sizes | {"vocab_size": end + 1, "max_position_embeddings": 16, "eos_token_id": end, "pad_token_id": 1}
     image = sizes | {"image_size": 32, "patch_size": 16}
     torch.manual_seed(0)

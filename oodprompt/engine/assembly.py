@@ -90,6 +90,8 @@ def load_clip(cfg: CfgNode, device: torch.device, precision: str = "fp32") -> CL
     clip.activation_limit = int(cfg.TRAIN.ACTIVATION_GIB * 2**30)
     if cfg.TRAIN.COMPILE != "off" and device.type == "cuda":
         clip.captures = Captures(after={"auto": 20, "graphs": 1}[cfg.TRAIN.COMPILE])
+    elif cfg.TRAIN.COMPILE == "graphs":
+        logger.info("Note: TRAIN.COMPILE graphs needs a GPU; on the CPU it changes nothing")
     return clip
 
 

@@ -47,3 +47,11 @@ def test_training(build: Callable[..., PromptTrainer], words: list[str], recordi
     assert len(tapes) == recordings and all(tape.replays > 2 for tape in tapes)
     plain, captured = states
     assert all(torch.equal(captured[key], value) for key, value in plain.items())
+
+
+@pytest.mark.parametrize(("choice", "lines"), [("auto", 0), ("off", 0), ("graphs", 1)])
+def test_without_a_gpu(
+    choice: str, lines: int, build: Callable[..., PromptTrainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build("CoOp", "TRAIN.COMPILE", choice).clip.captures is None
+    assert capsys.readouterr().out.count("TRAIN.COMPILE graphs needs a GPU") == lines

@@ -59,13 +59,7 @@ class Patches:
         A patch belongs to a box that holds its centre (half-open), and a box that holds none to the one patch in whose
         cell its own centre lies.
         """
-        centre = (torch.arange(side) + 0.5) / side
-        low, high = rois[:, 1:3, None], rois[:, 3:, None]
-        inside = (low <= centre) & (centre < high)  # [r, 2, side]
-        nearest = (side * (low + high) / 2).long().clamp(0, side - 1)
-        lonely = ~inside.any(dim=2, keepdim=True)
-        inside = inside | (lonely & (torch.arange(side) == nearest))
-        first, extent = inside.int().argmax(dim=2), inside.sum(dim=2)  # across and down: a box is a range of each
+        first, extent = _ranges(rois, side)
         number = extent.prod(dim=1)
         longest, same = int(number.max()), bool((number == number[0]).all())
         numbers = torch.cat([rois[:, :1].long(), first, extent], dim=1)
@@ -77,3 +71,20 @@ class Patches:
         across = across.unsqueeze(1)
         index = (top.unsqueeze(1) + place // across) * side + left.unsqueeze(1) + place % across
         return cls(image, index, counts)
+
+
+def _ranges(rois: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The first patch across and down of each box of ``joined``, and how many there are across and down; both [r, 2]."""
+    centre = (torch.arange(side) + 0.5) / side
+    low, high = rois[:, 1:3, None], rois[:, 3:, None]
+    inside = (low <= centre) & (centre < high)  # [r, 2, side]
+    nearest = (side * (low + high) / 2).long().clamp(0, side - 1)
+    lonely = ~inside.any(dim=2, keepdim=True)
+    inside = inside | (lonely & (torch.arange(side) == nearest))
+    return inside.int().argmax(dim=2), inside.sum(dim=2)
+
+
+def same_number(rois: Tensor, side: int) -> list[Tensor]:
+    """The places of boxes of ``joined`` that hold equally many patches, together."""
+    number = _ranges(rois, side)[1].prod(dim=1)
+    return [(number == n).nonzero().flatten() for n in number.unique()]

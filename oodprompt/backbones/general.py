@@ -15,7 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from oodprompt.backbones.boxes import joined
+from oodprompt.backbones.blocks import find_blocks, find_last_stage, works
+from oodprompt.backbones.boxes import Patches, joined, same_number
+from oodprompt.backbones.devices import to_device
 from oodprompt.backbones.model import CLIP, CLIPShape, regions_in_parts, way_of_regions
 from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.tokenizer import Tokenizer
@@ -44,27 +46,47 @@ class Towers:
 
 
 class MixedCLIP(CLIP):
-    """Our text tower beside a library's image tower, untouched: all that concerns text is as fast as in ``CLIP``."""
+    """Our text tower beside a library's image tower, untouched: all that concerns text is as fast as in ``CLIP``.
 
-    takes_visual_prompts = False
-    region_ways = ("crops",)
+    Prompts and regions enter the image tower by hooks, where it has blocks or stages that take them (``blocks.py``).
+    """
+
     image_tower = "this image tower"
+    takes_visual_prompts = False
+    region_ways: tuple[str, ...] = ("crops",)
 
     def take(self, image: nn.Module, preprocessing: Preprocessing, name: str) -> None:
         """Encode images by ``image``, [B, 3, R, R] -> [B, d]; ``name`` is that of the backbone, for messages."""
         self.visual, self.preprocessing = image, preprocessing
         self.image_tower = f"the image tower of {name}"
+        images = torch.zeros(2, 3, *preprocessing.size)
+        self.image_blocks = blocks = find_blocks(image, lambda: image(images))
+        self.last_stage = None if blocks else find_last_stage(image, lambda: image(images))
         self.shape = replace(self.shape, image_resolution=preprocessing.size[0])
+        if self.last_stage:
+            self.region_ways = ("roi", "crops")
+        if blocks is None:
+            return
+        self.shape = replace(self.shape, vision_width=blocks.width, vision_layers=len(blocks.names))
+        prompt, one = torch.zeros(1, blocks.width), images[:1]
+        self.takes_visual_prompts = works(lambda: self.encode_image(one, prompt, [prompt]), 1)
+        corners = torch.tensor([[[0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.5, 1.0]]])
+        if blocks.side > 1 and works(lambda: self._of_tokens(one, joined(corners), (), 2), 2):
+            self.region_ways = ("tokens", "crops")
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.visual.parameters()).dtype
 
     def encode_image(self, images: Tensor, *prompts: Any) -> Tensor:
-        """Images [B, 3, R, R] (preprocessed) -> [B, embed_dim], not normalised."""
-        if prompts:
+        """As ``CLIP.encode_image``."""
+        images = images.to(self.dtype)
+        if not prompts or prompts[0] is None:
+            return self.visual(images)
+        if self.image_blocks is None:
             raise ValueError(f"{self.image_tower} takes no prompts")
-        return self.visual(images.to(self.dtype))
+        with self.image_blocks.changed(self.visual, *prompts):
+            return self.visual(images)
 
     def region_features(
         self,
@@ -74,23 +96,50 @@ class MixedCLIP(CLIP):
         prompts: Sequence[Any] = (),
         at_once: int = 256,
     ) -> Tensor:
-        """As ``CLIP.region_features``; the one way is "crops"."""
-        way_of_regions(self, how)
+        """As ``CLIP.region_features``, by one of ``region_ways``."""
+        how = way_of_regions(self, how)
         if len(boxes) != len(images):
             raise ValueError(f"{len(images)} images, but boxes of {len(boxes)}")
         images, rois = images.to(self.dtype), joined(boxes)
-        if len(rois):
-            features = regions_in_parts(self.encode_image, images, rois, at_once)
-        else:
+        if not len(rois):
             features = images.new_zeros(0, self.shape.embed_dim)
+        elif how == "tokens":
+            features = self._of_tokens(images, rois, prompts, at_once)
+        elif how == "roi":
+            features = self._of_maps(images, rois, at_once)
+        else:
+            features = regions_in_parts(lambda crops: self.encode_image(crops, *prompts), images, rois, at_once)
         return features.unflatten(0, boxes.shape[:2]) if isinstance(boxes, Tensor) else features
+
+    def _of_tokens(self, images: Tensor, rois: Tensor, prompts: Sequence[Any], at_once: int) -> Tensor:
+        """Regions [r, 5] by the patches that they hold; those with equally many patches go through the tower together."""
+        blocks = self.image_blocks
+        assert blocks is not None, "only towers with blocks have this way"
+        first: Tensor | None = prompts[0] if prompts else None
+        deep: Sequence[Tensor] = prompts[1] if len(prompts) > 1 else ()
+        parts, places = [], []
+        for place in same_number(rois, blocks.side):
+            for some in place.split(at_once):
+                chosen = Patches.of(rois[some], blocks.side, images.device)
+                with blocks.changed(self.visual, first, deep, chosen=chosen):
+                    parts.append(self.visual(images))
+                places.append(some)
+        order = to_device(torch.cat(places).argsort(), images.device)
+        return torch.cat(parts)[order]
+
+    def _of_maps(self, images: Tensor, rois: Tensor, at_once: int) -> Tensor:
+        """Regions [r, 5] of what enters the last stage, resampled to the size of the whole, through the rest of the tower."""
+        stage, tower = self.last_stage, self.visual
+        assert stage is not None, "only towers with stages have this way"
+        return regions_in_parts(
+            lambda maps: stage.rest(tower, maps, images[:1]), stage.maps(tower, images), rois, at_once
+        )
 
 
 class GeneralCLIP(MixedCLIP):
     """``towers`` under the face of ``CLIP``. Prompts are encoded one by one, and the image tower takes none."""
 
     shares_prefixes = False
-    takes_deep_text_prompts = False
 
     def __init__(self, towers: Towers) -> None:
         nn.Module.__init__(self)
@@ -99,8 +148,12 @@ class GeneralCLIP(MixedCLIP):
         self.tokenizer = towers.tokenizer
         self.__dict__["towers"] = towers  # its modules are registered above
         self.activation_limit, self.captures = 0, None
+        tokens = self.cut(towers.tokenizer(["a photo", "a"]))
+        self.text_blocks = blocks = find_blocks(towers.text, lambda: towers.encode_text(tokens))
         with torch.no_grad():
-            width = towers.embedding(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+            width = towers.embedding(tokens[:1, :1]).shape[-1]
+        # Tokens that a tower adds stand behind the others, so that prompts keep their places.
+        self.takes_deep_text_prompts = bool(blocks and blocks.length >= tokens.shape[1] and blocks.width == width)
         self.shape = CLIPShape(
             embed_dim=towers.embed_dim,
             image_resolution=0,
@@ -111,7 +164,7 @@ class GeneralCLIP(MixedCLIP):
             vocab_size=0,
             text_width=width,
             text_heads=0,
-            text_layers=0,
+            text_layers=len(blocks.names) if blocks else 0,
         )
         self.take(towers.image, towers.preprocessing, towers.name)
 
@@ -119,10 +172,17 @@ class GeneralCLIP(MixedCLIP):
         """Token ids [n, context_length] -> [n, embed_dim], not normalised."""
         return self.__dict__["towers"].encode_text(self.cut(tokens))
 
-    def encode_embedded(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
-        """As ``encode_text``, with ``embeddings`` [n, L, e] in the place of those of the ids [n, L], which may be ``cut``."""
+    def encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
+        """As ``encode_text``, with ``embeddings`` [n, L, e] in the place of those of the ids [n, L], which may be ``cut``.
+
+        ``deep`` prompts [M, e] replace M tokens, from the first that is not special, ahead of blocks 1, 2, ....
+        """
         towers = self.__dict__["towers"]
-        with _embedded(towers.embedding, embeddings) as looked_up:
+        with contextlib.ExitStack() as stack:
+            looked_up = stack.enter_context(_embedded(towers.embedding, embeddings))
+            if deep:
+                assert self.text_blocks is not None, "only towers with blocks take deep prompts"
+                stack.enter_context(self.text_blocks.changed(towers.text, deep=deep, at=towers.tokenizer.before))
             features = towers.encode_text(tokens)
         if looked_up != [tuple(tokens.shape)]:
             raise RuntimeError(f"the text encoder of {towers.name} looked up its embeddings at {looked_up}, not once")

@@ -721,7 +721,7 @@ class CLIP(nn.Module):
             x = x.index_select(1, packing.class_order)
         return x @ cast(self, "text_projection")
 
-    def encode_embedded(self, tokens: Tensor, embeddings: Tensor) -> Tensor:
+    def encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """Of backbones that do not share prefixes: whole prompts, ids [n, L] and embeddings [n, L, e] -> [n, embed_dim]."""
         raise NotImplementedError("prompts are encoded by encode_prompts")
 

@@ -179,7 +179,7 @@ class ContextPrompts:
         ``deep`` prompts [M, e] replace the context ahead of blocks 1, 2, ....
         """
         if not self.clip.shares_prefixes:
-            return self._by_prompt(ctx)
+            return self._by_prompt(ctx, deep)
         holder = self.holder
         n_ctx = holder.ctx.shape[-2]
         by_image = ctx is not None
@@ -196,7 +196,7 @@ class ContextPrompts:
             suffix = embeddings.gather(1, self.suffix_order.unsqueeze(-1).expand(-1, -1, embeddings.shape[-1]))
         return F.normalize(self.clip.encode_prompts(prefix, suffix, self.lengths, deep).float(), dim=-1)
 
-    def _by_prompt(self, ctx: Tensor | None) -> Tensor:
+    def _by_prompt(self, ctx: Tensor | None, deep: Sequence[Tensor]) -> Tensor:
         """As ``text_features``, for a text encoder that takes each prompt by itself."""
         holder, classes = self.holder, len(self.tokens)
         contexts = holder.ctx.expand(classes, -1, -1).unsqueeze(0) if ctx is None else ctx.unsqueeze(1)
@@ -204,7 +204,7 @@ class ContextPrompts:
         parts = (holder.token_prefix, contexts, holder.token_suffix)
         embeddings = torch.cat([part.expand(images, classes, -1, -1) for part in parts], dim=2).flatten(0, 1)
         order = self.order.repeat(images, 1).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])
-        features = self.clip.encode_embedded(self.tokens.repeat(images, 1), embeddings.gather(1, order))
+        features = self.clip.encode_embedded(self.tokens.repeat(images, 1), embeddings.gather(1, order), deep)
         features = F.normalize(features.float(), dim=-1)
         return features if ctx is None else features.unflatten(0, (images, classes))
 

@@ -166,7 +166,12 @@ OWN_SIZE = ["INPUT.SIZE", "(32, 32)", "OPTIM.MAX_EPOCH", 1]
         ["LinearProbe"],
         ["ZeroshotCLIP"],
         ["FineTune"],
+        ["MaPLe"],
+        ["VPT"],
+        ["IVLP"],
+        ["PromptSRC"],
         ["CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes"],
+        ["CoOpOOD", "--base", "MaPLe"],
         ["DebiasedPT"],
         ["GroupCoOp"],
         ["OrthCal"],
@@ -183,12 +188,14 @@ def test_methods_train_over_it(words: list[Any], siglip: str, run: Run) -> None:
         2,
         "TRAINER.COOP.CTX_INIT",
         "",
+        *("TRAINER.IVLP.N_CTX_TEXT", 2, "TRAINER.IVLP.CTX_INIT", ""),
+        *("TRAINER.PROMPTSRC.N_CTX_TEXT", 2, "TRAINER.PROMPTSRC.CTX_INIT", ""),
     ]
     result = run(words[0], "run", *words[1:], "--backbone", siglip, *OWN_SIZE, *short)
     assert 0 <= result["accuracy"] <= 1
 
 
-def test_ravl_takes_crops(siglip: str, build: Callable[..., PromptTrainer]) -> None:
+def test_ravl_trains_over_it(siglip: str, build: Callable[..., PromptTrainer]) -> None:
     """Over a model of random weights discovery finds nothing, so a cluster is given."""
     trainer = build("RaVL", "--backbone", siglip, *OWN_SIZE, "TRAINER.COOP.N_CTX", 2)
     owner = trainer.region_features.regions("train").owner
@@ -220,18 +227,21 @@ def test_finetuning_changes_the_image_tower(siglip: str, build: Callable[..., Pr
     ],
 )
 def test_what_it_cannot_take_is_refused(
-    trainer: str, message: str, siglip: str, build: Callable[..., PromptTrainer]
+    trainer: str, message: str, siglip: str, build: Callable[..., PromptTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As over towers whose blocks are not found."""
+    monkeypatch.setattr("oodprompt.backbones.general.find_blocks", lambda *_: None)
     with pytest.raises(UserError, match=message):
         build(trainer, "--backbone", siglip, *OWN_SIZE, "TRAINER.IVLP.N_CTX_TEXT", 2, "TRAINER.IVLP.CTX_INIT", "")
 
 
-def test_regions_are_crops(siglip: str) -> None:
+def test_ways_of_regions(siglip: str) -> None:
     clip: Any = load_backbone(siglip)
     images, whole = torch.randn(2, 3, 32, 32), torch.tensor([[[0.0, 0, 1, 1]]] * 2)
-    assert torch.allclose(clip.region_features(images, whole)[:, 0], clip.encode_image(images), atol=1e-5)
-    with pytest.raises(UserError, match="has no way 'tokens'; give auto, crops"):
-        clip.region_features(images, whole, "tokens")
+    for way in ("tokens", "crops"):
+        assert torch.allclose(clip.region_features(images, whole, way)[:, 0], clip.encode_image(images), atol=1e-5)
+    with pytest.raises(UserError, match="has no way 'masked'; give auto, tokens, crops"):
+        clip.region_features(images, whole, "masked")
 
 
 def test_the_input_is_that_of_the_backbone(siglip: str) -> None:

@@ -147,7 +147,7 @@ class GeneralCLIP(MixedCLIP):
         self.logit_scale = nn.Parameter(torch.tensor(float(towers.scale)).log())
         self.tokenizer = towers.tokenizer
         self.__dict__["towers"] = towers  # its modules are registered above
-        self.activation_limit, self.captures = 0, None
+        self.activation_limit, self.captures = 4 << 30, None
         tokens = self.cut(towers.tokenizer(["a photo", "a"]))
         self.text_blocks = blocks = find_blocks(towers.text, lambda: towers.encode_text(tokens))
         with torch.no_grad():
@@ -172,11 +172,7 @@ class GeneralCLIP(MixedCLIP):
         """Token ids [n, context_length] -> [n, embed_dim], not normalised."""
         return self.__dict__["towers"].encode_text(self.cut(tokens))
 
-    def encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
-        """As ``encode_text``, with ``embeddings`` [n, L, e] in the place of those of the ids [n, L], which may be ``cut``.
-
-        ``deep`` prompts [M, e] replace M tokens, from the first that is not special, ahead of blocks 1, 2, ....
-        """
+    def _encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor]) -> Tensor:
         towers = self.__dict__["towers"]
         with contextlib.ExitStack() as stack:
             looked_up = stack.enter_context(_embedded(towers.embedding, embeddings))

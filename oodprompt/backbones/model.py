@@ -176,14 +176,17 @@ class VisionTransformer(nn.Module):
         output_dim: int,
         activation: str = "quick_gelu",
         hidden: int = 0,
+        ln_pre: bool = True,
+        pool: str = "token",
     ) -> None:
+        """``pool`` is what is read: the class "token", the "mean" of the patches' norms, or the norm of their mean, "norm of mean"."""
         super().__init__()
-        self.input_resolution, self.output_dim = resolution, output_dim
+        self.input_resolution, self.output_dim, self.pool = resolution, output_dim, pool
         scale = width**-0.5
         self.conv1 = Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((resolution // patch) ** 2 + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width) if ln_pre else nn.Identity()
         self.transformer = Transformer(width, layers, heads, activation, hidden)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
@@ -214,7 +217,25 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """Images [B, 3, R, R] -> image features [B, output_dim], not normalised."""
-        return self.ln_post(self.tokens(images, prompts, deep, rows=slice(0, 1))[:, 0]) @ cast(self, "proj")
+        return self._read(self.tokens(images, prompts, deep, rows=self._rows), self.side**2)
+
+    @property
+    def _rows(self) -> Rows | None:
+        """The positions whose output is read; None: of all."""
+        return slice(0, 1) if self.pool == "token" else None
+
+    def _read(self, x: Tensor, patches: int, counts: Tensor | None = None) -> Tensor:
+        """Tokens of ``_rows`` after the last block -> features [B, output_dim]. ``counts`` [B, n] says which patches count."""
+        if self.pool == "token":
+            return self.ln_post(x[:, 0]) @ cast(self, "proj")
+        x = x[:, 1 : 1 + patches]
+        x = self.ln_post(x) if self.pool == "mean" else x
+        if counts is None:
+            x = x.mean(dim=1)
+        else:
+            share = counts / counts.sum(dim=1, keepdim=True)
+            x = (share.to(x.dtype).unsqueeze(1) @ x).squeeze(1)
+        return (x if self.pool == "mean" else self.ln_post(x)) @ cast(self, "proj")
 
     @property
     def side(self) -> int:
@@ -281,8 +302,9 @@ class VisionTransformer(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        x = self.transformer(self.ln_pre(x), attend, deep, 1 + regions.index.shape[1], rows=slice(0, 1))
-        return self.ln_post(x[:, 0]) @ cast(self, "proj")
+        number = regions.index.shape[1]
+        x = self.transformer(self.ln_pre(x), attend, deep, 1 + number, rows=self._rows)
+        return self._read(x, number, regions.counts)
 
 
 class Bottleneck(nn.Module):
@@ -406,7 +428,7 @@ class CLIPShape:
     It is 0 where the image tower is another's.
 
     ``vision_heads`` of a ViT are 0 where each is 64 wide; ``vision_hidden`` and ``text_hidden``, the widths inside the MLPs,
-    are 0 where they are four times those of the tokens.
+    are 0 where they are four times those of the tokens. ``vision_ln_pre`` and ``vision_pool`` are as in ``VisionTransformer``.
     """
 
     embed_dim: int
@@ -422,9 +444,13 @@ class CLIPShape:
     vision_heads: int = 0
     vision_hidden: int = 0
     text_hidden: int = 0
+    vision_ln_pre: bool = True
+    vision_pool: str = "token"
 
     @classmethod
-    def of(cls, state_dict: dict[str, Tensor], vision_heads: int = 0, text_heads: int = 0) -> CLIPShape:
+    def of(
+        cls, state_dict: dict[str, Tensor], vision_heads: int = 0, text_heads: int = 0, vision_pool: str = "token"
+    ) -> CLIPShape:
         """Read the sizes off a state dict in OpenAI's layout. It does not tell the heads; 0: they are 64 wide.
 
         Raises ``LookupError`` or ``ValueError`` when the state dict is not in that layout.
@@ -461,6 +487,8 @@ class CLIPShape:
             vision_heads=0 if vision_heads * 64 == vision_width else vision_heads,
             vision_hidden=_hidden(sd, "visual.transformer.", vision_width) if patch else 0,
             text_hidden=_hidden(sd, "transformer.", text_width),
+            vision_ln_pre=patch is None or "visual.ln_pre.weight" in sd,
+            vision_pool=vision_pool,
         )
 
 
@@ -538,6 +566,8 @@ class CLIP(nn.Module):
                 output_dim=shape.embed_dim,
                 activation=activation,
                 hidden=shape.vision_hidden,
+                ln_pre=shape.vision_ln_pre,
+                pool=shape.vision_pool,
             )
         self.transformer = Transformer(
             shape.text_width, shape.text_layers, shape.text_heads, activation, shape.text_hidden
@@ -551,16 +581,21 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: dict[str, Tensor], activation: str = "quick_gelu", vision_heads: int = 0, text_heads: int = 0
+        cls,
+        state_dict: dict[str, Tensor],
+        activation: str = "quick_gelu",
+        vision_heads: int = 0,
+        text_heads: int = 0,
+        vision_pool: str = "token",
     ) -> CLIP:
         """Build the CLIP that a state dict in OpenAI's layout describes, in fp32, and fill it strictly.
 
-        It does not tell the numbers of heads; 0: they are 64 wide.
+        It does not tell the numbers of heads (0: they are 64 wide), and which tokens of a ViT are read.
         """
         extras = ("input_resolution", "context_length", "vocab_size")
         weights = {key: value.float() for key, value in state_dict.items() if key not in extras}
         with torch.device("meta"):
-            model = cls(CLIPShape.of(weights, vision_heads, text_heads), activation)
+            model = cls(CLIPShape.of(weights, vision_heads, text_heads, vision_pool), activation)
         model = model.to_empty(device="cpu")
         model.load_state_dict(weights, strict=True)
         return model
@@ -580,7 +615,10 @@ class CLIP(nn.Module):
     @property
     def region_ways(self) -> tuple[str, ...]:
         """The ways of ``region_features``, the best first."""
-        return ("tokens", "crops", "masked", "patches") if self.takes_visual_prompts else ("roi", "crops", "patches")
+        if not self.takes_visual_prompts:
+            return ("roi", "crops", "patches")
+        by_token = self.shape.vision_pool == "token"  # "masked" restricts what the class token reads
+        return ("tokens", "crops", "masked", "patches") if by_token else ("tokens", "crops", "patches")
 
     @property
     def takes_visual_prompts(self) -> bool:
@@ -722,7 +760,29 @@ class CLIP(nn.Module):
         return x @ cast(self, "text_projection")
 
     def encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
-        """Of backbones that do not share prefixes: whole prompts, ids [n, L] and embeddings [n, L, e] -> [n, embed_dim]."""
+        """Whole prompts through text encoders that share no prefixes: token ids [n, L], embeddings [n, L, e] -> [n, embed_dim].
+
+        The ids say where padding and the end of text are. ``deep`` prompts [M, e] replace M tokens, from the first that is
+        not special, ahead of blocks 1, 2, .... Where the activations would take more than ``activation_limit`` bytes, prompts
+        are encoded in parts, whose activations are computed again in the backward pass.
+        """
+        token = BYTES_PER_TOKEN * self.shape.text_width * max(1, self.shape.text_layers)
+        at_once = max(1, self.activation_limit // (token * tokens.shape[1]))
+        if len(tokens) <= at_once:
+            return self._encode_embedded(tokens, embeddings, deep)
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (embeddings, *deep))
+        rows = []
+        for ids, some in zip(tokens.split(at_once), embeddings.split(at_once), strict=True):
+            inputs = (ids, some, deep)
+            rows.append(
+                checkpoint(self._encode_embedded, *inputs, use_reentrant=False)
+                if tracked
+                else self._encode_embedded(*inputs)
+            )
+        return torch.cat(rows)
+
+    def _encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor]) -> Tensor:
+        """``encode_embedded`` at once."""
         raise NotImplementedError("prompts are encoded by encode_prompts")
 
     def cut(self, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 What open_clip calls an architecture is a file of settings; a tag names weights that were trained for one. Weights with a
 ViT or a ResNet and a text tower as OpenAI's have OpenAI's names, and are loaded into our own towers. All others are
-open_clip's own modules under the face of ``GeneralCLIP``.
+open_clip's own modules under the face of ``MixedCLIP`` or ``GeneralCLIP``.
 
 Source: Ilharco et al., OpenCLIP, github.com/mlfoundations/open_clip.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oodprompt.backbones.bidirectional import BidirectionalCLIP, BidirectionalMixedCLIP
 from oodprompt.backbones.general import GeneralCLIP, MixedCLIP, Towers
 from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.preprocessing import Preprocessing
@@ -211,36 +212,35 @@ def pooling_of(text: Any) -> tuple[str, int | None]:
 
 def path_of(module: Any) -> str:
     """How open_clip's ``module`` is computed: "fast", "fast text" (beside its own image tower) or "general"."""
-    text = getattr(module, "text", module)
-    pooled, _ = pooling_of(text)
+    if not _text_is_ours(getattr(module, "text", module)):
+        return "general"
+    activation = _activation(getattr(module, "text", module).transformer.resblocks)
+    return "fast" if _image_is_ours(module.visual, activation) else "fast text"
+
+
+def _text_is_ours(text: Any) -> bool:
+    """Whether our text towers, causal or not, compute what open_clip's ``text`` does."""
     if not hasattr(text, "token_embedding") or not isinstance(getattr(text, "text_projection", None), nn.Parameter):
-        return "general"
-    if pooled not in ("argmax", "eos") or text.attn_mask is None or getattr(text, "cls_emb", None) is not None:
-        return "general"
-    activation = _activation(text.transformer.resblocks)
-    if not activation or not _is_plain(text.ln_final):
-        return "general"
-    return "fast" if _image_is_ours(module.visual, activation)[0] else "fast text"
+        return False
+    if getattr(text, "cls_emb", None) is not None:
+        return False
+    ends, both_ways = pooling_of(text)[0] in ("argmax", "eos"), text.attn_mask is None
+    own = (ends or pooling_of(text)[0] == "last") and not getattr(text, "use_pad_mask", False) if both_ways else ends
+    return own and bool(_activation(text.transformer.resblocks)) and _is_plain(text.ln_final)
 
 
 def path_of_settings(settings: dict[str, Any]) -> str:
     """As ``path_of``, from the settings of an architecture, without building it."""
     image, text = settings["vision_cfg"], settings["text_cfg"]
-    special = (
-        "hf_model_name",
-        "no_causal_mask",
-        "proj_bias",
-        "proj_type",
-        "norm_kwargs",
-        "act_kwargs",
-        "ls_init_value",
-    )
-    plain = not any(text.get(key) for key in (*special, "embed_cls")) and "multimodal_cfg" not in settings
-    if not plain or text.get("pool_type", "argmax") not in ("argmax", "eos"):
+    special = ("hf_model_name", "proj_bias", "proj_type", "norm_kwargs", "act_kwargs", "embed_cls")
+    plain = not any(text.get(key) for key in special) and "multimodal_cfg" not in settings
+    both_ways, pooled = text.get("no_causal_mask"), text.get("pool_type", "argmax")
+    if not plain or (both_ways and text.get("use_pad_mask")):
         return "general"
-    parts = ("timm_model_name", "ls_init_value", "no_ln_pre", "attentional_pool", "final_ln_after_pool", "qk_norm")
-    plain = not any(image.get(key) for key in parts) and image.get("pool_type", "tok") == "tok"
-    return "fast" if plain else "fast text"
+    if pooled not in (("argmax", "eos", "last") if both_ways else ("argmax", "eos")):
+        return "general"
+    plain = not any(image.get(key) for key in ("timm_model_name", "attentional_pool", "qk_norm"))
+    return "fast" if plain and image.get("pool_type", "tok") in ("tok", "avg") else "fast text"
 
 
 def _fast(module: Any, preprocessing: Preprocessing, name: str) -> CLIP | None:
@@ -248,30 +248,55 @@ def _fast(module: Any, preprocessing: Preprocessing, name: str) -> CLIP | None:
     path = path_of(module)
     if path == "general":
         return None
-    text = getattr(module, "text", module)
+    text, visual = getattr(module, "text", module), module.visual
     weights = {key.removeprefix("text."): value for key, value in module.state_dict().items() if key != "logit_bias"}
     weights = {key: value for key, value in weights.items() if not key.endswith(("attn_mask", "num_batches_tracked"))}
     weights["logit_scale"] = weights["logit_scale"].reshape(())
+    both_ways = text.attn_mask is None
     activation, heads = _activation(text.transformer.resblocks), text.transformer.resblocks[0].attn.num_heads
     if path == "fast":
-        return CLIP.from_state_dict(weights, activation, _image_is_ours(module.visual, activation)[1], heads)
-    weights = {key: value for key, value in weights.items() if not key.startswith("visual.")}
-    clip = MixedCLIP.from_state_dict(weights, activation, 0, heads)
-    assert isinstance(clip, MixedCLIP), "a class builds its own kind"
-    clip.take(module.visual, preprocessing, name)
+        kind: type[CLIP] = BidirectionalCLIP if both_ways else CLIP
+        vit = type(visual).__name__ == "VisionTransformer"
+        image_heads, pool = (visual.transformer.resblocks[0].attn.num_heads, _pool_of(visual)) if vit else (0, "token")
+        clip = kind.from_state_dict(_without_scales(weights), activation, image_heads, heads, pool)
+    else:
+        kind = BidirectionalMixedCLIP if both_ways else MixedCLIP
+        weights = {key: value for key, value in weights.items() if not key.startswith("visual.")}
+        clip = kind.from_state_dict(_without_scales(weights), activation, 0, heads)
+        assert isinstance(clip, MixedCLIP), "a class builds its own kind"
+        clip.take(visual, preprocessing, name)
+    if isinstance(clip, BidirectionalCLIP):
+        clip.reads_end = pooling_of(text)[0] != "last"
     return clip
 
 
-def _image_is_ours(visual: Any, activation: str) -> tuple[bool, int]:
-    """Whether our image towers compute what open_clip's ``visual`` does, and the heads of a ViT (0: it is none)."""
+def _without_scales(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without layer scale, which multiplies what attention and MLP give: it goes into their last layers."""
+    result = {key: value for key, value in weights.items() if not key.endswith((".ls_1.gamma", ".ls_2.gamma"))}
+    for key in weights.keys() - result.keys():
+        block, scale, _ = key.rsplit(".", 2)
+        layer = f"{block}.attn.out_proj" if scale == "ls_1" else f"{block}.mlp.c_proj"
+        result[f"{layer}.weight"] = weights[key].unsqueeze(1) * weights[f"{layer}.weight"]
+        result[f"{layer}.bias"] = weights[key] * weights[f"{layer}.bias"]
+    return result
+
+
+def _image_is_ours(visual: Any, activation: str) -> bool:
+    """Whether our image towers compute what open_clip's ``visual`` does."""
     if type(visual).__name__ == "ModifiedResNet":
-        return True, 0
+        return True
     if type(visual).__name__ != "VisionTransformer":
-        return False, 0
-    plain = visual.pool_type == "tok" and not visual.final_ln_after_pool and visual.attn_pool is None
-    plain = plain and isinstance(visual.proj, nn.Parameter) and _is_plain(visual.ln_pre) and _is_plain(visual.ln_post)
-    blocks = visual.transformer.resblocks
-    return plain and _activation(blocks) == activation, blocks[0].attn.num_heads
+        return False
+    plain = visual.pool_type in ("tok", "avg") and visual.attn_pool is None and isinstance(visual.proj, nn.Parameter)
+    plain = plain and (isinstance(visual.ln_pre, nn.Identity) or _is_plain(visual.ln_pre)) and _is_plain(visual.ln_post)
+    return plain and _activation(visual.transformer.resblocks) == activation
+
+
+def _pool_of(visual: Any) -> str:
+    """What open_clip's ViT reads, by our name."""
+    if visual.pool_type == "tok":
+        return "token"
+    return "norm of mean" if visual.final_ln_after_pool else "mean"
 
 
 def _activation(blocks: Any) -> str:
@@ -279,6 +304,8 @@ def _activation(blocks: Any) -> str:
     kinds = {type(block.mlp.gelu).__name__ for block in blocks}
     names = {"GELU": "gelu", "QuickGELU": "quick_gelu"}
     if len(kinds) != 1 or not kinds <= names.keys() or any(map(_is_special, blocks)):
+        return ""
+    if any(getattr(block.mlp.gelu, "approximate", "none") != "none" for block in blocks):
         return ""
     return names[kinds.pop()]
 
@@ -289,9 +316,8 @@ def _is_plain(norm: Any) -> bool:
 
 def _is_special(block: Any) -> bool:
     """Whether a block has parts that ours have not."""
-    parts = [getattr(block, part, nn.Identity()) for part in ("ls_1", "ls_2", "ln_1_kv")]
     own = isinstance(block.attn, nn.MultiheadAttention) and _is_plain(block.ln_1) and _is_plain(block.ln_2)
-    return not (own and all(isinstance(part, nn.Identity) for part in parts))
+    return not own or hasattr(block, "ln_1_kv")
 
 
 def _general(module: Any, tokenizer: Tokenizer, preprocessing: Preprocessing, name: str) -> GeneralCLIP:

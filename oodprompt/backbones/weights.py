@@ -132,6 +132,8 @@ def digest(module: nn.Module) -> str:
     sha256 = hashlib.sha256()
     if any(isinstance(part, nn.GELU) for part in module.modules()):
         sha256.update(b"gelu\n")
+    if isinstance(module, VisionTransformer) and module.pool != "token":
+        sha256.update(f"{module.pool}\n".encode())
     if not isinstance(module, VisionTransformer | ModifiedResNet):  # equal weights may be computed with otherwise
         sha256.update(f"{module}\n".encode())
     for name, value in [*module.named_parameters(), *module.named_buffers()]:

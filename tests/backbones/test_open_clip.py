@@ -254,11 +254,19 @@ def test_prompts_in_parts(name: str, build: Callable[[str], Any]) -> None:
     words, context = initial_context(clip, "key", 4, "a photo of a")
     holder = nn.Module()
     prompts = ContextPrompts(holder, clip, NAMES, words, context)
-    deep, found = torch.randn(4, clip.shape.text_width, requires_grad=True), []
+    deep, found, at_once = torch.randn(4, clip.shape.text_width, requires_grad=True), [], []
+    encode = clip._encode_embedded
+
+    def counted(tokens: Tensor, *others: Any) -> Tensor:
+        at_once.append(len(tokens))
+        return encode(tokens, *others)
+
+    clip.__dict__["_encode_embedded"] = counted
     for limit in (4 << 30, 1):
         clip.activation_limit = limit
         features = prompts.text_features(deep=[deep])
         found.append((features, *torch.autograd.grad(features[:, 0].sum(), [holder.ctx, deep])))
+    assert at_once == [3, *[1] * 6]  # forward, and again in the backward pass
     assert all(off(part, whole) < 1e-5 for part, whole in zip(*found, strict=True))
 
 

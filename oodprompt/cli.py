@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oodprompt.config import extensions
-from oodprompt.config.registry import DATASET_REGISTRY, GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
+from oodprompt.config.registry import BACKBONE_REGISTRY, DATASET_REGISTRY, GROUP_SOURCE_REGISTRY, TRAINER_REGISTRY
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.errors import UserError
 from oodprompt.log import show_messages
@@ -31,7 +31,7 @@ def print_list() -> None:
         "Debiasers (--trainer, TRAINER.STACK)": {n: line(t) for n, t in trainers if t.debiaser_class},
         "Data sets (DATASET.NAME)": {n: line(d) for n, d in DATASET_REGISTRY.items()},
         "Sources of groups (TRAINER.GROUPS)": {n: line(s) for n, s in GROUP_SOURCE_REGISTRY.items()},
-        "Backbones (--backbone)": BACKBONES,
+        "Backbones (--backbone)": {**BACKBONES, **{n: line(b) for n, b in BACKBONE_REGISTRY.items()}},
     }
     for title, entries in sections.items():
         print(title)

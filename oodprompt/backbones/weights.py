@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from oodprompt.backbones import hugging_face, open_clip_models
 from oodprompt.backbones.model import CLIP, CLIPShape, ModifiedResNet, VisionTransformer
 from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.source import load_registered
 from oodprompt.backbones.state_dicts import brief, clip_state_dict, read_state_dict
+from oodprompt.config.registry import BACKBONE_REGISTRY
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import replacing, sweep
 from oodprompt.log import progress
@@ -66,8 +68,11 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "", 
     Raises ``UserError`` for an unknown name, a missing or unreadable file, another layout, a wrong SHA256, and when
     the download fails; the message names the address, the file and the folder.
     """
-    if name.startswith((open_clip_models.PREFIX, hugging_face.PREFIX)) and activation != "auto":
+    others = (open_clip_models.PREFIX, hugging_face.PREFIX)
+    if (name.startswith(others) or name in BACKBONE_REGISTRY) and activation != "auto":
         raise UserError(f"MODEL.BACKBONE.ACTIVATION: {name} says itself which one it has; leave the key auto")
+    if name in BACKBONE_REGISTRY:
+        return load_registered(name, str(path))
     if name.startswith(open_clip_models.PREFIX):
         return open_clip_models.load_open_clip(name, path, cache_dir)
     if name.startswith(hugging_face.PREFIX):
@@ -116,12 +121,15 @@ def check_name(name: str) -> None:
         raise UserError("no backbone is named: give --backbone (tiny, ViT-B/16, ...) or a --config-file that names one")
     if name.startswith((open_clip_models.PREFIX, hugging_face.PREFIX)):
         return
-    if name not in BACKBONES:
-        raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, BACKBONES)}")
+    known = [*BACKBONES, *BACKBONE_REGISTRY.registered_names()]
+    if name not in known:
+        raise UserError(f"MODEL.BACKBONE.NAME: unknown backbone {name!r}: {nearest(name, known)}")
 
 
 def preprocessing_of(name: str, path: str | Path = "") -> Preprocessing | None:
     """What the backbone was trained on, without a look at its weights; None for those whose files the user's keys fit."""
+    if name in BACKBONE_REGISTRY:
+        return BACKBONE_REGISTRY.get(name).preprocessing
     if name.startswith(open_clip_models.PREFIX):
         return open_clip_models.check_open_clip(name, path)
     return hugging_face.check_hugging_face(name) if name.startswith(hugging_face.PREFIX) else None

@@ -1,4 +1,4 @@
-"""Names for trainers, data sets, evaluators and sources of groups, as Dassl keeps them."""
+"""Names for trainers, data sets, evaluators, sources of groups and backbones, as Dassl keeps them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ class Registry:
     def registered_names(self) -> list[str]:
         return sorted(self._objects)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._objects
+
     def items(self) -> list[tuple[str, Any]]:
         return sorted(self._objects.items())
 
@@ -48,3 +51,4 @@ TRAINER_REGISTRY = Registry("trainer")
 DATASET_REGISTRY = Registry("data set")
 EVALUATOR_REGISTRY = Registry("evaluator")
 GROUP_SOURCE_REGISTRY = Registry("source of groups")
+BACKBONE_REGISTRY = Registry("backbone")

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config import extensions
 from oodprompt.config.keys import check_values, get_cfg_default, leaves, merge_file, merge_opts, set_key
+from oodprompt.config.registry import BACKBONE_REGISTRY
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.resolve import base_of
@@ -105,7 +106,7 @@ def setup_cfg(args: argparse.Namespace, say: Callable[[str], None] = logger.info
 
 def _take_preprocessing(cfg: CfgNode, given: set[str], say: Callable[[str], None]) -> None:
     """Keys of INPUT that nobody has ``given`` become what the backbone was trained on, where that is known; say which."""
-    if ":" not in cfg.MODEL.BACKBONE.NAME:
+    if ":" not in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
         return
     from oodprompt.backbones.weights import preprocessing_of  # here: it takes PyTorch
 

@@ -15,7 +15,7 @@ from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.captures import Captures
 from oodprompt.backbones.model import ModifiedResNet
 from oodprompt.config.defaults import PRECISIONS
-from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
+from oodprompt.config.registry import BACKBONE_REGISTRY, GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.discovery.region_features import RegionFeatures
@@ -69,7 +69,7 @@ def load_clip(cfg: CfgNode, device: torch.device, precision: str = "fp32") -> CL
     """
     keys = cfg.MODEL.BACKBONE
     logger.info(f"Loading CLIP (backbone: {keys.PATH or keys.NAME})")
-    if keys.PATH and keys.ACTIVATION == "auto" and ":" not in keys.NAME:
+    if keys.PATH and keys.ACTIVATION == "auto" and ":" not in keys.NAME and keys.NAME not in BACKBONE_REGISTRY:
         logger.info(
             f"Note: {keys.PATH} is taken to have QuickGELU, as OpenAI's weights have; most of OpenCLIP's need "
             "MODEL.BACKBONE.ACTIVATION gelu"

@@ -26,7 +26,7 @@ from oodprompt.methods.prompts import ContextPrompts, class_text_features, initi
 from tests.helpers.runs import Run
 
 NAMES = ["water bird", "land bird", "cat"]
-WORDS = ["a", "photo", "of", "X", "water", "land", "bird", "cat", "."]
+WORDS = ["a", "photo", "of", "X", "water", "land", "bird", "cat", ".", "circle", "diamond"]
 
 
 def write_tokenizer(folder: Path, pads_with_end: bool) -> int:

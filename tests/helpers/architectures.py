@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import open_clip
 import timm
+import tokenizers
 import torch
 import transformers
 from open_clip import factory, hf_model
@@ -146,3 +147,47 @@ def build_small(name: str, seed: int = 0, real_size: bool = False) -> Any:
         if norm.weight is not None:
             norm.weight.data.uniform_(0.5, 1.5)
     return module
+
+
+# --- models of transformers -------------------------------------------------------------------------------------------
+
+_WORDS = ["<unk>", "<pad>", "<s>", "</s>", "a", "photo", "of", "X", "water", "land", "bird", "cat", "."]
+_SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TEXT = _SIZES | {
+    "vocab_size": 20,
+    "max_position_embeddings": 24,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+_IMAGE = _SIZES | {"image_size": 32, "patch_size": 16}
+HUGGING_FACE: dict[str, Callable[[], Any]] = {
+    "CLIPModel, QuickGELU": lambda: transformers.CLIPConfig(
+        text_config=_TEXT | {"hidden_act": "quick_gelu"},
+        vision_config=_IMAGE | {"hidden_act": "quick_gelu"},
+        projection_dim=48,
+    ),
+    "CLIPModel, GELU": lambda: transformers.CLIPConfig(
+        text_config=_TEXT | {"hidden_act": "gelu"}, vision_config=_IMAGE | {"hidden_act": "gelu"}, projection_dim=48
+    ),
+    "SiglipModel": lambda: transformers.SiglipConfig(text_config=_TEXT | {"projection_size": 64}, vision_config=_IMAGE),
+    "AltCLIPModel": lambda: transformers.AltCLIPConfig(
+        text_config=_TEXT | {"project_dim": 64}, vision_config=_IMAGE, projection_dim=48
+    ),
+    "ChineseCLIPModel": lambda: transformers.ChineseCLIPConfig(
+        text_config=_TEXT, vision_config=_IMAGE, projection_dim=48
+    ),
+}
+
+
+def words_of_hub() -> Any:
+    """A tokenizer of words as transformers has it, with start, end and padding."""
+    ids = {word: i for i, word in enumerate(_WORDS)}
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    vocabulary.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )

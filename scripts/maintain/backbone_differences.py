@@ -137,6 +137,11 @@ def kind_of(name: str, path: str) -> str:
     return f"open_clip, {path}: {tower}" + (f", text of {text_kind}" if text_kind else "")
 
 
+def is_asked_for(name: str, words: Sequence[str]) -> bool:
+    """Whether the name holds one of ``words``, or is one that ends with $; all are where there are no words."""
+    return not words or any(word in f"{name}$" for word in words)
+
+
 def cases(words: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], dict[str, float]]]]:
     """(kind, name, what computes the differences) of all that is compared."""
 
@@ -158,19 +163,21 @@ def cases(words: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], dict[st
         return path, lambda: differences(clip, reference, (32, 32), False)
 
     for name in open_clip.list_models():
-        if not words or any(word in name for word in words):
+        if is_asked_for(name, words):
             module = build_small(name)
             kind = kind_of(name, open_clip_models.path_of(module))
             yield kind, name, lambda name=name, module=module: of_architecture(name, module)
     for kind in HUGGING_FACE:
-        if not words or any(word in kind for word in words):
+        if is_asked_for(kind, words):
             path, compute = of_model(kind)
             yield f"transformers, {path}: {kind}", kind, compute
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only modules whose name holds one of them")
+    parser.add_argument(
+        "words", nargs="*", metavar="WORD", help="only modules whose name holds one of them; NAME$ ends there"
+    )
     parser.add_argument("--limit", type=float, default=1e-5, help="exit status 1 above it (default %(default)g)")
     args = parser.parse_args()
     logging.disable(logging.WARNING)

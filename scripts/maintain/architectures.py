@@ -37,18 +37,18 @@ from oodprompt.engine import assembly  # noqa: E402
 from oodprompt.engine.trainer import PromptTrainer, build_trainer  # noqa: E402
 from oodprompt.errors import UserError  # noqa: E402
 from oodprompt.reports.style import markdown_table  # noqa: E402
-from tests.helpers.architectures import as_trained, build_small, tokenizer_of  # noqa: E402
+from tests.helpers.architectures import as_trained, build_small, family, tokenizer_of  # noqa: E402
 
 STEPS = {
     "CoOp": ["TRAINER.NAME", "CoOp"],
     "MaPLe": ["TRAINER.NAME", "MaPLe", "TRAINER.MAPLE.PROMPT_DEPTH", "2"],
     "CoOpOOD": ["TRAINER.NAME", "CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes"],
-    "discovery": ["TRAINER.NAME", "CoOp"],
 }
-COLUMNS = ("architecture", "path", "pixels", *STEPS)
+WORKS = (*STEPS, "discovery")
+COLUMNS = ("architecture", "path", "pixels", *WORKS)
 OWN = "TRAINER.COOP.N_CTX 4 REGIONS.GRID (2,2) DISCOVERY.K_RANGE (2,3)"
 SMALL = (
-    "DATASET.SHAPES.NUM_TRAIN 8 DATASET.SHAPES.NUM_VAL 8 DATASET.SHAPES.NUM_TEST 8 DATASET.SHAPES.CORRELATION 0.8 "
+    "DATASET.SHAPES.NUM_TRAIN 8 DATASET.SHAPES.NUM_VAL 4 DATASET.SHAPES.NUM_TEST 4 DATASET.SHAPES.CORRELATION 0.8 "
     "DATALOADER.TRAIN_X.BATCH_SIZE 8 OPTIM.MAX_EPOCH 1 OPTIM.WARMUP_EPOCH -1 VERBOSE False"
 )
 
@@ -74,13 +74,8 @@ def trainer_of(clip: CLIP, name: str, keys: Sequence[str], folder: Path) -> Prom
         return build_trainer(cfg)
 
 
-def one_step(clip: CLIP, name: str, kind: str, folder: Path) -> None:
-    """One step of training, or one discovery. ``AssertionError`` where it leaves the prompts as they were."""
-    trainer = trainer_of(clip, name, STEPS[kind], folder)
-    if kind == "discovery":
-        found = trainer.discovery.discover(trainer.learner, trainer.objective.predict, "CoOp", folder, pictures=False)
-        assert found.owner["val"].numel() == 32, "four regions of each of eight images"
-        return
+def one_step(trainer: PromptTrainer) -> None:
+    """One step of training. ``AssertionError`` where it leaves the prompts as they were or touches the backbone."""
     learned = {key: value for key, value in trainer.learner.named_parameters() if value.requires_grad}
     before = {key: value.detach().clone() for key, value in learned.items()}
     trainer.before_train()
@@ -89,7 +84,13 @@ def one_step(clip: CLIP, name: str, kind: str, folder: Path) -> None:
     same = [key for key, value in learned.items() if torch.equal(value, before[key])]
     assert learned and not same, f"a step left as they were: {same}"
     assert all(value.isfinite().all() for value in learned.values()), "values that are not finite"
-    assert not any(value.grad is not None for value in clip.parameters()), "the backbone has gradients"
+    assert not any(value.grad is not None for value in trainer.clip.parameters()), "the backbone has gradients"
+
+
+def one_discovery(trainer: PromptTrainer, folder: Path) -> None:
+    """RaVL's discovery in what was trained."""
+    found = trainer.discovery.discover(trainer.learner, trainer.objective.predict, "CoOp", folder, pictures=False)
+    assert found.owner["val"].numel() == 16, "four regions of each of four images"
 
 
 def outcome(name: str, call: Callable[[], Any]) -> str:
@@ -118,13 +119,21 @@ def examine(name: str, real_size: bool, folder: Path) -> dict[str, str]:
     loaded = outcome(name, load)
     if loaded != "yes":
         return row | {"path": loaded}
+    trained: dict[str, PromptTrainer] = {}
+
+    def train(kind: str) -> None:
+        trained[kind] = trainer_of(made["clip"], name, STEPS[kind], folder / kind)
+        one_step(trained[kind])
+
     for kind in STEPS:
-        row[kind] = outcome(name, lambda kind=kind: one_step(made["clip"], name, kind, folder / kind))
+        row[kind] = outcome(name, lambda kind=kind: train(kind))
+    if row["CoOp"] == "yes":
+        row["discovery"] = outcome(name, lambda: one_discovery(trained["CoOp"], folder))
     return row
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """All rows, and how many say what."""
+    """A table of families, where equal rows are one; how many say what; and a table of all."""
     notes: dict[str, int] = {}
 
     def brief(cell: str) -> str:
@@ -132,11 +141,16 @@ def table(rows: Sequence[dict[str, str]]) -> str:
             return cell
         return f"{cell.split(':')[0]} [{notes.setdefault(cell, len(notes) + 1)}]"
 
-    lines = [markdown_table(COLUMNS, [[brief(row[column]) for column in COLUMNS] for row in rows])]
+    families: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        families[(family(row["architecture"]), *(brief(row[column]) for column in ("path", *WORKS)))] += 1
+    cells = [(kind, str(count), *rest) for (kind, *rest), count in sorted(families.items())]
+    lines = [markdown_table(("towers", "architectures", "path", *WORKS), cells)]
     lines += ["", *(f"[{number}] {reason}" for reason, number in notes.items()), ""]
-    for column in COLUMNS[1:2] + tuple(STEPS):
+    for column in ("path", *WORKS):
         counts = Counter(row[column].split(":")[0] for row in rows)
         lines.append(f"{column}: " + ", ".join(f"{count} {what}" for what, count in counts.most_common()))
+    lines += ["", markdown_table(COLUMNS, [[brief(row[column]) for column in COLUMNS] for row in rows])]
     return "\n".join(lines)
 
 
@@ -154,7 +168,7 @@ def main() -> int:
             began = time.time()
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 rows.append(examine(name, args.real_size, Path(own)))
-            cells = ", ".join(f"{kind} {rows[-1][kind].split(':')[0]}" for kind in STEPS)
+            cells = ", ".join(f"{kind} {rows[-1][kind].split(':')[0]}" for kind in WORKS)
             print(
                 f"{i}/{len(names)} {name}: {rows[-1]['path']}, {cells} ({time.time() - began:.1f} s)", file=sys.stderr
             )

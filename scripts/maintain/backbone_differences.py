@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from oodprompt.backbones.model import CLIP as OurCLIP  # noqa: E402
 from oodprompt.backbones.preprocessing import Preprocessing  # noqa: E402
 from oodprompt.methods.prompts import ContextPrompts  # noqa: E402
 from oodprompt.reports.style import markdown_table  # noqa: E402
-from tests.helpers.architectures import HUGGING_FACE, as_trained, build_small, tokenizer_of, words_of_hub  # noqa: E402
+from tests.helpers.architectures import HUGGING_FACE, as_trained, build_small, family, tokenizer_of, words_of_hub  # noqa: E402
 
 NAMES = ["water bird", "land bird", "cat"]
 WORDS = "a photo of a"
@@ -121,22 +120,6 @@ def differences(clip: CLIP, theirs: Theirs, size: tuple[int, int], normalises: b
     return {part: off(ours, own) for part, (ours, own) in zip(PARTS, pairs, strict=True)}
 
 
-def kind_of(name: str, path: str) -> str:
-    """What an architecture is counted as: its path, and what its towers are."""
-    settings = open_clip.get_model_config(name)
-    image, text = settings["vision_cfg"], settings["text_cfg"]
-    timm_name = image.get("timm_model_name", "")
-    if timm_name:
-        tower = "timm " + re.split(r"[_\d]", timm_name.replace("vit_base_mci", "mcivit"))[0]
-    else:
-        tower = "ResNet" if isinstance(image["layers"], list) else "ViT"
-    hub = text.get("hf_model_name", "").split("/")[-1].split("-")[0]
-    text_kind = hub or (
-        "SigLIP" if "SigLIP" in name else "CLIPA" if "CLIPA" in name else "CoCa" if "coca" in name else ""
-    )
-    return f"open_clip, {path}: {tower}" + (f", text of {text_kind}" if text_kind else "")
-
-
 def is_asked_for(name: str, words: Sequence[str]) -> bool:
     """Whether the name holds one of ``words``, or is one that ends with $; all are where there are no words."""
     return not words or any(word in f"{name}$" for word in words)
@@ -165,7 +148,7 @@ def cases(words: Sequence[str]) -> Iterator[tuple[str, str, Callable[[], dict[st
     for name in open_clip.list_models():
         if is_asked_for(name, words):
             module = build_small(name)
-            kind = kind_of(name, open_clip_models.path_of(module))
+            kind = f"open_clip, {open_clip_models.path_of(module)}: {family(name)}"
             yield kind, name, lambda name=name, module=module: of_architecture(name, module)
     for kind in HUGGING_FACE:
         if is_asked_for(kind, words):

@@ -76,6 +76,33 @@ def as_trained(module: Any) -> Preprocessing:
     return Preprocessing((size, size) if isinstance(size, int) else tuple(size), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
+_IMAGE_TOWERS = {
+    "vit_base_mci": "MobileCLIP's ViT",
+    "vit_pe": "PE",
+    "vitamin": "ViTamin",
+    "fastvit": "FastViT",
+    "convnext": "ConvNeXt",
+    "eva": "EVA",
+    "swin": "Swin",
+    "vit": "ViT",
+}
+_TEXT_TOWERS = {"roberta": "RoBERTa", "xlm": "XLM-RoBERTa", "mt5": "mT5", "nllb": "NLLB"}
+
+
+def family(name: str) -> str:
+    """What the towers of an architecture are: that of images, then that of text where it is of a kind of its own."""
+    settings = open_clip.get_model_config(name)
+    timm_name, of_hub = settings["vision_cfg"].get("timm_model_name"), settings["text_cfg"].get("hf_model_name", "")
+    if timm_name:
+        image = next(kind for start, kind in _IMAGE_TOWERS.items() if timm_name.startswith(start)) + " of timm"
+    else:
+        image = "ResNet" if isinstance(settings["vision_cfg"]["layers"], list) else "ViT"
+    own = next((kind for kind in ("SigLIP2", "SigLIP", "CLIPA") if kind in name and not of_hub), "")
+    text = _TEXT_TOWERS[of_hub.split("/")[-1].split("-")[0]] if of_hub else own
+    parts = [image, f"text as {text}" if text and not of_hub else f"text of {text}" if text else ""]
+    return ("CoCa: " if "coca" in name else "") + ", ".join(filter(None, parts))
+
+
 def _small_image_tower(vision: dict[str, Any], real_size: bool) -> None:
     name, layers = vision.get("timm_model_name", ""), vision.get("layers")
     if not name:

@@ -67,6 +67,9 @@ class _NoImages(nn.Module):
         super().__init__()
         self.nothing = nn.Parameter(torch.zeros(1))
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.nothing.expand(len(images), 1)
+
 
 def own_module(module: Any) -> GeneralCLIP:
     """OpenCLIP's ``module`` as the general path has it."""

@@ -5,7 +5,8 @@ with their depth cut. Nothing is downloaded: text towers of the hub are built fr
 of words stands in for each real one. Images are small (4 x 4 patches, or 128 pixels), as --real-size says otherwise.
 
 For each architecture it says whether it loads, on which path, and whether one training step of CoOp, of MaPLe and of
-CoOpOOD with known attributes changes what is trained, and whether RaVL's discovery runs. The table is Markdown.
+CoOpOOD with known attributes changes what is trained, and whether RaVL's discovery runs in what CoOp trained. What a
+backbone takes must be what ``oodprompt backbones`` says of it. Tables are Markdown: families first, then all.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import torch  # noqa: E402
 
 import datasets  # noqa: E402, F401
 import trainers  # noqa: E402, F401
+from oodprompt import list_backbones  # noqa: E402
 from oodprompt.backbones import CLIP  # noqa: E402
-from oodprompt.backbones.open_clip_models import PREFIX, adapt, path_of, path_of_settings  # noqa: E402
+from oodprompt.backbones.open_clip_models import PREFIX, adapt, path_of  # noqa: E402
 from oodprompt.config.keys import get_cfg_default, merge_file, merge_opts  # noqa: E402
 from oodprompt.engine import assembly  # noqa: E402
 from oodprompt.engine.trainer import PromptTrainer, build_trainer  # noqa: E402
@@ -45,7 +47,7 @@ STEPS = {
     "CoOpOOD": ["TRAINER.NAME", "CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes"],
 }
 WORKS = (*STEPS, "discovery")
-COLUMNS = ("architecture", "path", "pixels", *WORKS)
+COLUMNS = ("architecture", "path", "pixels", "regions", *WORKS)
 OWN = "TRAINER.COOP.N_CTX 4 REGIONS.GRID (2,2) DISCOVERY.K_RANGE (2,3)"
 SMALL = (
     "DATASET.SHAPES.NUM_TRAIN 8 DATASET.SHAPES.NUM_VAL 4 DATASET.SHAPES.NUM_TEST 4 DATASET.SHAPES.CORRELATION 0.8 "
@@ -112,9 +114,12 @@ def examine(name: str, real_size: bool, folder: Path) -> dict[str, str]:
     def load() -> None:
         module = build_small(name, real_size=real_size)
         row["path"], row["pixels"] = path_of(module), str(as_trained(module).size[0])
-        said = path_of_settings(open_clip.get_model_config(name))
-        assert said == row["path"], f"oodprompt backbones says {said}, the path is {row['path']}"
-        made["clip"] = adapt(module, tokenizer_of(name, module), as_trained(module), PREFIX + name)
+        clip = adapt(module, tokenizer_of(name, module), as_trained(module), PREFIX + name)
+        takes = ["no", "yes"][clip.takes_deep_text_prompts], ["no", "yes"][clip.takes_visual_prompts]
+        found = (row["path"], *takes, ", ".join(clip.region_ways))
+        said = next(listed for listed in list_backbones.rows(name) if listed[0] == PREFIX + name)
+        assert found == (said[1], *said[4:]), f"oodprompt backbones says {said[1:]}, it has {found}"
+        row["regions"], made["clip"] = found[-1], clip
 
     loaded = outcome(name, load)
     if loaded != "yes":
@@ -143,9 +148,9 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 
     families: Counter[tuple[str, ...]] = Counter()
     for row in rows:
-        families[(family(row["architecture"]), *(brief(row[column]) for column in ("path", *WORKS)))] += 1
+        families[(family(row["architecture"]), *(brief(row[column]) for column in ("path", "regions", *WORKS)))] += 1
     cells = [(kind, str(count), *rest) for (kind, *rest), count in sorted(families.items())]
-    lines = [markdown_table(("towers", "architectures", "path", *WORKS), cells)]
+    lines = [markdown_table(("towers", "architectures", "path", "regions", *WORKS), cells)]
     lines += ["", *(f"[{number}] {reason}" for reason, number in notes.items()), ""]
     for column in ("path", *WORKS):
         counts = Counter(row[column].split(":")[0] for row in rows)

@@ -63,8 +63,8 @@ def test_the_program_says_what_works(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert architectures.main() == 0
     out, progress = capsys.readouterr()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
-    assert cells[-2] == ["convnext_tiny", "fast text", "128", "yes", "refused [1]", "yes", "yes"]
-    assert cells[-1] == ["ViT-S-16-alt", "fast", "64", "yes", "yes", "yes", "yes"]
+    assert cells[-2] == ["convnext_tiny", "fast text", "128", "roi, crops", "yes", "refused [1]", "yes", "yes"]
+    assert cells[-1] == ["ViT-S-16-alt", "fast", "64", "tokens, crops, masked, patches", "yes", "yes", "yes", "yes"]
     assert "[1] refused: MaPLe puts prompts" in out and progress.startswith("1/2 convnext_tiny: fast text, CoOp yes")
 
 

@@ -165,14 +165,25 @@ def few_layers(settings: dict[str, Any], name: str) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def _disturb(module: nn.Module) -> None:
+    """Other values for what starts at a constant, which would hide that it is left out: norms, biases, layer scale, tokens."""
+    for norm in (m for m in module.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d)):
+        if norm.weight is not None:
+            norm.weight.uniform_(0.5, 1.5)
+    for name, value in module.named_parameters():
+        if name.endswith("gamma"):
+            value.uniform_(0.1, 0.5)
+        elif value.ndim and value.numel() < 2**17:
+            value.add_(torch.randn_like(value), alpha=0.02)
+
+
 def build_small(name: str, seed: int = 0, real_size: bool = False) -> Any:
     """open_clip's own module of the architecture, with random weights, layers cut, in evaluation mode."""
     torch.manual_seed(seed)
     with few_layers(small(name, real_size), name):
         module = open_clip.create_model(name, pretrained=None, load_weights=False, pretrained_text=False).eval()
-    for norm in (m for m in module.modules() if isinstance(m, nn.LayerNorm | nn.BatchNorm2d)):
-        if norm.weight is not None:
-            norm.weight.data.uniform_(0.5, 1.5)
+    _disturb(module)
     return module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from oodprompt.backbones import open_clip_models
 from oodprompt.backbones.weights import SHAPES, TINY, load_backbone
@@ -12,7 +13,8 @@ from oodprompt.terminal import exit_status
 
 COLUMNS = ("name", "path", "pixels", "text prompts", "deep text prompts", "visual prompts", "regions")
 _YES, _NO = "yes", "no"
-_VIT, _RESNET, _CROPS = "tokens, crops, masked, patches", "roi, crops, patches", "crops"
+_VIT, _RESNET = "tokens, crops, masked, patches", "roi, crops, patches"
+_BY_BLOCKS, _BY_STAGES, _CROPS = "tokens, crops", "roi, crops", "crops"  # of image encoders that are not ours
 
 
 def rows(name: str = "") -> list[tuple[str, ...]]:
@@ -33,14 +35,25 @@ def rows(name: str = "") -> list[tuple[str, ...]]:
     for architecture in open_clip.list_models():
         settings = open_clip.get_model_config(architecture)
         path = open_clip_models.path_of_settings(settings)
-        vit = path == "fast" and isinstance(settings["vision_cfg"]["layers"], int)
-        regions = _CROPS if path != "fast" else _VIT if vit else _RESNET
+        visual, regions = _takes(settings["vision_cfg"], path)
         pixels = settings["vision_cfg"].get("image_size", 224)
-        deep = _NO if path == "general" else _YES
-        found.append(
-            (f"{open_clip_models.PREFIX}{architecture}", path, str(pixels), _YES, deep, _YES if vit else _NO, regions)
-        )
+        found.append((f"{open_clip_models.PREFIX}{architecture}", path, str(pixels), _YES, _YES, visual, regions))
     return [row for row in found if name in row[0]]
+
+
+def _takes(image: dict[str, Any], path: str) -> tuple[str, str]:
+    """Whether an image encoder of open_clip takes prompts, and its ways of regions, from its settings.
+
+    What is built says so itself; ``scripts/maintain/architectures.py`` compares the two for all architectures.
+    """
+    timm = image.get("timm_model_name", "")
+    if timm.startswith(("convnext", "fastvit", "swin")):  # stages of maps
+        return _NO, _BY_STAGES
+    if timm.startswith("vit_relpos"):  # each of its blocks has the positions of all patches
+        return _NO, _CROPS
+    if isinstance(image.get("layers"), list):
+        return _NO, _RESNET if path == "fast" else _BY_STAGES
+    return _YES, _VIT if path == "fast" else _BY_BLOCKS
 
 
 def run(argv: Sequence[str]) -> None:
@@ -51,7 +64,8 @@ def run(argv: Sequence[str]) -> None:
     found = rows(args.name)
     print(markdown_table(COLUMNS, found))
     print(
-        f"\n{len(found)} backbones. hf:REPOSITORY and hf:FOLDER name models of transformers: a CLIPModel takes the fast path."
+        f"\n{len(found)} backbones. hf:REPOSITORY and hf:FOLDER name models of transformers: a CLIPModel takes the fast path. "
+        "Licences of weights are not listed, as OpenCLIP's package does not hold them: see the page of their repository."
     )
     if not any(row[0].startswith(open_clip_models.PREFIX) for row in found) and not args.name:
         print("OpenCLIP's are not listed, as open_clip_torch is not installed: pip install oodprompt[open_clip]")

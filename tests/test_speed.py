@@ -173,3 +173,10 @@ def test_shapes_are_those_of_their_weights() -> None:
     for shape in SHAPES.values():
         with torch.device("meta"):
             assert CLIPShape.of(CLIP(shape).state_dict()) == shape
+
+
+def test_both_paths_are_timed_with_the_same_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    load_script("speed/backbone_paths.py").run(["--layers", "1", "--classes", "3", "--repeats", "1"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["case"] for row in rows] == ["fast", "general", "cut", "uncut"]
+    assert all(row["off"] < 1e-5 and 0 < row["forward_s"] <= row["step_s"] and row["kept_mib"] >= 0 for row in rows)

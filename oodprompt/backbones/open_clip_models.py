@@ -180,11 +180,11 @@ def _module(open_clip: Any, name: str, found: _Architecture, path: str | Path, c
 def _tokenizer(open_clip: Any, name: str, architecture: str, module: Any) -> Tokenizer:
     """That of the architecture; ``UserError`` where it cannot be had."""
     text = getattr(module, "text", module)
-    length = int(module.context_length)
     try:
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # the hub's errors are of many kinds
         raise UserError(_UNREACHABLE.format(what="tokenizer", name=name, reason=brief(error))) from error
+    length = int(tokenizer.context_length)  # the module's own is that of positions: 514 of RoBERTa, 0 of mT5
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return OpenAITokenizer(length)
     own = tokenizer.tokenizer

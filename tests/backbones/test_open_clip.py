@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +27,13 @@ from oodprompt.backbones.open_clip_models import (
     path_of_settings,
     pooling_of,
 )
-from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.tokenizer import OpenAITokenizer, Tokenizer
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
+from tests.helpers.architectures import VOCABULARY, WordTokenizer, as_trained
 from tests.helpers.runs import Run
 
 NAMES = ["water bird", "land bird", "cat"]
-
-
-def as_trained(module: Any) -> Preprocessing:
-    size = module.visual.image_size
-    return Preprocessing((size, size) if isinstance(size, int) else tuple(size), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-
-
-class WordTokenizer:
-    """One id for each word; start, words, end, padding."""
-
-    before = 1
-
-    def __init__(self, length: int, vocabulary: int) -> None:
-        self.context_length, self.end, self.start = length, vocabulary - 1, vocabulary - 2
-
-    def encode(self, text: str) -> list[int]:
-        return [10 + sum(map(ord, word)) % 500 for word in text.replace(".", " .").split()]
-
-    def is_too_long(self, text: str) -> bool:
-        return len(self.encode(text)) + 2 > self.context_length
-
-    def ends(self, tokens: Tensor) -> Tensor:
-        return (tokens == self.end).int().argmax(dim=-1)
-
-    def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
-        rows = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.start, *self.encode(text), self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
 
 
 # Name -> what is computed how.
@@ -99,7 +69,7 @@ def small(name: str, any_image_tower: bool = True) -> dict[str, Any]:
         vision.update(layers=[1, 1, 1, 1] if isinstance(vision["layers"], list) else 2, image_size=2 * patch)
         if patch == 32 and isinstance(vision["layers"], list):
             vision["image_size"] = 64
-    text.update(layers=2, vocab_size=600)
+    text.update(layers=2, vocab_size=VOCABULARY)
     if "multimodal_cfg" in config:
         config["multimodal_cfg"]["layers"] = 1
     return config
@@ -122,7 +92,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
 def tokenizer_of(module: Any) -> Tokenizer:
     text = getattr(module, "text", module)
-    tokenizer = WordTokenizer(module.context_length, 600)
+    tokenizer = WordTokenizer(module.context_length, VOCABULARY)
     pooled, end = pooling_of(text)
     if pooled == "eos":
         assert end is not None

@@ -59,11 +59,20 @@ def check_hugging_face(name: str) -> Preprocessing:
         raise UserError(f"MODEL.BACKBONE.NAME {name} is a {config.model_type} without an image and a text encoder")
     facts = _of_library(name, "preprocessor", transformers.ImageProcessingMixin.get_image_processor_dict)[0]
     size = int(getattr(config.vision_config, "image_size", 224))
-    edge = "shortest" if facts.get("do_center_crop") else "squash"
     mean, std = facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3
     return Preprocessing(
-        (size, size), tuple(mean), tuple(std), _RESAMPLE.get(facts.get("resample", 3), "bicubic"), edge
+        (size, size), tuple(mean), tuple(std), _RESAMPLE.get(facts.get("resample", 3), "bicubic"), _resize_mode(facts)
     )
+
+
+def _resize_mode(facts: dict[str, Any]) -> str:
+    """How an image processor with these settings gets an image to its size, as ``Preprocessing`` calls it.
+
+    A height and a width are those of the whole image. One number is the short edge where the centre is cut.
+    """
+    size = facts.get("size")
+    has_both = isinstance(size, dict) and "height" in size
+    return "shortest" if facts.get("do_center_crop") and not has_both else "squash"
 
 
 def load_hugging_face(name: str) -> CLIP:

@@ -26,6 +26,7 @@ from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.state_dicts import brief, read_state_dict
 from oodprompt.backbones.tokenizer import LibraryTokenizer, OpenAITokenizer, Tokenizer
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import logger
 
 PREFIX = "open_clip:"
 _UNREACHABLE = (
@@ -138,6 +139,8 @@ def _preprocessing(facts: dict[str, Any]) -> Preprocessing:
     size = facts["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     interpolation, resize = facts.get("interpolation") or "bicubic", facts.get("resize_mode") or "shortest"
+    if resize == "longest" and (colour := facts.get("fill_color")):
+        logger.info(f"Note: the images of this model were padded with the colour {colour}; here it is black")
     return Preprocessing(size, tuple(facts["mean"]), tuple(facts["std"]), interpolation, resize)
 
 

@@ -111,6 +111,8 @@ class FeatureCache:
                 key: value for key, value in leaves(self.cfg.INPUT).items() if key not in ("VIEWS", "MAX_PIXELS")
             },
         }
+        if self.cfg.INPUT.RESIZE == "shortest":  # the default was before there was a key
+            del facts["input"]["RESIZE"]
         if (
             self.device.type == "cuda" and self.cfg.TRAIN.TF32 != "convolutions"
         ):  # the default was before there was a key

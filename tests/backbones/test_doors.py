@@ -10,7 +10,7 @@ import torch
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.tokenizer import OpenAITokenizer
 from oodprompt.engine.arguments import build_parser, setup_cfg
-from tests.helpers.runs import CONFIG, Run, weights
+from tests.helpers.runs import CONFIG, METRICS, Run, weights
 from tests.helpers.tiny_written import as_hugging_face, as_open_clip
 
 TEXTS = [
@@ -70,6 +70,13 @@ def test_the_keys_of_pixels_are_those_of_tiny(door: str, doors: dict[str, str]) 
     own, taken = (setup_cfg(build_parser().parse_intermixed_args([*shared, *more])).INPUT for more in flags)
     assert tuple(own.SIZE) == tuple(taken.SIZE) and own.INTERPOLATION == taken.INTERPOLATION
     assert pytest.approx(taken.PIXEL_MEAN) == own.PIXEL_MEAN and pytest.approx(taken.PIXEL_STD) == own.PIXEL_STD
+
+
+def test_square_images_are_the_same_however_they_are_resized(run: Run, tmp_path: Path) -> None:
+    expected = run("CoOp", "shortest", "OPTIM.MAX_EPOCH", 1)
+    for mode in ("squash", "longest"):
+        result = run("CoOp", mode, "OPTIM.MAX_EPOCH", 1, "INPUT.RESIZE", mode)
+        assert all(result[key] == expected[key] for key in METRICS)
 
 
 @pytest.mark.parametrize(

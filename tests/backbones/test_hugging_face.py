@@ -13,7 +13,15 @@ import transformers
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.general import GeneralCLIP
@@ -48,7 +56,10 @@ def write_tokenizer(folder: Path, pads_with_end: bool) -> int:
 def write_model(kind: str, folder: Path) -> Any:
     """A model of the kind with random weights in ``folder``, as ``save_pretrained`` writes it."""
     end = write_tokenizer(folder, pads_with_end=kind.startswith("clip"))
-    CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}, image_mean=[0.5] * 3).save_pretrained(folder)
+    processor: Any = CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}, image_mean=[0.5] * 3)
+    if kind == "siglip":
+        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
     act = "quick_gelu" if kind == "clip quick_gelu" else "gelu"
     text = sizes | {"vocab_size": end + 1, "max_position_embeddings": 16, "eos_token_id": end, "pad_token_id": 1}
@@ -259,4 +270,5 @@ def test_the_input_is_that_of_the_backbone(siglip: str) -> None:
     said: list[str] = []
     cfg = setup_cfg(build_parser().parse_intermixed_args(words), said.append)
     assert cfg.INPUT.SIZE == (32, 32) and cfg.INPUT.PIXEL_MEAN == [0.5] * 3 and cfg.INPUT.INTERPOLATION == "bicubic"
+    assert cfg.INPUT.RESIZE == "squash"
     assert cfg.INPUT.PIXEL_STD == [1, 1, 1] and "was trained with INPUT.PIXEL_STD" in said[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -233,6 +234,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_open_clip")
     as_open_clip(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("ViT-B-16-SigLIP/webli", "squash"), ("ViT-B-32/openai", "shortest")], ids=str
+)
+def test_images_get_their_size_as_in_training(name: str, mode: str) -> None:
+    assert check_open_clip(f"open_clip:{name}").keys()["INPUT.RESIZE"] == mode
+
+
+def test_another_colour_around_images_is_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "longest", "fill_color": 255}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.INFO, logger="oodprompt"):
+        assert check_open_clip(f"open_clip:{tmp_path}").resize_mode == "longest"
+    assert caplog.messages == ["Note: the images of this model were padded with the colour 255; here it is black"]
 
 
 @pytest.mark.parametrize("path", ["", "epoch_3.checkpoint"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oodprompt.backbones.general import GeneralCLIP, Towers
 from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.quiet import quiet
 from oodprompt.backbones.state_dicts import brief
 from oodprompt.backbones.tokenizer import LibraryTokenizer, Tokenizer
 from oodprompt.errors import UserError
@@ -51,6 +52,7 @@ def _of_library(name: str, what: str, load: Any) -> Any:
         raise UserError(_UNREACHABLE.format(what=what, name=name, reason=brief(error))) from error
 
 
+@quiet("transformers")
 def check_hugging_face(name: str) -> Preprocessing:
     """What the image encoder was trained on, without its weights. ``UserError`` as ``load_hugging_face``, as far as known."""
     transformers = _transformers(name)
@@ -75,15 +77,24 @@ def _resize_mode(facts: dict[str, Any]) -> str:
     return "shortest" if facts.get("do_center_crop") and not has_both else "squash"
 
 
+@quiet("transformers")
 def load_hugging_face(name: str) -> CLIP:
     """The backbone ``hf:REPOSITORY`` or ``hf:FOLDER``, in fp32 on the CPU, in evaluation mode, with no gradients.
 
-    ``UserError`` where transformers is not installed, the files cannot be had, or the model has no two encoders.
+    ``UserError`` where transformers is not installed, the files cannot be had or lack weights, or the model has no two
+    encoders.
     """
     preprocessing, transformers = check_hugging_face(name), _transformers(name)
-    module = _of_library(
-        name, "weights", lambda place: transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
-    )
+
+    def load(place: str) -> tuple[Any, dict[str, Any]]:
+        return transformers.AutoModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+
+    module, found = _of_library(name, "weights", load)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: its files lack {len(missing):,} weights of a {type(module).__name__} "
+            f"({missing[0]}, ...); give the folder or repository of a whole model"
+        )
     own = _of_library(name, "tokenizer", transformers.AutoTokenizer.from_pretrained)
     return adapt(module.eval(), own, preprocessing, name)
 

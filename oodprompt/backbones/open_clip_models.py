@@ -9,10 +9,7 @@ Source: Ilharco et al., OpenCLIP, github.com/mlfoundations/open_clip.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from oodprompt.backbones.general import GeneralCLIP, MixedCLIP, Towers
 from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.quiet import quiet
 from oodprompt.backbones.state_dicts import brief, read_state_dict
 from oodprompt.backbones.tokenizer import LibraryTokenizer, OpenAITokenizer, Tokenizer
 from oodprompt.errors import UserError, nearest
@@ -34,21 +32,6 @@ _UNREACHABLE = (
     "where there is a network, or give a folder of open_clip's files, or an architecture with MODEL.BACKBONE.PATH"
 )
 _MISSING = "{name} needs the package open_clip_torch, which is not installed: pip install oodprompt[open_clip]"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without open_clip's messages, as that it starts from random weights; and without the handler that they would set up.
-
-    They go to Python's root logger, and the handler would show the lines of all others a second time.
-    """
-    was, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.ERROR)  # an error is told by what is raised
-    try:
-        yield
-    finally:
-        logging.disable(was)
-        logging.root.handlers[:] = handlers
 
 
 @dataclass(frozen=True)
@@ -118,7 +101,7 @@ def _config_file(name: str, rest: str) -> Path:
         raise UserError(_UNREACHABLE.format(what="configuration", name=name, reason=brief(error))) from error
 
 
-@_quiet()
+@quiet("open_clip")
 def check_open_clip(name: str, path: str | Path = "") -> Preprocessing:
     """What the tower of a name was trained on, without its weights. ``UserError`` as ``load_open_clip``, as far as known."""
     return _with_weights(name, _named(name)[1], path)
@@ -144,7 +127,7 @@ def _preprocessing(facts: dict[str, Any]) -> Preprocessing:
     return Preprocessing(size, tuple(facts["mean"]), tuple(facts["std"]), interpolation, resize)
 
 
-@_quiet()
+@quiet("open_clip")
 def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "") -> CLIP:
     """The backbone ``open_clip:ARCH[/TAG]``, in fp32 on the CPU, in evaluation mode, with no gradients.
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -129,6 +130,15 @@ def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a bert without an image and a text encoder"):
         check_hugging_face(f"hf:{tmp_path}")
+
+
+def test_files_that_lack_weights(tmp_path: Path) -> None:
+    """Which transformers would fill with random numbers, and say so in a line."""
+    model = write_model("siglip", tmp_path)
+    state = {key: value for key, value in model.state_dict().items() if "layers.1.mlp" not in key}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 8 weights of a SiglipModel \(text_model.encoder.layers.1.mlp.fc1.bias"):
+        load_backbone(f"hf:{tmp_path}")
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,13 +262,6 @@ def test_tiny_written_out_is_tiny(folder: Path, path: str) -> None:
     assert isinstance(clip.tokenizer, OpenAITokenizer) and clip.preprocessing.size == (48, 48)
 
 
-def test_no_line_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """open_clip's messages would set up Python's root logger, which shows our lines again."""
-    monkeypatch.setattr(logging.root, "handlers", [])
-    load_backbone(f"open_clip:{folder}")
-    assert logging.root.handlers == []
-
-
 @pytest.mark.parametrize(
     ("name", "path", "message"),
     [

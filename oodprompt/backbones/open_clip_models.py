@@ -21,7 +21,7 @@ from oodprompt.backbones.general import GeneralCLIP, MixedCLIP, Towers
 from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.quiet import quiet
-from oodprompt.backbones.state_dicts import brief, read_state_dict
+from oodprompt.backbones.state_dicts import brief, fitted, read_state_dict, without_prefix
 from oodprompt.backbones.tokenizer import LibraryTokenizer, OpenAITokenizer, Tokenizer
 from oodprompt.errors import UserError, nearest
 from oodprompt.log import logger
@@ -144,21 +144,34 @@ def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "")
 def _module(open_clip: Any, name: str, found: _Architecture, path: str | Path, cache_dir: str | Path) -> nn.Module:
     """open_clip's own module, filled."""
     folder = str(cache_dir) or None
+    quick_gelu = bool(found.preprocess.get("quick_gelu"))  # of the tag, whose architecture may have another one
     if not path:
         try:
             return open_clip.create_model(
-                found.identifier, pretrained=found.tag or None, require_pretrained=True, cache_dir=folder
+                found.identifier,
+                pretrained=found.tag or None,
+                require_pretrained=True,
+                cache_dir=folder,
+                force_quick_gelu=quick_gelu,
             )
         except Exception as error:  # the hub's errors are of many kinds
             raise UserError(_UNREACHABLE.format(what="weights", name=name, reason=brief(error))) from error
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"MODEL.BACKBONE.PATH: no file at {file}; give a checkpoint, or leave the key empty")
-    module = open_clip.create_model(found.identifier, load_weights=False, pretrained_text=False, cache_dir=folder)
-    try:
-        module.load_state_dict(read_state_dict(file), strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{file} does not fit {name}: {brief(error)}; is it of another architecture?") from error
+    module = open_clip.create_model(
+        found.identifier,
+        load_weights=False,
+        pretrained_text=False,
+        cache_dir=folder,
+        force_quick_gelu=quick_gelu,
+    )
+    own, weights = module.state_dict(), read_state_dict(file)
+    first = next(key for key, value in own.items() if key.startswith("visual.") and value.ndim > 1)
+    weights = without_prefix(weights, [first], file) or weights
+    if not hasattr(module, "positional_embedding"):  # older files have no text tower of its own name
+        weights = open_clip.model.convert_to_custom_text_state_dict(weights)
+    module.load_state_dict(fitted(weights, own, file, name))
     return module
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oodprompt.backbones.general import GeneralCLIP, Towers
 from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.preprocessing import Preprocessing
+from oodprompt.backbones.quiet import quiet
 from oodprompt.backbones.state_dicts import brief
 from oodprompt.backbones.tokenizer import LibraryTokenizer, Tokenizer
 from oodprompt.errors import UserError
@@ -51,6 +52,7 @@ def _of_library(name: str, what: str, load: Any) -> Any:
         raise UserError(_UNREACHABLE.format(what=what, name=name, reason=brief(error))) from error
 
 
+@quiet("transformers")
 def check_hugging_face(name: str) -> Preprocessing:
     """What the image encoder was trained on, without its weights. ``UserError`` as ``load_hugging_face``, as far as known."""
     transformers = _transformers(name)
@@ -59,22 +61,40 @@ def check_hugging_face(name: str) -> Preprocessing:
         raise UserError(f"MODEL.BACKBONE.NAME {name} is a {config.model_type} without an image and a text encoder")
     facts = _of_library(name, "preprocessor", transformers.ImageProcessingMixin.get_image_processor_dict)[0]
     size = int(getattr(config.vision_config, "image_size", 224))
-    edge = "shortest" if facts.get("do_center_crop") else "squash"
     mean, std = facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3
     return Preprocessing(
-        (size, size), tuple(mean), tuple(std), _RESAMPLE.get(facts.get("resample", 3), "bicubic"), edge
+        (size, size), tuple(mean), tuple(std), _RESAMPLE.get(facts.get("resample", 3), "bicubic"), _resize_mode(facts)
     )
 
 
+def _resize_mode(facts: dict[str, Any]) -> str:
+    """How an image processor with these settings gets an image to its size, as ``Preprocessing`` calls it.
+
+    A height and a width are those of the whole image. One number is the short edge where the centre is cut.
+    """
+    size = facts.get("size")
+    has_both = isinstance(size, dict) and "height" in size
+    return "shortest" if facts.get("do_center_crop") and not has_both else "squash"
+
+
+@quiet("transformers")
 def load_hugging_face(name: str) -> CLIP:
     """The backbone ``hf:REPOSITORY`` or ``hf:FOLDER``, in fp32 on the CPU, in evaluation mode, with no gradients.
 
-    ``UserError`` where transformers is not installed, the files cannot be had, or the model has no two encoders.
+    ``UserError`` where transformers is not installed, the files cannot be had or lack weights, or the model has no two
+    encoders.
     """
     preprocessing, transformers = check_hugging_face(name), _transformers(name)
-    module = _of_library(
-        name, "weights", lambda place: transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
-    )
+
+    def load(place: str) -> tuple[Any, dict[str, Any]]:
+        return transformers.AutoModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+
+    module, found = _of_library(name, "weights", load)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: its files lack {len(missing):,} weights of a {type(module).__name__} "
+            f"({missing[0]}, ...); give the folder or repository of a whole model"
+        )
     own = _of_library(name, "tokenizer", transformers.AutoTokenizer.from_pretrained)
     return adapt(module.eval(), own, preprocessing, name)
 

@@ -9,10 +9,7 @@ Source: Ilharco et al., OpenCLIP, github.com/mlfoundations/open_clip.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,11 @@ from oodprompt.backbones.bidirectional import BidirectionalCLIP, BidirectionalMi
 from oodprompt.backbones.general import GeneralCLIP, MixedCLIP, Towers
 from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.preprocessing import Preprocessing
-from oodprompt.backbones.state_dicts import brief, read_state_dict
+from oodprompt.backbones.quiet import quiet
+from oodprompt.backbones.state_dicts import brief, fitted, read_state_dict, without_prefix
 from oodprompt.backbones.tokenizer import LibraryTokenizer, OpenAITokenizer, Tokenizer
 from oodprompt.errors import UserError, nearest
+from oodprompt.log import logger
 
 PREFIX = "open_clip:"
 _UNREACHABLE = (
@@ -34,21 +33,6 @@ _UNREACHABLE = (
     "where there is a network, or give a folder of open_clip's files, or an architecture with MODEL.BACKBONE.PATH"
 )
 _MISSING = "{name} needs the package open_clip_torch, which is not installed: pip install oodprompt[open_clip]"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without open_clip's messages, as that it starts from random weights; and without the handler that they would set up.
-
-    They go to Python's root logger, and the handler would show the lines of all others a second time.
-    """
-    was, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.ERROR)  # an error is told by what is raised
-    try:
-        yield
-    finally:
-        logging.disable(was)
-        logging.root.handlers[:] = handlers
 
 
 @dataclass(frozen=True)
@@ -118,7 +102,7 @@ def _config_file(name: str, rest: str) -> Path:
         raise UserError(_UNREACHABLE.format(what="configuration", name=name, reason=brief(error))) from error
 
 
-@_quiet()
+@quiet("open_clip")
 def check_open_clip(name: str, path: str | Path = "") -> Preprocessing:
     """What the tower of a name was trained on, without its weights. ``UserError`` as ``load_open_clip``, as far as known."""
     return _with_weights(name, _named(name)[1], path)
@@ -139,10 +123,12 @@ def _preprocessing(facts: dict[str, Any]) -> Preprocessing:
     size = facts["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     interpolation, resize = facts.get("interpolation") or "bicubic", facts.get("resize_mode") or "shortest"
+    if resize == "longest" and (colour := facts.get("fill_color")):
+        logger.info(f"Note: the images of this model were padded with the colour {colour}; here it is black")
     return Preprocessing(size, tuple(facts["mean"]), tuple(facts["std"]), interpolation, resize)
 
 
-@_quiet()
+@quiet("open_clip")
 def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "") -> CLIP:
     """The backbone ``open_clip:ARCH[/TAG]``, in fp32 on the CPU, in evaluation mode, with no gradients.
 
@@ -159,21 +145,34 @@ def load_open_clip(name: str, path: str | Path = "", cache_dir: str | Path = "")
 def _module(open_clip: Any, name: str, found: _Architecture, path: str | Path, cache_dir: str | Path) -> nn.Module:
     """open_clip's own module, filled."""
     folder = str(cache_dir) or None
+    quick_gelu = bool(found.preprocess.get("quick_gelu"))  # of the tag, whose architecture may have another one
     if not path:
         try:
             return open_clip.create_model(
-                found.identifier, pretrained=found.tag or None, require_pretrained=True, cache_dir=folder
+                found.identifier,
+                pretrained=found.tag or None,
+                require_pretrained=True,
+                cache_dir=folder,
+                force_quick_gelu=quick_gelu,
             )
         except Exception as error:  # the hub's errors are of many kinds
             raise UserError(_UNREACHABLE.format(what="weights", name=name, reason=brief(error))) from error
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"MODEL.BACKBONE.PATH: no file at {file}; give a checkpoint, or leave the key empty")
-    module = open_clip.create_model(found.identifier, load_weights=False, pretrained_text=False, cache_dir=folder)
-    try:
-        module.load_state_dict(read_state_dict(file), strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{file} does not fit {name}: {brief(error)}; is it of another architecture?") from error
+    module = open_clip.create_model(
+        found.identifier,
+        load_weights=False,
+        pretrained_text=False,
+        cache_dir=folder,
+        force_quick_gelu=quick_gelu,
+    )
+    own, weights = module.state_dict(), read_state_dict(file)
+    first = next(key for key, value in own.items() if key.startswith("visual.") and value.ndim > 1)
+    weights = without_prefix(weights, [first], file) or weights
+    if not hasattr(module, "positional_embedding"):  # older files have no text tower of its own name
+        weights = open_clip.model.convert_to_custom_text_state_dict(weights)
+    module.load_state_dict(fitted(weights, own, file, name))
     return module
 
 

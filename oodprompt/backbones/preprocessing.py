@@ -10,7 +10,8 @@ from typing import Any
 class Preprocessing:
     """``size`` (height, width) in pixels, ``mean`` and ``std`` by channel, ``interpolation`` and ``resize_mode``.
 
-    ``resize_mode``: "shortest" (the short edge becomes the size, then the centre is cut), "squash" or "longest".
+    ``resize_mode``: "shortest" (the short edge becomes the size, then the centre is cut), "squash" (stretched)
+    or "longest" (the long edge becomes the size, then the rest is black).
     """
 
     size: tuple[int, int]
@@ -26,4 +27,5 @@ class Preprocessing:
             "INPUT.PIXEL_MEAN": list(self.mean),
             "INPUT.PIXEL_STD": list(self.std),
             "INPUT.INTERPOLATION": self.interpolation,
+            "INPUT.RESIZE": self.resize_mode,
         }

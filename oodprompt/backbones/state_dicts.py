@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from oodprompt.log import logger
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")  # taken where a file has nothing else
 _ENDS = ("visual.conv1.weight", "token_embedding.weight")  # every CLIP in OpenAI's layout has these
+_WRAPPERS = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # of compilation, sharding, checkpointing
+# Of other libraries' models: constants, and numbers that play no part in features.
+_NO_WEIGHT = r"(^|\.)(position_ids|attn_mask|num_batches_tracked|logit_bias)$"
+_NO_WEIGHT += "|^(input_resolution|context_length|vocab_size)$"
 _WHOLE = "is a whole model object, saved by torch.save(model); save model.state_dict() instead"
 
 
@@ -42,7 +46,11 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file} holds no state dict, in which every entry is a name with a tensor: {which}{_of_optimiser(content)}"
         )
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}
+    return {
+        re.sub(_WRAPPERS, "", key).removeprefix("module."): value
+        for key, value in weights.items()
+        if key != "n_averaged"  # how many weights torch.optim.swa_utils.AveragedModel took the mean of
+    }
 
 
 def _weights(content: Any, file: Path) -> Any:
@@ -77,14 +85,23 @@ def clip_state_dict(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]
 
     Entries without that prefix are counted in a line. ``UserError`` says what a file is that has no such CLIP, or two.
     """
-    starts = [
-        [key.removesuffix(end) for key in weights if re.search(rf"(^|\.){re.escape(end)}$", key)] for end in _ENDS
-    ]
-    prefixes = sorted(set(starts[0]) & set(starts[1]))
-    if not prefixes:
+    found = without_prefix(weights, _ENDS, file)
+    if found is None:
         if what := _other_layout(list(weights)):
             raise UserError(f"{file} is no CLIP in OpenAI's layout: it is {what}")
         return weights
+    return found
+
+
+def without_prefix(weights: dict[str, Tensor], ends: Sequence[str], file: Path) -> dict[str, Tensor] | None:
+    """The entries under the one prefix below which all names ``ends`` are, without it; None where there is no such prefix.
+
+    Entries without that prefix are counted in a line. ``UserError`` where there are several.
+    """
+    starts = [{key.removesuffix(end) for key in weights if re.search(rf"(^|\.){re.escape(end)}$", key)} for end in ends]
+    prefixes = sorted(set.intersection(*starts))
+    if not prefixes:
+        return None
     if len(prefixes) > 1:
         raise UserError(
             f"{file} holds {len(prefixes)} CLIPs, with names that begin with {', '.join(map(repr, prefixes))}; "
@@ -99,6 +116,35 @@ def clip_state_dict(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]
             f"Note: {file}: {len(others):,} entries whose names do not begin with {prefix!r} are not used ({others[0]}, ...)"
         )
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def fitted(weights: dict[str, Tensor], own: Mapping[str, Tensor], file: Path, name: str) -> dict[str, Tensor]:
+    """``weights`` of a file for the module of another library whose state dict is ``own``, all of the same names and shapes.
+
+    What plays no part in features may be missing on either side, and single numbers may have another number of
+    dimensions. ``UserError`` says what does not fit ``name``.
+    """
+    result = {key: value for key, value in weights.items() if key in own or not re.search(_NO_WEIGHT, key)}
+    result |= {key: value for key, value in own.items() if key not in result and re.search(_NO_WEIGHT, key)}
+    result = {
+        key: value.reshape(own[key].shape) if key in own and value.numel() == own[key].numel() == 1 else value
+        for key, value in result.items()
+    }
+    missing, unknown = (sorted(a.keys() - b.keys()) for a, b in ((own, result), (result, own)))
+    shapes = [key for key in own if key in result and own[key].shape != result[key].shape]
+    others = [
+        f"{len(keys):,} {what} ({keys[0]}, ...)"
+        for keys, what in ((missing, "are missing"), (unknown, "are unknown"))
+        if keys
+    ]
+    if shapes:
+        was, now = (tuple(of[shapes[0]].shape) for of in (result, own))
+        others.append(f"{len(shapes):,} have another shape ({shapes[0]}: {was} in the file, {now} here)")
+    if others:
+        what = _other_layout(list(weights)) if 2 * len(missing) > len(own) else ""
+        advice = f"it is {what}" if what else "is it of another architecture or image size?"
+        raise UserError(f"{file} does not fit {name}: of {len(own):,} weights {', '.join(others)}; {advice}")
+    return result
 
 
 def _other_layout(keys: list[str]) -> str:

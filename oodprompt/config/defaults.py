@@ -47,6 +47,13 @@ declare(
             choices=("bilinear", "bicubic", "nearest"),
             error="{key}: unknown mode: {known}",
         ),
+        "RESIZE": Key(
+            "shortest",
+            "How test images get SIZE. shortest: the short edge is resized, then the centre is cut; squash: stretched; "
+            "longest: the long edge is resized, then the rest is black.",
+            choices=("shortest", "squash", "longest"),
+            error="{key}: unknown mode: {known}",
+        ),
         "MAX_PIXELS": Key(
             250_000_000,
             "Largest width times height of an image that is decoded, which takes 4 bytes a pixel; 0: no limit.",

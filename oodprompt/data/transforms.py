@@ -30,20 +30,26 @@ class _Later:
 
 T: Any = _Later()
 INTERPOLATION_MODES = ("bilinear", "bicubic", "nearest")
+RESIZE_MODES = ("shortest", "squash", "longest")
 
 
 @dataclass(frozen=True)
 class CentreView:
-    """What the model sees of a test image: the short edge becomes max(``size``), then the centre is cut out.
+    """What the model sees of a test image: ``size`` (height, width) in pixels.
 
-    ``size`` is (height, width) in pixels. An instance is a step of the test transform, and ``window`` says in pixels of
-    the image file what that step keeps. Both follow one plan, which is that of torchvision's ``Resize`` and
-    ``CenterCrop``, so boxes and pixels cannot drift apart. Torchvision's own boxes (``tv_tensors.BoundingBoxes``) go
+    ``resize`` says how it is made. "shortest": the short edge becomes max(``size``), then the centre is cut out.
+    "squash": the whole image is stretched to ``size``. "longest": the whole image is resized to fit into ``size``, and
+    the rest is black.
+
+    An instance is a step of the test transform, and ``window`` says in pixels of the image file what that step keeps.
+    Both follow one plan, which is that of torchvision's ``Resize`` and ``CenterCrop``, and for "longest" that of
+    OpenCLIP, so boxes and pixels cannot drift apart. Torchvision's own boxes (``tv_tensors.BoundingBoxes``) go
     through the same two steps, but in single precision, and they are clamped before their area outside is known.
     """
 
     size: tuple[int, int]
     interpolation: InterpolationMode | str = "bilinear"  # torchvision's, or its value
+    resize: str = "shortest"
 
     def __call__(self, image: Any) -> Any:
         """The image (PIL or tensor) as the model sees it, of ``size``."""
@@ -51,10 +57,13 @@ class CentreView:
         resized, (left, top) = self._plan(width, height)
         mode = T.InterpolationMode(self.interpolation)
         image = T.functional.resize(image, [resized[1], resized[0]], interpolation=mode)
-        return T.functional.crop(image, top, left, *self.size)
+        return T.functional.crop(image, top, left, *self.size)  # what lies outside the image is black
 
     def window(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """The part of an image of that size which is kept: left, top, right, bottom in its own pixels."""
+        """The part of an image of that size which is kept: left, top, right, bottom in its own pixels.
+
+        With "longest" it reaches beyond the image where the rest is black.
+        """
         resized, starts = self._plan(width, height)
         (left, across), (top, down) = (
             (start * edge / now, keep * edge / now)
@@ -63,10 +72,17 @@ class CentreView:
         return left, top, left + across, top + down
 
     def _plan(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Width and height after resizing, and left and top of the cut there.
+        """Width and height after resizing, and left and top of the cut there, below 0 where the cut is larger.
 
-        The long edge follows in proportion and is rounded down. The resized image is never smaller than the cut.
+        "shortest": the long edge follows in proportion and is rounded down, and the cut is never larger. "longest": the
+        short edge follows in proportion and is rounded to the nearest.
         """
+        if self.resize == "squash":
+            return (self.size[1], self.size[0]), (0, 0)
+        if self.resize == "longest":
+            ratio = max(height / self.size[0], width / self.size[1])
+            wide, high = (max(1, round(edge / ratio)) for edge in (width, height))
+            return (wide, high), (-((self.size[1] - wide) // 2), -((self.size[0] - high) // 2))
         short, shorter = max(self.size), min(width, height)
         wide, high = (short if edge == shorter else int(short * edge / shorter) for edge in (width, height))
         return (wide, high), (round((wide - self.size[1]) / 2), round((high - self.size[0]) / 2))
@@ -151,17 +167,22 @@ def _names(cfg: CfgNode, is_train: bool) -> tuple[str, ...]:
 def build_transform(cfg: CfgNode, is_train: bool = True, in_bytes: bool = False) -> Compose:
     """The transform of training or test images, as Dassl composes it.
 
-    Training: resize to SIZE (unless a random crop does), the named transforms, tensor, normalisation.
-    Test: resize the short edge to max(SIZE), centre crop, tensor, normalisation; with bicubic this is CLIP's own.
+    Training: resize to SIZE (unless a random crop does), the named transforms, tensor, normalisation. The image is
+    stretched to SIZE as in Dassl; with RESIZE longest it is padded as in testing.
+    Test: resize as RESIZE says, tensor, normalisation; with "shortest" and bicubic this is CLIP's own.
     ``in_bytes``: pixels in uint8 that are not normalised, for ``Pixels``; where ``Transform.ends_in_pixels``.
     """
     names, size = _names(cfg, is_train), tuple(cfg.INPUT.SIZE)
     if is_train:
         cropped = {"random_crop", "random_resized_crop"} & set(names)
-        steps: list[Any] = [] if cropped else [T.Resize(size, interpolation=_mode(cfg))]
+        pads = cfg.INPUT.RESIZE == "longest"
+        whole = (
+            CentreView(size, cfg.INPUT.INTERPOLATION, "longest") if pads else T.Resize(size, interpolation=_mode(cfg))
+        )
+        steps: list[Any] = [] if cropped else [whole]
         steps += [make(cfg) for name, make in _ON_IMAGE.items() if name in names]
     else:
-        steps = [CentreView(size, cfg.INPUT.INTERPOLATION)]
+        steps = [CentreView(size, cfg.INPUT.INTERPOLATION, cfg.INPUT.RESIZE)]
     steps.append(_ToBytes() if in_bytes else T.ToTensor())
     on_tensor = _KEEP_BYTES if in_bytes else tuple(_ON_TENSOR)
     steps += [_ON_TENSOR[name](cfg) for name in on_tensor if name in names]

@@ -52,6 +52,7 @@ class RegionFeatures:
                 self.encoder.device,
                 self.encoder.show_progress,
                 PixelRules.of(self.cfg),
+                self.cfg.INPUT.RESIZE,
             )
         return self._regions[split]
 

@@ -121,10 +121,6 @@ def _take_preprocessing(cfg: CfgNode, given: set[str], say: Callable[[str], None
     others = [key for key, value in keys.items() if list(values[key]) != list(value)]
     if others:
         say(f"Note: {cfg.MODEL.BACKBONE.NAME} was trained with {', '.join(f'{k} {keys[k]}' for k in others)}")
-    if preprocessing.resize_mode != "shortest":
-        say(
-            f"Note: {cfg.MODEL.BACKBONE.NAME} was trained with images resized by {preprocessing.resize_mode}; here by shortest"
-        )
 
 
 def _merge_files(cfg: CfgNode, of_data: str | None, of_method: str | None, say: Callable[[str], None]) -> list[str]:

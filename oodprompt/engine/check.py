@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from yacs.config import CfgNode
 
@@ -18,8 +19,11 @@ _EXAMPLES = 3
 
 
 def check_images(cfg: CfgNode, dataset: DatasetBase, until: float = math.inf, show: bool = True) -> Report:
-    """``check_data`` with the pixels and the view of a run with ``cfg``."""
-    return check_data(dataset, PixelRules.of(cfg), build_transform(cfg, is_train=False).transforms[0], until, show)
+    """``check_data`` with the pixels and the view of a run with ``cfg``, without what is black around an image."""
+    view = build_transform(cfg, is_train=False).transforms[0]
+    if view.resize == "longest":
+        view = replace(view, resize="squash")  # it shows the same
+    return check_data(dataset, PixelRules.of(cfg), view, until, show)
 
 
 def check_texts(dataset: DatasetBase, tokenizer: Tokenizer) -> Iterator[Finding]:

@@ -101,15 +101,15 @@ class FeatureCache:
     def _paths(self, images: Images, number: int, is_train: bool, parts: str) -> list[Path]:
         """The files of the views, each named by what its features follow from."""
         self._backbone = self._backbone or digest(self.clip.visual)
+        by_default = {"RESIZE"} if self.cfg.INPUT.RESIZE == "shortest" else set()  # as before there was the key
+        left_out = {"VIEWS", "MAX_PIXELS"} | by_default
         facts = {
             "format": _FORMAT,
             "backbone": self._backbone,
             "precision": self.precision,
             "device": self.device.type,
             "transform": "train" if is_train else "test",
-            "input": {
-                key: value for key, value in leaves(self.cfg.INPUT).items() if key not in ("VIEWS", "MAX_PIXELS")
-            },
+            "input": {key: value for key, value in leaves(self.cfg.INPUT).items() if key not in left_out},
         }
         if (
             self.device.type == "cuda" and self.cfg.TRAIN.TF32 != "convolutions"

@@ -78,7 +78,7 @@ class Box(NamedTuple):
     size: tuple[float, ...] | None = None
 
 
-def coco_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) -> Regions:
+def coco_regions(file: str, paths: Sequence[str], input_size: tuple[int, int], resize: str = "shortest") -> Regions:
     """The boxes of a COCO file: images (id, file_name), annotations (image_id, bbox, category_id), categories.
 
     An annotation's bbox is [x, y, width, height] in pixels, of the width and height that the file gives the image,
@@ -110,10 +110,10 @@ def coco_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) -
         name = names.get(entry.get("category_id"), "")
         by_image[owner].append(Box(x, y, x + width, y + height, name, sizes.get(owner)))
     matches = _match(file, [(str(entry["file_name"]), by_image[entry["id"]]) for entry in images], paths)
-    return in_view(file, matches, paths, input_size)
+    return in_view(file, matches, paths, input_size, resize)
 
 
-def csv_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) -> Regions:
+def csv_regions(file: str, paths: Sequence[str], input_size: tuple[int, int], resize: str = "shortest") -> Regions:
     """The boxes of a csv file with the columns image, left, top, right, bottom and, if names are known, label.
 
     Boxes are in pixels of the image file; ``image`` is its path, absolute or relative to the csv's folder. Rows of
@@ -131,14 +131,18 @@ def csv_regions(file: str, paths: Sequence[str], input_size: tuple[int, int]) ->
     matches = {i: by_image[_absolute(name)] for i, name in enumerate(paths) if _absolute(name) in by_image}
     if not matches:
         raise _no_match(file, list(by_image), paths)
-    return in_view(file, matches, paths, input_size)
+    return in_view(file, matches, paths, input_size, resize)
 
 
 def in_view(
-    source: str, by_image: Mapping[int, Sequence[Box]], paths: Sequence[str], input_size: tuple[int, int]
+    source: str,
+    by_image: Mapping[int, Sequence[Box]],
+    paths: Sequence[str],
+    input_size: tuple[int, int],
+    resize: str = "shortest",
 ) -> Regions:
     """Boxes of images (in rising order) as the model sees them; ``UserError`` if none is left."""
-    view = CentreView(input_size)
+    view = CentreView(input_size, resize=resize)
     boxes, owner, names = [], [], []
     for i, of_image in by_image.items():
         size = image_size(paths[i])

@@ -34,6 +34,7 @@ def proposal_regions(
     device: torch.device | str = "cpu",
     show: bool = True,
     rules: PixelRules = PixelRules(),
+    resize: str = "shortest",
 ) -> Regions:
     """Proposals of torchvision's Faster R-CNN (Ren et al. 2015; ResNet-50 with a feature pyramid), class-agnostic.
 
@@ -50,13 +51,14 @@ def proposal_regions(
     bar = progress.over(paths, "Region proposals", "image", show=show)
     for i, name in enumerate(bar):
         image = read_image(name, rules)
-        window = CentreView(input_size).window(*image.size)
-        left, top = (math.floor(edge + _ROUNDING) for edge in window[:2])
-        right, bottom = (math.ceil(edge - _ROUNDING) for edge in window[2:])
+        window = CentreView(input_size, resize=resize).window(*image.size)
+        left, top = (max(math.floor(edge + _ROUNDING), 0) for edge in window[:2])
+        ends = zip(window[2:], image.size, strict=True)
+        right, bottom = (min(math.ceil(edge - _ROUNDING), whole) for edge, whole in ends)
         seen = image.crop((left, top, right, bottom))
         boxes = _propose(network, to_tensor(seen).to(device))[:per_image].cpu() + torch.tensor([left, top, left, top])
         matches[i] = [Box(x1, y1, x2, y2, "") for x1, y1, x2, y2 in boxes.tolist()]
-    return in_view(f"proposals of {weights.name}", matches, paths, input_size)
+    return in_view(f"proposals of {weights.name}", matches, paths, input_size, resize)
 
 
 def _weights(file: str) -> Path:

@@ -59,23 +59,27 @@ def build_regions(
     device: torch.device | str = "cpu",
     show: bool = True,
     rules: PixelRules = PixelRules(),
+    resize: str = "shortest",
 ) -> Regions:
     """The regions of the images ``paths``, in their order.
 
     ``source`` is "grid" (``grid`` rows and columns, see ``grid_regions``), "boxes" (of ``file``: a COCO json or a csv,
-    by its content) or "proposals" (``per_image`` of the network whose weights ``file`` holds, with images read by ``rules``). ``input_size`` is the
-    height and width of the test transform. Images may be without regions; ``Regions.source`` says how many have some.
+    by its content) or "proposals" (``per_image`` of the network whose weights ``file`` holds, with images read by
+    ``rules``). ``input_size`` is the height and width of the test transform, and ``resize`` how images get it, see
+    ``CentreView``. Images may be without regions; ``Regions.source`` says how many have some.
     Raises ``UserError`` for an unknown source, an unusable file, and where no image has a region.
     """
     if source == "grid":
         return grid_regions(len(paths), *grid, overlap)
     if source == "boxes":
         of_coco = is_json(given_file(file))
-        return (coco_regions if of_coco else csv_regions)(file, paths, input_size)
+        return (coco_regions if of_coco else csv_regions)(file, paths, input_size, resize)
     if source == "proposals":
         from oodprompt.regions.proposals import proposal_regions  # here: it takes torchvision, which takes seconds
 
-        return proposal_regions(paths, input_size, file, per_image, device=device, show=show, rules=rules)
+        return proposal_regions(
+            paths, input_size, file, per_image, device=device, show=show, rules=rules, resize=resize
+        )
     raise UserError(f"unknown source of regions {source!r}: {nearest(source, SOURCES)}")
 
 

@@ -50,6 +50,8 @@ FORMS: dict[str, Callable[[State], Any]] = {
     "compiled": lambda s: under("_orig_mod.", s),
     "compiled, parallel, lightning": lambda s: {"state_dict": under("model.module._orig_mod.", s)},
     "one tower compiled": lambda s: {k.replace("visual.", "visual._orig_mod."): v for k, v in s.items()},
+    "torch's average": lambda s: {"n_averaged": torch.tensor(7), **under("module.", s)},
+    "sharded": lambda s: {"model": under("_fsdp_wrapped_module.", s)},
     "numpy scalar": lambda s: {"state_dict": under("module.", s), "scheduler": {"lr": np.float64(1e-4)}},
     "namespace": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=1e-4)},
     "parameters": lambda s: {"model": {k: nn.Parameter(v.float()) for k, v in s.items()}, "args": argparse.Namespace()},

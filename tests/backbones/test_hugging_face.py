@@ -10,10 +10,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
 
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.general import GeneralCLIP
@@ -48,7 +57,10 @@ def write_tokenizer(folder: Path, pads_with_end: bool) -> int:
 def write_model(kind: str, folder: Path) -> Any:
     """A model of the kind with random weights in ``folder``, as ``save_pretrained`` writes it."""
     end = write_tokenizer(folder, pads_with_end=kind.startswith("clip"))
-    CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}, image_mean=[0.5] * 3).save_pretrained(folder)
+    processor: Any = CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32}, image_mean=[0.5] * 3)
+    if kind == "siglip":
+        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2}
     act = "quick_gelu" if kind == "clip quick_gelu" else "gelu"
     text = sizes | {"vocab_size": end + 1, "max_position_embeddings": 16, "eos_token_id": end, "pad_token_id": 1}
@@ -118,6 +130,15 @@ def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is a bert without an image and a text encoder"):
         check_hugging_face(f"hf:{tmp_path}")
+
+
+def test_files_that_lack_weights(tmp_path: Path) -> None:
+    """Which transformers would fill with random numbers, and say so in a line."""
+    model = write_model("siglip", tmp_path)
+    state = {key: value for key, value in model.state_dict().items() if "layers.1.mlp" not in key}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 8 weights of a SiglipModel \(text_model.encoder.layers.1.mlp.fc1.bias"):
+        load_backbone(f"hf:{tmp_path}")
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,4 +280,5 @@ def test_the_input_is_that_of_the_backbone(siglip: str) -> None:
     said: list[str] = []
     cfg = setup_cfg(build_parser().parse_intermixed_args(words), said.append)
     assert cfg.INPUT.SIZE == (32, 32) and cfg.INPUT.PIXEL_MEAN == [0.5] * 3 and cfg.INPUT.INTERPOLATION == "bicubic"
+    assert cfg.INPUT.RESIZE == "squash"
     assert cfg.INPUT.PIXEL_STD == [1, 1, 1] and "was trained with INPUT.PIXEL_STD" in said[0]

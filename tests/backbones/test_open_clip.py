@@ -14,7 +14,6 @@ import open_clip
 import pytest
 import torch
 from open_clip import factory
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oodprompt.backbones import CLIP, load_backbone
@@ -31,7 +30,7 @@ from oodprompt.backbones.tokenizer import OpenAITokenizer, Tokenizer
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
 from tests.helpers.architectures import VOCABULARY, WordTokenizer, as_trained
-from tests.helpers.runs import Run
+from tests.helpers.tiny_written import as_open_clip
 
 NAMES = ["water bird", "land bird", "cat"]
 
@@ -262,32 +261,26 @@ def test_the_paths_of_all_architectures(build: Callable[[str], Any]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny`` as open_clip keeps a model: a configuration and weights; and as a checkpoint of its training."""
-    folder, clip = tmp_path_factory.mktemp("tiny_open_clip"), load_backbone("tiny")
-    shape, weights = clip.shape, {key: value.contiguous() for key, value in clip.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
-    training = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights.items()}, "optimizer": {}}
-    torch.save(training, folder / "epoch_3.checkpoint")
-    config = {
-        "model_cfg": {
-            "embed_dim": shape.embed_dim,
-            "quick_gelu": True,
-            "vision_cfg": {
-                "image_size": shape.image_resolution,
-                "layers": shape.vision_layers,
-                "width": shape.vision_width,
-                "patch_size": shape.vision_patch,
-            },
-            "text_cfg": {"width": shape.text_width, "heads": shape.text_heads, "layers": shape.text_layers},
-        },
-        "preprocess_cfg": {
-            "mean": [0.48145466, 0.4578275, 0.40821073],
-            "std": [0.26862954, 0.26130258, 0.27577711],
-            "interpolation": "bicubic",
-        },
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    """``tiny`` as open_clip keeps a model, and as a checkpoint of its training."""
+    folder = tmp_path_factory.mktemp("tiny_open_clip")
+    as_open_clip(folder)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("ViT-B-16-SigLIP/webli", "squash"), ("ViT-B-32/openai", "shortest")], ids=str
+)
+def test_images_get_their_size_as_in_training(name: str, mode: str) -> None:
+    assert check_open_clip(f"open_clip:{name}").keys()["INPUT.RESIZE"] == mode
+
+
+def test_another_colour_around_images_is_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= {"resize_mode": "longest", "fill_color": 255}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.INFO, logger="oodprompt"):
+        assert check_open_clip(f"open_clip:{tmp_path}").resize_mode == "longest"
+    assert caplog.messages == ["Note: the images of this model were padded with the colour 255; here it is black"]
 
 
 @pytest.mark.parametrize("path", ["", "epoch_3.checkpoint"])
@@ -298,22 +291,6 @@ def test_tiny_written_out_is_tiny(folder: Path, path: str) -> None:
     for name, value in tiny.state_dict().items():
         assert torch.equal(clip.state_dict()[name], value), name
     assert isinstance(clip.tokenizer, OpenAITokenizer) and clip.preprocessing.size == (48, 48)
-
-
-@pytest.mark.parametrize("trainer", ["CoOp", "MaPLe"])
-def test_a_run_gives_the_results_of_tiny(folder: Path, trainer: str, run: Run) -> None:
-    words = [trainer, "OPTIM.MAX_EPOCH", 1]
-    expected = run(words[0], "tiny", *words[1:])
-    result = run(words[0], "open_clip", *words[1:], "--backbone", f"open_clip:{folder}")
-    for key in ("accuracy", "worst_group_accuracy", "macro_f1"):
-        assert result[key] == pytest.approx(expected[key], abs=1e-4)
-
-
-def test_no_line_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """open_clip's messages would set up Python's root logger, which shows our lines again."""
-    monkeypatch.setattr(logging.root, "handlers", [])
-    load_backbone(f"open_clip:{folder}")
-    assert logging.root.handlers == []
 
 
 @pytest.mark.parametrize(

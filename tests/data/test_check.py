@@ -18,7 +18,7 @@ from oodprompt.data.check import Report, check_data
 from oodprompt.data.dataset import DatasetBase, Datum
 from oodprompt.data.images import PixelRules
 from oodprompt.data.transforms import CentreView
-from oodprompt.engine.check import check_run, check_texts
+from oodprompt.engine.check import check_images, check_run, check_texts
 from oodprompt.errors import UserError
 from tests.helpers.small_data import MakeCfg
 
@@ -122,6 +122,13 @@ def test_clipped_files_of_more_than_8_bits(make_cfg: MakeCfg, check: Check, tmp_
     Image.fromarray(values).save(tmp_path / "x.png")
     report = check_data(dataset, PixelRules(value_range=(0, 255)), CentreView((9, 9)))
     assert "have more than 8 bits and become black or white in more than 95%" in texts(report)[0]
+
+
+def test_what_is_black_around_an_image_does_not_count(make_cfg: MakeCfg, tmp_path: Path) -> None:
+    path = str(tmp_path / "long.png")
+    Image.fromarray(np.random.default_rng(0).integers(1, 255, (2, 400, 3), dtype=np.uint8)).save(path)
+    cfg = make_cfg(INPUT__RESIZE="longest")
+    assert texts(check_images(cfg, Given(cfg, ([Datum(path)], [], [Datum(path)]), test_only=True), show=False)) == []
 
 
 def test_only_the_first_frame_is_read(check: Check, tmp_path: Path) -> None:

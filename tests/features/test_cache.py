@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from oodprompt import cli
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.weights import digest
+from oodprompt.config.keys import leaves
 from oodprompt.data.columns import Images
 from oodprompt.data.dataset import Datum
 from oodprompt.engine import checkpoint
@@ -175,6 +176,7 @@ CHANGES: dict[str, Callable[[Disk], Any]] = {
     "one image less": lambda d: d.images.pop(),
     "range of grey values": lambda d: d.keys.update(INPUT__IMAGE_RANGE=(0, 4095)),
     "key of the transform": lambda d: d.keys.update(INPUT__INTERPOLATION="bicubic"),
+    "how images get their size": lambda d: d.keys.update(INPUT__RESIZE="squash"),
     "list among the keys": lambda d: d.keys.update(INPUT__PIXEL_STD=[0.2, 0.2, 0.3]),
     "train transform": lambda d: setattr(d, "is_train", True),
     "backbone": _train_weights,
@@ -205,6 +207,14 @@ def test_features_of_a_gpu_are_named_by_tf32_where_it_is_not_torchs_default(disk
         disk.views()
         found.append(disk.files())
     assert len(found[0]) < len(found[1]) < len(found[2]) == len(found[3])
+
+
+def test_files_from_before_there_was_a_choice_of_resizing_are_read(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.views()
+    without = {key: value for key, value in leaves(disk.make_cfg().INPUT).items() if key != "RESIZE"}
+    monkeypatch.setattr(cache, "leaves", lambda keys: {**without, "RESIZE": "whatever it is by default"})
+    disk.views()
+    assert disk.computed == [0]
 
 
 SAME: dict[str, Callable[[Disk], Any]] = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 from oodprompt.config.keys import get_cfg_default, set_key
 from oodprompt.data.images import read_image
-from oodprompt.data.transforms import build_transform
+from oodprompt.data.transforms import RESIZE_MODES, build_transform
 from oodprompt.errors import UserError
 from oodprompt.regions.boxes import Regions, counts, digest, per_image, rows_of_images
 from oodprompt.regions.sources import build_regions
@@ -65,6 +65,7 @@ def marked(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image
     return Image.fromarray(pixels)
 
 
+@pytest.mark.parametrize("resize", RESIZE_MODES)
 @pytest.mark.parametrize("input_size", [(48, 48), (48, 32), (32, 48)], ids=str)
 @pytest.mark.parametrize(
     ("size", "box"),
@@ -78,17 +79,18 @@ def marked(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image
     ids=str,
 )
 def test_boxes_follow_the_test_transform(
-    size: tuple[int, int], box: tuple[int, int, int, int], input_size: tuple[int, int], tmp_path: Path
+    size: tuple[int, int], box: tuple[int, int, int, int], input_size: tuple[int, int], resize: str, tmp_path: Path
 ) -> None:
     """A white box goes through the project's own transform; the region is where the white is."""
     path = tmp_path / "x.png"
     marked(size, box).save(path)
     cfg = get_cfg_default()
     set_key(cfg, "INPUT.SIZE", input_size, "test")
+    set_key(cfg, "INPUT.RESIZE", resize, "test")
     set_key(cfg, "INPUT.TRANSFORMS", (), "test")
     white = build_transform(cfg, is_train=False)(read_image(str(path)))[0].numpy()
     file = write_csv(tmp_path / "boxes.csv", [["x.png", *box, ""]])
-    left, top, right, bottom = build_regions("boxes", [str(path)], input_size, file).boxes[0].tolist()
+    left, top, right, bottom = build_regions("boxes", [str(path)], input_size, file, resize=resize).boxes[0].tolist()
     height, width = input_size
     # How much white there is along a side, and where its middle lies, to half a pixel of the resized image.
     assert white.shape == input_size

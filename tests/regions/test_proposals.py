@@ -54,19 +54,31 @@ def proposed(network: torch.nn.Module, image: Tensor) -> Tensor:
     return boxes * scale
 
 
-@pytest.mark.parametrize("size", [(40, 40), (80, 40), (30, 50)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "resize"),
+    [
+        ((40, 40), "shortest"),
+        ((80, 40), "shortest"),
+        ((30, 50), "shortest"),
+        ((30, 50), "squash"),
+        ((80, 40), "longest"),
+    ],
+    ids=str,
+)
 def test_proposals_are_torchvisions(
-    size: tuple[int, int], detector: tuple[torch.nn.Module, Path], tmp_path: Path
+    size: tuple[int, int], resize: str, detector: tuple[torch.nn.Module, Path], tmp_path: Path
 ) -> None:
-    """Of the square in the middle of the image, which is what the model sees."""
+    """Of the square in the middle of the image, or of the whole image: what the model sees."""
     network, file = detector
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    regions = proposal_regions([str(tmp_path / "x.png")], SIZE, str(file), 5, short_edge=64, show=False)
-    side = min(size)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    square = T.functional.to_tensor(pixels[top : top + side, left : left + side].copy())
-    expected = proposed(network, square)[:5] / side
+    regions = proposal_regions([str(tmp_path / "x.png")], SIZE, str(file), 5, short_edge=64, show=False, resize=resize)
+    across, down = (min(size), min(size)) if resize == "shortest" else size
+    left, top = (size[0] - across) // 2, (size[1] - down) // 2
+    seen = T.functional.to_tensor(pixels[top : top + down, left : left + across].copy())
+    width, height = (max(size), max(size)) if resize == "longest" else (across, down)
+    black = torch.tensor([(width - across) / 2, (height - down) / 2] * 2)
+    expected = (proposed(network, seen)[:5] + black) / torch.tensor([width, height] * 2)
     assert len(regions.boxes) == 5 and (expected - expected[:1]).abs().max() > 0.05
     torch.testing.assert_close(regions.boxes, expected, atol=1e-3, rtol=0)  # in double they differ by 1e-12
     assert regions.owner.tolist() == [0] * 5 and regions.names == ()

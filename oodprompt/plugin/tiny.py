@@ -2,6 +2,8 @@
 
 Upstream's loaders ask the checkout's ``clip.clip`` for the address of a name (``_MODELS``) and for the file at an address
 (``_download``). Learners that are written for the widths of ViT-B (MaPLe, PromptSRC) cannot use it.
+
+These loaders take OpenAI's models alone. Names of other libraries' models end with a line that says what takes them.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 from dassl.engine import TrainerX
 
-from oodprompt.backbones import load_backbone
+from oodprompt.backbones import hugging_face, load_backbone, open_clip_models
 from oodprompt.backbones.weights import TINY
+from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
 NAME = "tiny"
@@ -39,11 +42,23 @@ def offer_tiny() -> None:
     TrainerX.__init__ = __init__
 
 
+class _Names(dict[str, str]):
+    """Addresses by name. Asking for the name of another library's model raises ``UserError``."""
+
+    def __missing__(self, name: str) -> str:
+        if not name.startswith((open_clip_models.PREFIX, hugging_face.PREFIX)):
+            raise KeyError(name)
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: the trainers of this checkout load OpenAI's models alone; our own engine takes this "
+            f"name and has CoOp, MaPLe and others: python -m oodprompt train --backbone {name} ..., with the same flags and keys"
+        )
+
+
 def _add_to(module: Any) -> None:
     models, download = getattr(module, "_MODELS", None), getattr(module, "_download", None)
     if models is None or download is None or NAME in models:
         return
-    models[NAME] = _ADDRESS
+    module._MODELS = _Names({**models, NAME: _ADDRESS})
 
     def fetch(url: str, *args: Any, **kwargs: Any) -> str:
         return str(state_dict_file()) if url == _ADDRESS else download(url, *args, **kwargs)

@@ -184,6 +184,27 @@ def test_the_embedded_clip_can_be_named(
     assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
 
 
+@pytest.mark.parametrize("name", ["open_clip:ViT-B-16/laion2b_s34b_b88k", "hf:openai/clip-vit-base-patch16"])
+def test_names_that_a_checkout_cannot_load_end_with_one_line(
+    name: str, make: Make, theirs: dict[str, type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As upstream's ``load_clip_to_cpu`` asks for the address, in the trainer of the checkout and in a debiaser over it."""
+    module = sys.modules["clip.clip"]
+    monkeypatch.setattr(module, "_MODELS", {"ViT-B/16": "https://there"}, raising=False)
+    monkeypatch.setattr(module, "_download", lambda url: url, raising=False)
+    build = theirs["CoOp"].build_model
+    monkeypatch.setattr(
+        theirs["CoOp"], "build_model", lambda self: (module._MODELS[self.cfg.MODEL.BACKBONE.NAME], build(self))
+    )
+    for trainer in ("CoOp", "CoOpOOD"):
+        with pytest.raises(UserError, match=rf"NAME {name}: .* python -m oodprompt train --backbone {name}") as error:
+            make(trainer, "", "MODEL.BACKBONE.NAME", name)
+        assert "\n" not in str(error.value)
+        make(trainer, "", "MODEL.BACKBONE.NAME", "ViT-B/16")
+        with pytest.raises(KeyError, match="ViT-B/17"):
+            make(trainer, "", "MODEL.BACKBONE.NAME", "ViT-B/17")
+
+
 def test_a_script_runs_unedited(
     plugin: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

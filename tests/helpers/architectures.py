@@ -224,6 +224,7 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
     "AltCLIPModel": lambda: transformers.AltCLIPConfig(
         text_config=_TEXT | {"project_dim": 64}, vision_config=_IMAGE, projection_dim=48
     ),
+    "MetaClip2Model": lambda: transformers.MetaClip2Config(text_config=_TEXT, vision_config=_IMAGE, projection_dim=48),
     "ChineseCLIPModel": lambda: transformers.ChineseCLIPConfig(
         text_config=_TEXT, vision_config=_IMAGE, projection_dim=48
     ),

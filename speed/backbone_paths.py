@@ -11,6 +11,7 @@ One JSON line per case: a forward and a backward pass of CoOp's prompts for ``--
 
     forward_s, step_s  seconds for the forward pass, and for it with the backward pass; medians. ``spread`` is the largest
                        step less the smallest
+    cpu_s         seconds of processors for the step, which other programs disturb less; median
     kept_mib      memory of what the forward pass keeps for the backward pass, weights left out
     off           largest difference of the gradient of the context vectors within the pair, over its largest value
 """
@@ -154,27 +155,29 @@ def time_pair(pair: dict[str, CLIP], classes: int, n_ctx: int, repeats: int) -> 
     weights = torch.randn(classes, next(iter(pair.values())).shape.embed_dim)
     for name, clip in pair.items():
         prompts[name] = ContextPrompts(nn.Module(), clip, classnames, words, context.clone())
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
+    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in pair}
     for repeat in range(repeats + 1):
         for name, own in prompts.items():
             own.holder.ctx.grad = None
-            began = time.perf_counter()
+            began, of_processors = time.perf_counter(), time.process_time()
             features = own.text_features()
             forward = time.perf_counter() - began
             (weights * features).sum().backward()
             if repeat:  # the first one warms up
-                seconds[name].append((forward, time.perf_counter() - began))
+                now, own_time = time.perf_counter(), time.process_time() - of_processors
+                seconds[name].append((forward, now - began, own_time))
     gradients = [own.holder.ctx.grad for own in prompts.values()]
     off = ((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()).item()
     rows = []
     for name, clip in pair.items():
-        forward, step = zip(*seconds[name], strict=True)
+        forward, step, cpu = zip(*seconds[name], strict=True)
         rows.append(
             {
                 "case": name,
                 "forward_s": round(median(forward), 3),
                 "step_s": round(median(step), 3),
                 "spread": round(max(step) - min(step), 3),
+                "cpu_s": round(median(cpu), 3),
                 "kept_mib": round(kept_for_backward(clip, prompts[name])),
                 "off": float(f"{off:.1e}"),
                 "classes": classes,

@@ -2,7 +2,8 @@
 
 Each architecture is built with random weights and few layers at its real widths. Image towers are the real ones of timm,
 with their depth cut. Nothing is downloaded: text towers of the hub are built from their config classes, and a tokenizer
-of words stands in for each real one. Images are small (4 x 4 patches, or 128 pixels), as --real-size says otherwise.
+of words stands in for each real one. Images are small (4 x 4 patches, or 128 pixels) without --real-size; what then
+differs in the size of images alone is loaded, and trained once.
 
 For each architecture it says whether it loads, on which path, and whether one training step of CoOp, of MaPLe and of
 CoOpOOD with known attributes changes what is trained, and whether RaVL's discovery runs in what CoOp trained. What a
@@ -39,11 +40,11 @@ from oodprompt.engine import assembly  # noqa: E402
 from oodprompt.engine.trainer import PromptTrainer, build_trainer  # noqa: E402
 from oodprompt.errors import UserError  # noqa: E402
 from oodprompt.reports.style import markdown_table  # noqa: E402
-from tests.helpers.architectures import as_trained, build_small, family, tokenizer_of  # noqa: E402
+from tests.helpers.architectures import as_trained, build_small, built_of, family, tokenizer_of  # noqa: E402
 
 STEPS = {
     "CoOp": ["TRAINER.NAME", "CoOp"],
-    "MaPLe": ["TRAINER.NAME", "MaPLe", "TRAINER.MAPLE.PROMPT_DEPTH", "2"],
+    "MaPLe": ["TRAINER.NAME", "MaPLe", "TRAINER.MAPLE.PROMPT_DEPTH", "2", "DATALOADER.FEATURE_CACHE", "off"],
     "CoOpOOD": ["TRAINER.NAME", "CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes"],
 }
 WORKS = (*STEPS, "discovery")
@@ -51,7 +52,7 @@ COLUMNS = ("architecture", "path", "pixels", "regions", *WORKS)
 OWN = "TRAINER.COOP.N_CTX 4 REGIONS.GRID (2,2) DISCOVERY.K_RANGE (2,3)"
 SMALL = (
     "DATASET.SHAPES.NUM_TRAIN 8 DATASET.SHAPES.NUM_VAL 4 DATASET.SHAPES.NUM_TEST 4 DATASET.SHAPES.CORRELATION 0.8 "
-    "DATALOADER.TRAIN_X.BATCH_SIZE 8 OPTIM.MAX_EPOCH 1 OPTIM.WARMUP_EPOCH -1 VERBOSE False"
+    "DATALOADER.TRAIN_X.BATCH_SIZE 8 DATALOADER.FEATURE_CACHE memory OPTIM.MAX_EPOCH 1 OPTIM.WARMUP_EPOCH -1 VERBOSE False"
 )
 
 
@@ -106,8 +107,10 @@ def outcome(name: str, call: Callable[[], Any]) -> str:
     return "yes"
 
 
-def examine(name: str, real_size: bool, folder: Path) -> dict[str, str]:
-    """A row: what works with an architecture."""
+def examine(
+    name: str, real_size: bool, folder: Path, equals: dict[str, dict[str, str]] | None = None
+) -> dict[str, str]:
+    """A row: what works with an architecture. ``equals`` are rows by what was built; what is in it is not trained again."""
     row = dict.fromkeys(COLUMNS, "-") | {"architecture": name}
     made: dict[str, CLIP] = {}
 
@@ -124,6 +127,10 @@ def examine(name: str, real_size: bool, folder: Path) -> dict[str, str]:
     loaded = outcome(name, load)
     if loaded != "yes":
         return row | {"path": loaded}
+    equals, key = {} if equals is None else equals, f"{built_of(name, real_size)} {row}".replace(name, "")
+    if key in equals:
+        return row | {kind: equals[key][kind] for kind in WORKS}
+    equals[key] = row
     trained: dict[str, PromptTrainer] = {}
 
     def train(kind: str) -> None:
@@ -167,12 +174,12 @@ def main() -> int:
     args = parser.parse_args()
     names = [n for n in open_clip.list_models() if not args.words or any(word in n for word in args.words)]
     logging.disable(logging.WARNING)
-    rows = []
+    rows, equals = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(names, 1):
             began = time.time()
             with tempfile.TemporaryDirectory(dir=folder) as own:
-                rows.append(examine(name, args.real_size, Path(own)))
+                rows.append(examine(name, args.real_size, Path(own), equals))
             cells = ", ".join(f"{kind} {rows[-1][kind].split(':')[0]}" for kind in WORKS)
             print(
                 f"{i}/{len(names)} {name}: {rows[-1]['path']}, {cells} ({time.time() - began:.1f} s)", file=sys.stderr

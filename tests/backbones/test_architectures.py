@@ -17,7 +17,7 @@ from oodprompt.backbones import load_backbone
 from oodprompt.backbones.general import GeneralCLIP
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import class_text_features
-from tests.helpers.architectures import words_of_hub
+from tests.helpers.architectures import HUGGING_FACE, words_of_hub
 from tests.helpers.runs import load_script
 
 architectures = load_script("scripts/maintain/architectures.py")
@@ -32,7 +32,7 @@ def test_text_towers_of_the_hub(name: str) -> None:
 
 def test_models_of_transformers() -> None:
     found = {name: compute() for _, name, compute in backbone_differences.cases(["Model"])}
-    assert len(found) == 5 and max(max(values.values()) for values in found.values()) < 1e-5
+    assert len(found) == len(HUGGING_FACE) and max(max(values.values()) for values in found.values()) < 1e-5
 
 
 def test_a_folder_with_a_text_tower_of_the_hub(tmp_path: Path) -> None:
@@ -80,5 +80,5 @@ def test_the_program_tells_failures_from_refusals(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow  # last run on 2026-11-27
 def test_all_architectures_equal_those_of_the_library() -> None:
     found = {name: compute() for _, name, compute in backbone_differences.cases([])}
-    assert len(found) == len(open_clip.list_models()) + 5
+    assert len(found) == len(open_clip.list_models()) + len(HUGGING_FACE)
     assert {name: values for name, values in found.items() if max(values.values()) > 1e-5} == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -165,6 +166,17 @@ def few_layers(settings: dict[str, Any], name: str) -> Iterator[None]:
         yield
 
 
+def built_of(name: str, real_size: bool = False) -> str:
+    """What ``build_small`` makes of an architecture; the same for two that differ in the size of their images alone."""
+    settings = small(name, real_size)
+    vision = settings["vision_cfg"]
+    if "timm_model_name" in vision and not real_size:
+        vision["timm_model_name"] = re.sub(r"_\d+$", "", vision["timm_model_name"])
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # which a tokenizer of words stands in for
+        settings["text_cfg"].pop(key, None)
+    return json.dumps(settings, sort_keys=True)
+
+
 @torch.no_grad()
 def _disturb(module: nn.Module) -> None:
     """Other values for what starts at a constant, which would hide that it is left out: norms, biases, layer scale, tokens."""
@@ -212,6 +224,7 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
     "AltCLIPModel": lambda: transformers.AltCLIPConfig(
         text_config=_TEXT | {"project_dim": 64}, vision_config=_IMAGE, projection_dim=48
     ),
+    "MetaClip2Model": lambda: transformers.MetaClip2Config(text_config=_TEXT, vision_config=_IMAGE, projection_dim=48),
     "ChineseCLIPModel": lambda: transformers.ChineseCLIPConfig(
         text_config=_TEXT, vision_config=_IMAGE, projection_dim=48
     ),

@@ -29,6 +29,7 @@ setup(
         "kmedoids>=0.5",  # FasterPAM
         "matplotlib>=3.6",
         "numpy>=1.24",
+        "pandas>=2.0",  # tables in and out of the library; small beside torch
         "pillow>=9.4",
         "pyyaml>=6",
         "regex",

@@ -170,7 +170,7 @@ def write_features(path: str | Path, image_features: Any, **entries: Any) -> Pat
                     **content.rows,
                     **content.lists,
                     **content.words,
-                )  # type: ignore[arg-type]
+                )
         else:
             _to_safetensors(content, path)
     except OSError as error:

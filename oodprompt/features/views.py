@@ -86,14 +86,15 @@ def whole(view: View, device: torch.device) -> Tensor:
     return view if isinstance(view, Tensor) else torch.from_numpy(np.array(view)).to(device)
 
 
-def given_view(images: Images, device: torch.device, memory_mib: float) -> Views | None:
+def given_view(images: Sequence[Datum], device: torch.device, memory_mib: float) -> Views | None:
     """The features [1, N, d] that come in place of images; None where images come.
 
     What takes more than ``memory_mib`` MiB stays in its files, from where batches are read.
     """
-    if images.vectors is None:
+    columns = Images.of(images)
+    if columns.vectors is None:
         return None
-    view = VectorRows(images.vectors, images.rows)
+    view = VectorRows(columns.vectors, columns.rows)
     fits = 4 * view.shape[0] * view.shape[1] <= memory_mib * 2**20
     return whole(view, device)[None] if fits else [view]
 

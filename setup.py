@@ -29,6 +29,7 @@ setup(
         "kmedoids>=0.5",  # FasterPAM
         "matplotlib>=3.6",
         "numpy>=1.24",
+        "pandas>=2.0",  # tables in and out of the library; small beside torch
         "pillow>=9.4",
         "pyyaml>=6",
         "regex",
@@ -44,10 +45,15 @@ setup(
     ],
     entry_points={"console_scripts": ["oodprompt = oodprompt.__main__:main"]},
     extras_require={
+        "completion": ["argcomplete>=3"],
         "test": [
+            "argcomplete>=3",
             "hypothesis>=6.100",
             "import-linter>=2.10",
+            "ipykernel>=6",  # these three execute the notebook
             "mypy>=1.11",
+            "nbclient>=0.8",
+            "nbformat>=5",
             "open_clip_torch>=3",
             "pytest>=7",
             "pytest-timeout",

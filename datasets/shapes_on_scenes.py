@@ -19,7 +19,6 @@ import numpy as np
 from oodprompt.datasets.metadata import read_metadata
 from oodprompt.datasets.rendering import SCENES, SHAPES, Difficulty, render, visible_colours
 from PIL import Image
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from oodprompt.config.keys import Key, declare
@@ -27,6 +26,7 @@ from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.errors import UserError
 from oodprompt.files import sweep, temporary_folder
+from oodprompt.log import progress
 
 _UNKNOWN = "{key}: there is no {value!r}: {known}"
 _NO_RANGE = "{{key}} is a range (low, high) above 0 and up to {}, not {{value}}"
@@ -179,7 +179,7 @@ def _render_all(folder: Path, keys: CfgNode) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["img_id", "img_filename", "y", "split", "place"])
     split_number = {"train": 0, "val": 1, "test": 2}
-    bar = tqdm(images, desc="Rendering ShapesOnScenes", unit="image", disable=None, leave=False)
+    bar = progress.over(images, "Rendering ShapesOnScenes", "image")
     for i, (split, y, a) in enumerate(bar):
         rng = np.random.default_rng([keys.RENDER_SEED, i])
         pixels = render(rng, keys.CLASSES[y], str(rng.choice(colours)), keys.SCENES[a], _SIZE, difficulty)

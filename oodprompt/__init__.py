@@ -1,6 +1,26 @@
-"""OODPrompt: any prompt learner with any debiaser, on CLIP, with worst-group accuracy reported."""
+"""OODPrompt: any prompt learner with any debiaser, on CLIP, with worst-group accuracy reported.
 
+    import oodprompt
+
+    run = oodprompt.train("CoOpOOD", data="photos/", backbone="ViT-B/16", output="out/run1")
+    run.evaluate().worst_group
+    oodprompt.load("out/run1").predict(["new.jpg"])
+
+docs/library.md has everything that can be called from Python.
+"""
+
+from __future__ import annotations
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oodprompt.data.feature_files import write_features
+    from oodprompt.errors import UserError
+    from oodprompt.library.results import Results
+    from oodprompt.library.run import Run
+    from oodprompt.library.running import load, train
 
 __version__ = "0.1.0"
 
@@ -9,3 +29,33 @@ __version__ = "0.1.0"
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "trainers" / "coop_ood.py").is_file():
     __path__.append(str(_checkout))
+
+# Imported when they are first asked for: they take PyTorch, for which ``oodprompt --help`` does not wait.
+_PLACES = {
+    "Classifier": "oodprompt.serving",
+    "Results": "oodprompt.library.results",
+    "Run": "oodprompt.library.run",
+    "UserError": "oodprompt.errors",
+    "audit": "oodprompt.auditing.run",
+    "compare": "oodprompt.comparing",
+    "load": "oodprompt.library.running",
+    "train": "oodprompt.library.running",
+    "write_features": "oodprompt.data.feature_files",
+}
+
+__all__ = ["Results", "Run", "UserError", "load", "train", "write_features"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not _PLACES[name].startswith(error.name):
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

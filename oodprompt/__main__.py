@@ -1,43 +1,69 @@
-"""``oodprompt doctor``, ``oodprompt train ...`` and ``oodprompt cache``: the commands of an installed package, also as ``python -m oodprompt``."""
+"""``oodprompt VERB ...``: the commands of an installed package, also as ``python -m oodprompt``."""
+
+# PYTHON_ARGCOMPLETE_OK
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: oodprompt COMMAND ...
-  doctor [--root DIR]   what is installed and found, what is wrong and what to do
-  train ...             what train.py does, with its flags
-  backbones [NAME]      CLIPs that can be named, and what each takes
-  cache [prune ...]     image features that are kept on disk; which to remove
-"""
+import oodprompt
+from oodprompt.errors import nearest
+
+# verb -> (module with ``main(argv) -> int``, what it does)
+VERBS = {
+    "train": ("oodprompt.cli", "train a prompt learner or a debiaser, and evaluate it"),
+    "discover": ("oodprompt.discovering", "show which image regions a trained model wrongly goes by"),
+    "predict": ("oodprompt.predict", "classify new images with a trained model"),
+    "features": ("oodprompt.extracting", "write the image features of a data set to one file"),
+    "benchmark": ("oodprompt.runs.benchmark", "train many runs and make tables of them"),
+    "collect": ("oodprompt.runs.collect", "make tables over seeds of runs that are there"),
+    "backbones": ("oodprompt.list_backbones", "list the CLIPs that can be named"),
+    "datasets": ("oodprompt.list_datasets", "list the data sets and the files that each expects"),
+    "cache": ("oodprompt.cache", "list and prune image features that are kept on disk"),
+    "doctor": ("oodprompt.doctor", "check the installation"),
+}
+
+
+def usage() -> str:
+    """What ``oodprompt --help`` prints."""
+    lines = "\n".join(f"  {verb:<11} {what}" for verb, (_, what) in VERBS.items())
+    return (
+        f"usage: oodprompt VERB ...\n\n{lines}\n\n"
+        "`oodprompt VERB --help` says what a verb takes; `oodprompt --version` says which version this is.\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status, 2 for an unknown one."""
+    """Run a verb; returns its exit status, 2 for an unknown one."""
+    # Threads that wait for work sleep instead of spinning; read by OpenMP when torch is first imported (oodprompt.cli).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if argv is None else argv)
-    command = words[0] if words else ""
-    if command == "doctor":
-        from oodprompt.doctor import main as doctor
-
-        return doctor(words[1:])
-    if command == "train":
-        from oodprompt.cli import main as train
-
-        return train(words[1:])
-    if command == "cache":
-        from oodprompt.cache import main as cache
-
-        return cache(words[1:])
-    if command == "backbones":
-        from oodprompt.list_backbones import main as backbones
-
-        return backbones(words[1:])
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
+    _complete()
+    verb = words[0] if words else ""
+    if verb in VERBS:
+        return importlib.import_module(VERBS[verb][0]).main(words[1:])
+    if verb in ("-h", "--help", "help"):
+        print(usage(), end="")
         return 0
-    print(f"error: unknown command {command!r}\n{USAGE}" if command else USAGE, end="", file=sys.stderr)
+    if verb in ("-V", "--version", "version"):
+        print(f"oodprompt {oodprompt.__version__}")
+        return 0
+    print(f"error: unknown verb {verb!r}: {nearest(verb, VERBS)}\n" if verb else usage(), end="", file=sys.stderr)
     return 2
+
+
+def _complete() -> None:
+    """Answer a shell that asks for completions (argcomplete sets the variable); returns where none does."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return
+    with contextlib.suppress(ImportError):  # argcomplete is an extra
+        from oodprompt.completion import answer
+
+        answer({verb: module for verb, (module, _) in VERBS.items()})
 
 
 if __name__ == "__main__":

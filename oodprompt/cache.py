@@ -43,15 +43,19 @@ def _size(size: float) -> str:
     return f"{size / _GIB:.2f} GiB" if size >= 0.1 * _GIB else f"{size / 2**20:.1f} MiB"
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """List or prune."""
+def build_parser() -> Parser:
     parser = Parser(prog="oodprompt cache", description=DESCRIPTION)
     parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list")
     parser.add_argument("--dir", default="", help="the folder; default: that of DATALOADER.CACHE_DIR")
     parser.add_argument("--days", type=float, help="prune: remove what no run has used for so many days")
     parser.add_argument("--gib", type=float, help="prune: the most that may be left, in GiB")
     parser.add_argument("--all", action="store_true", help="prune: remove everything")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """List or prune."""
+    args = build_parser().parse_args(argv)
     from oodprompt.features.store import FeatureStore, default_folder  # here: --help does not wait for them
 
     folder = Path(args.dir).expanduser() if args.dir else default_folder()

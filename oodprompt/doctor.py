@@ -324,16 +324,20 @@ def report(root: str = "") -> tuple[str, bool]:
     return "\n".join(parts), not ran[1]
 
 
+def build_parser() -> Parser:
+    parser = Parser(prog="oodprompt doctor", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--root", default="", metavar="DIR", help="folder that holds the data sets")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; returns the exit status."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in oodprompt.cli.main
-    parser = Parser(prog="python -m oodprompt.doctor", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--root", default="", metavar="DIR", help="folder that holds the data sets")
     possible = False
 
     def work() -> None:
         nonlocal possible
-        text, possible = report(parser.parse_args(argv).root)
+        text, possible = report(build_parser().parse_args(argv).root)
         print(text, end="")
 
     return exit_status(work) or (0 if possible else 1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from oodprompt.backbones import open_clip_models
 from oodprompt.backbones.weights import SHAPES, TINY, load_backbone
 from oodprompt.reports.style import markdown_table
-from oodprompt.terminal import exit_status
+from oodprompt.terminal import Parser, exit_status
 
 COLUMNS = ("name", "path", "pixels", "text prompts", "deep text prompts", "visual prompts", "regions")
 _YES, _NO = "yes", "no"
@@ -56,11 +55,15 @@ def _takes(image: dict[str, Any], path: str) -> tuple[str, str]:
     return _YES, _VIT if path == "fast" else _BY_BLOCKS
 
 
-def run(argv: Sequence[str]) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="oodprompt backbones", description=__doc__)
+def build_parser() -> Parser:
+    parser = Parser(prog="oodprompt backbones", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="only backbones whose name holds this")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    args = build_parser().parse_args(argv)
     found = rows(args.name)
     print(markdown_table(COLUMNS, found))
     print(
@@ -71,6 +74,6 @@ def run(argv: Sequence[str]) -> None:
         print("OpenCLIP's are not listed, as open_clip_torch is not installed: pip install oodprompt[open_clip]")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     return exit_status(lambda: run(argv))

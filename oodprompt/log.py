@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
 
+_IS_QUIET: ContextVar[bool] = ContextVar("is_quiet", default=False)
 _EVERY = 30.0  # seconds between lines of progress where there is no terminal
 T = TypeVar("T")
 
@@ -91,12 +93,27 @@ def optional(what: str) -> Iterator[None]:
         logger.warning(f"Note: {what} is missing: {reason}")
 
 
+def shows_messages() -> bool:
+    """Whether messages go to standard output."""
+    return any(isinstance(handler, _Terminal) for handler in logger.handlers)
+
+
 def show_messages() -> None:
     """Send messages to standard output from now on; a second call changes nothing."""
-    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+    if not shows_messages():
         handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """In the block no progress is shown."""
+    token = _IS_QUIET.set(True)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(token)
 
 
 class progress(AbstractContextManager["progress"]):  # called like a function
@@ -110,6 +127,7 @@ class progress(AbstractContextManager["progress"]):  # called like a function
         self, total: int | None, title: str, unit: str, show: bool = True, initial: int = 0, keep: bool = False
     ) -> None:
         self.total, self.title, self.unit, self.done, self._initial = total, title, unit, initial, initial
+        show = show and not _IS_QUIET.get()
         self._bar = tqdm(
             total=total, desc=title, unit=unit, initial=initial, disable=None if show else True, leave=keep
         )

@@ -16,9 +16,9 @@ from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 from oodprompt.log import show_messages
-from oodprompt.terminal import Parser, exit_status
+from oodprompt.terminal import Parser, exit_status, program
 
-DESCRIPTION = """Classify images with a trained model: ``python scripts/predict.py --model-dir RUN --output predictions.csv IMAGE_OR_FOLDER ...``.
+DESCRIPTION = """Classify images with a trained model: oodprompt predict --model-dir RUN --output predictions.csv IMAGE_OR_FOLDER ....
 
 Folders are searched with all folders in them, but for hidden files and folders. The csv file has one row per image: its path, the
 class, its probability, and the probability of every class. Where some file is no image that can be read, a last column ``error``
@@ -94,10 +94,8 @@ class Predictions:
         return "\n".join([read, f"{len(self.errors)} files could not be read and have no prediction:", *listed, *more])
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """Classify images and write the csv file; returns 1 where some of them could not be read, else 0."""
-    show_messages()
-    parser = Parser(prog="predict.py", description=DESCRIPTION)
+def build_parser() -> Parser:
+    parser = Parser(prog=program("scripts/predict.py", "predict"), description=DESCRIPTION)
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
     parser.add_argument("--load-epoch", type=int, help="epoch whose model is taken; else the best model, else the last")
     parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")
@@ -105,7 +103,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("predictions.csv"), help="csv file that is written")
     extensions.add_flag(parser)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Classify images and write the csv file; returns 1 where some of them could not be read, else 0."""
+    show_messages()
+    args = build_parser().parse_args(argv)
     extensions.add(args.imports)
     paths = images_of(args.images)
 

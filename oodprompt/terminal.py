@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +20,53 @@ from oodprompt.log import Forgiving
 from oodprompt.memory import memory_for
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps a flag and what it does on one line where that fits."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(max(shutil.get_terminal_size((110, 24)).columns, 80), 120)
+        super().__init__(prog, max_help_position=32, width=width)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        return f"{text.split()[0]} ..." if action.nargs == "+" else text
+
+
 class Parser(argparse.ArgumentParser):
-    """Of every command of ours: its errors are one line, like all others; its description keeps its lines."""
+    """Of every command of ours: its errors are one line, like all others; its help keeps the description's lines and is short."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+        super().__init__(**{"formatter_class": _Help} | options)
+
+    def format_usage(self) -> str:
+        return f"usage: {self.usage or self._brief_usage()}\n"  # parse_intermixed_args takes it, too
+
+    def format_help(self) -> str:
+        self.usage = self.usage or self._brief_usage().replace("%", "%%")
+        return super().format_help()
+
+    def _brief_usage(self) -> str:
+        """The flags that must be given, and what stands without a flag."""
+        flags = [action for action in self._actions if action.option_strings and action.dest != "help"]
+        words = [
+            f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" for action in flags if action.required
+        ]
+        words += ["[flags]"] * (len(words) < len(flags))
+        for action in self._actions:
+            if not action.option_strings:
+                name = str(action.metavar or (f"{{{','.join(action.choices)}}}" if action.choices else action.dest))
+                words.append(f"[{name} ...]" if action.nargs == "*" else f"[{name}]" if action.nargs == "?" else name)
+        return " ".join([self.prog, *words])
 
     def error(self, message: str) -> NoReturn:
         flag = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
         flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
         raise UserError(f"{message}: {nearest(flag[1], flags)}" if flag else f"{message}; see {self.prog} --help")
+
+
+def program(script: str, verb: str) -> str:
+    """What the command is called in its help: the script, or ``oodprompt VERB`` where that was typed."""
+    return script if Path(sys.argv[0]).name == Path(script).name else f"oodprompt {verb}"
 
 
 class _Tee(Forgiving):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from oodprompt import cli, predict
+from oodprompt import cli, discovering, predict
 from oodprompt.discovery import run as discovery_run
 from oodprompt.engine import first_stage
 from oodprompt.engine.objective import Objective
@@ -20,8 +20,7 @@ from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
 from oodprompt.memory import memory_for
 from oodprompt.runs import benchmark
-from oodprompt.terminal import exit_status
-from tests.helpers.runs import CONFIG, SMALL, Arguments, assert_same_outcome, load_script
+from tests.helpers.runs import CONFIG, SMALL, Arguments, assert_same_outcome
 
 GPU = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.23 GiB is free. "
@@ -128,8 +127,7 @@ def test_predictions_and_discovery_of_a_trained_model(
     assert predict.main(words) == 2
     assert "while classifying images. Lower" in capsys.readouterr().err
     assert predict.main(["--batch-size", "1", *words]) == 0 and seen[-1] == 1
-    script = load_script("scripts/discover.py")
-    assert exit_status(lambda: script.run(["--model-dir", str(tmp_path / "out")])) == 2
+    assert discovering.main(["--model-dir", str(tmp_path / "out")]) == 2
     assert re.fullmatch(r"error: the GPU's memory ran out .*\n", capsys.readouterr().err)
 
 

@@ -16,6 +16,7 @@ from typing import overload
 import numpy as np
 
 from oodprompt.data.datum import Datum
+from oodprompt.data.vectors import Vectors
 
 _ROOT = os.fsencode(os.sep)
 _THREADS = 16  # a network file system answers many questions at once; more threads only wait for Python
@@ -70,8 +71,8 @@ class Images(Sequence[Datum]):
     """Images of a split: a sequence of ``Datum`` over columns.
 
     ``label``, ``domain``, ``attribute`` [N] are numpy arrays (attribute -1: unknown); ``names`` are the class names that
-    ``name`` [N] counts. ``rows`` [N] are the places of the images in ``paths`` and ``captions`` (None: no image has one),
-    which other splits share.
+    ``name`` [N] counts. ``rows`` [N] are the places of the images in ``paths``, ``captions`` (None: no image has one) and
+    ``vectors`` (None: the images themselves are there, not their features), which other splits share.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class Images(Sequence[Datum]):
         name: np.ndarray,
         names: Sequence[str],
         captions: Texts | None = None,
+        vectors: Vectors | None = None,
     ) -> None:
-        self.paths, self.captions, self.names = paths, captions, tuple(names)
+        self.paths, self.captions, self.names, self.vectors = paths, captions, tuple(names), vectors
         self.rows, self.label, self.domain, self.attribute, self.name = (
             np.ascontiguousarray(column, dtype=np.int32) for column in (rows, label, domain, attribute, name)
         )
@@ -152,6 +154,7 @@ class Images(Sequence[Datum]):
             self.name[chosen],
             self.names,
             self.captions,
+            self.vectors,
         )
         if self._stamps is not None:
             taken._stamps = self._stamps[chosen]

@@ -9,7 +9,7 @@ import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ class DatasetBase:
     attribute_names: Sequence[str] = ()
     attribute_prompts: Sequence[Sequence[str]] = ()
     test_only = False  # whether the images given as training images are those of the test
+    made_by: Mapping[str, str] = {}  # of features in place of images: ``backbone`` and ``backbone_digest``, where known
 
     def __init__(
         self,
@@ -94,6 +95,18 @@ class DatasetBase:
     def has_attributes(self) -> bool:
         """Whether a test image carries a known attribute, so that there are groups to report."""
         return bool((self.test.attribute >= 0).any())
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether there are images; else there are their features alone."""
+        return self.test.vectors is None
+
+    def need_pixels(self, who: str) -> None:
+        """``UserError`` where ``who``, "VPT changes ...", needs images and there are features alone."""
+        if not self.has_pixels:
+            raise UserError(
+                f"{who}, and {type(self).__name__} has image features alone; train on the images themselves"
+            )
 
     @classmethod
     def root(cls, cfg: CfgNode) -> Path:

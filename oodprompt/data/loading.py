@@ -222,7 +222,7 @@ class DataManager:
         self.cfg, self.device, self.dataset = cfg, device, build_dataset(cfg)
         self.rank, self.num_processes = rank, num_processes
         self.num_classes, self.lab2cname = self.dataset.num_classes, self.dataset.lab2cname
-        if "normalize" not in cfg.INPUT.TRANSFORMS:
+        if "normalize" not in cfg.INPUT.TRANSFORMS and self.dataset.has_pixels:
             logger.warning("Note: INPUT.TRANSFORMS has no 'normalize', but CLIP expects normalised pixels")
         self.transform_train, self.transform_test = Transform(cfg, is_train=True), Transform(cfg, is_train=False)
         self.train_loader_x = self.loader(self.dataset.train_x, is_train=True)

@@ -40,6 +40,7 @@ class RegionFeatures:
     def regions(self, split: str) -> Regions:
         """The regions of a split. ``UserError`` where ``build_regions`` has one."""
         if split not in self._regions:
+            self.encoder.data.dataset.need_pixels("regions are parts of images")
             keys = self.cfg.REGIONS
             self._regions[split] = build_regions(
                 keys.SOURCE,

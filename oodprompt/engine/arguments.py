@@ -16,7 +16,7 @@ from oodprompt.config.registry import BACKBONE_REGISTRY
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.resolve import base_of
-from oodprompt.terminal import Parser
+from oodprompt.terminal import Parser, program
 
 # flag -> key
 _FLAG_KEYS = {
@@ -36,7 +36,7 @@ _FLAG_KEYS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="train.py",
+        prog=program("train.py", "train"),
         description="Train and evaluate prompt learners and debiasers on CLIP.",
         epilog="All keys with their defaults are in docs/config.md.",
     )

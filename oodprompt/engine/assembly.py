@@ -162,6 +162,8 @@ def build_debiasing(
     for i, debiaser_type in enumerate(types, 1):
         seeding.set_random_seed(seeding.derive_seed(cfg.SEED, seeding.INIT, i))
         debiasers.append(debiaser_type(cfg, context).to(encoder.device))
+        if debiasers[-1].takes_regions:
+            encoder.data.dataset.need_pixels(f"{names[i - 1]} takes regions of images")
     objective = Objective(encoder.learner, debiasers, names, base_name)
     return Debiasing(objective, context, discovery)
 

@@ -51,6 +51,8 @@ def check_run(cfg: CfgNode, dataset: DatasetBase, tokenizer: Tokenizer, notes: S
 
     ``notes`` are what is known of the data set without a look at its images (``notes_on``).
     """
+    if not dataset.has_pixels:
+        return _check_features(dataset, tokenizer, notes)
     report = check_images(cfg, dataset)
     if (error := report.error()) is not None:
         raise error
@@ -63,4 +65,16 @@ def check_run(cfg: CfgNode, dataset: DatasetBase, tokenizer: Tokenizer, notes: S
     return (
         f"Config and weights are in order, and all {report.images:,} images can be read; {notes} what to look at; "
         "nothing is trained (--no-train)"
+    )
+
+
+def _check_features(dataset: DatasetBase, tokenizer: Tokenizer, notes: Sequence[str]) -> str:
+    """``check_run`` for features in place of images, which were looked at when they were opened."""
+    findings = [*notes, *map(str, check_texts(dataset, tokenizer))]
+    for finding in findings:
+        logger.warning(f"Note: {finding}")
+    rows = len(dataset.train_x) + len(dataset.val) + len(dataset.test)
+    look = "; the notes above tell what to look at" if findings else ""
+    return (
+        f"Config, weights and all {rows:,} rows of image features are in order{look}; nothing is trained (--no-train)"
     )

@@ -60,6 +60,7 @@ class RunDiscovery:
 
         A new discovery looks at the base, which is trained alone for it.
         """
+        self.encoder.data.dataset.need_pixels("discovery looks at regions of images")
         if self.cfg.DISCOVERY.FROM:
             return self.read(Path(self.cfg.DISCOVERY.FROM))
         for folder in (self.folder, Path(self.cfg.RESUME)):
@@ -83,6 +84,7 @@ class RunDiscovery:
 
         ``pictures``: whether the page and the figure are among the files.
         """
+        self.encoder.data.dataset.need_pixels("discovery looks at regions of images")
         remedy = "Take fewer regions of an image (REGIONS.GRID, REGIONS.PER_IMAGE) or fewer images in DISCOVERY.SPLIT"
         with evaluating(*self._models(), learner), memory_for("in discovery", remedy):
             found = run_discovery(self.cfg, self.encoder, learner, predict, self.region_features, str(folder / FILE))

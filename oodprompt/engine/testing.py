@@ -55,7 +55,7 @@ class Testing:
         self.trained.set_mode(training=False)
         by_pseudo = split == "val" and self.watches_pseudo_groups
         pseudo = self.pseudo.of(self.encoder.split(split)) if by_pseudo else None
-        batches = self.encoder.batches(split)
+        batches = self.encoder.batches_in_order(split)
         with memory_for(f"while evaluating the {split} split", self._less_memory):
             return evaluate(
                 batches,

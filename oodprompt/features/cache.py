@@ -31,12 +31,14 @@ from oodprompt.config.keys import leaves
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum
 from oodprompt.data.transforms import is_random
+from oodprompt.data.vectors import VectorRows
 from oodprompt.errors import UserError
 from oodprompt.features.store import FeatureStore, PartialFile, default_folder
 from oodprompt.files import sweep
 from oodprompt.log import logger
 
-Views = Tensor | Sequence[np.ndarray]  # V views [N, d] of a split: on the compute device, or memory-mapped files
+View = Tensor | np.ndarray | VectorRows  # [N, d]: on the compute device, memory-mapped, or rows of the user's files
+Views = Tensor | Sequence[np.ndarray | VectorRows]  # V views of a split
 # (view, first row) -> the rows from there on, in order, as tensors [b, d] on the compute device
 Compute = Callable[[int, int], Iterator[Tensor]]
 

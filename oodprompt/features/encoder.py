@@ -25,6 +25,7 @@ from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
 from oodprompt.features import views
 from oodprompt.features.cache import FeatureCache
+from oodprompt.features.given import check_given
 from oodprompt.log import logger, progress
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, PromptLearner
@@ -55,15 +56,21 @@ class Encoder:
     ) -> None:
         self.cfg, self.clip, self.data, self.learner = cfg, clip, data, learner
         self.device, self.precision, self.show_progress = device, precision, show_progress
+        self.has_pixels = data.dataset.has_pixels
+        if not self.has_pixels:
+            check_given(data.dataset, clip, learner, cfg)
         self.cache = FeatureCache(cfg, clip, precision, device)
         self._learner_cache = self.cache if learner.encodes_as_clip else None
         self._kept: dict[str, views.FeatureLoader] = {}
         self._frozen: dict[str, Tensor] = {}
         self.views, self.keeps_evaluation = 0, False
         if self.keeps_features_of_learner:
-            self.views = views.views_to_cache(cfg, learner.trains_image_tower, not learner.encodes_as_clip)
-            self.keeps_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not learner.trains_image_tower
-            self._cache_images()
+            if self.has_pixels:
+                self.views = views.views_to_cache(cfg, learner.trains_image_tower, not learner.encodes_as_clip)
+                self.keeps_evaluation = cfg.DATALOADER.FEATURE_CACHE != "off" and not learner.trains_image_tower
+                self._cache_images()
+            else:
+                self.views, self.keeps_evaluation = 1, True
 
     def _cache_images(self) -> None:
         """Have loaders keep images themselves where their features are not kept."""
@@ -108,15 +115,17 @@ class Encoder:
             return images
         if split not in self._kept:
             self.learner.eval()
-            if split == "train":
+            source = images.dataset.data_source
+            kept = views.given_view(source, self.device, self.cfg.DATALOADER.CACHE_MEMORY_MIB)
+            if kept is None and split == "train":
                 kept = views.train_views(
                     data, self.encode_image, self.views, self.show_progress, cache=self._learner_cache
                 )
-            else:
+            elif kept is None:
                 kept = views.evaluation_view(
                     split, images, self.encode_image, self.show_progress, cache=self._learner_cache
                 )
-            self._kept[split] = views.FeatureLoader(kept, images.dataset.data_source, images.batches, self.device)
+            self._kept[split] = views.FeatureLoader(kept, source, images.batches, self.device)
         return self._kept[split]
 
     def batches_in_order(self, split: str) -> Any:
@@ -124,7 +133,7 @@ class Encoder:
         if split != "train":
             return self.batches(split)
         images = self.data_of("train")
-        if self.learner.encodes_as_clip and self.cfg.DATALOADER.FEATURE_CACHE != "off":
+        if self.learner.encodes_as_clip and (self.cfg.DATALOADER.FEATURE_CACHE != "off" or not self.has_pixels):
             batches = EpochBatches(self.cfg, images, False, self.data.rank, self.data.num_processes)
             return views.FeatureLoader(self.frozen_features_of("train")[None], images, batches, self.device)
         return self.data.loader(images)
@@ -157,8 +166,10 @@ class Encoder:
         They are of the test transform; of the training transform for training images where nothing in it is random.
         """
         if split not in self._frozen:
-            own = self.learner.encodes_as_clip and (
-                split in self._kept and self.views == 1 if split == "train" else self.keeps_evaluation
+            own = (
+                not self.has_pixels
+                or self.learner.encodes_as_clip
+                and (split in self._kept and self.views == 1 if split == "train" else self.keeps_evaluation)
             )
             if own:
                 values = self.batches(split).features
@@ -174,7 +185,7 @@ class Encoder:
     @property
     def keeps_frozen_features(self) -> bool:
         """Whether frozen features are computed once, because every epoch sees the same view of an image."""
-        return not is_random(self.cfg) and self.cfg.DATALOADER.FEATURE_CACHE != "off"
+        return not self.has_pixels or (not is_random(self.cfg) and self.cfg.DATALOADER.FEATURE_CACHE != "off")
 
     def _frozen_features(self, batch: Batch, z: Tensor) -> Tensor:
         """Features [B, d] of the batch from CLIP as it was released; ``z`` are the learner's."""

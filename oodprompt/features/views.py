@@ -16,8 +16,9 @@ from oodprompt.data.distributed import gather_rows, whole_index
 from oodprompt.data.loading import Batch, DataManager, Loader
 from oodprompt.data.sampling import EpochBatches
 from oodprompt.data.transforms import is_random
+from oodprompt.data.vectors import VectorRows
 from oodprompt.errors import UserError
-from oodprompt.features.cache import FeatureCache, Views
+from oodprompt.features.cache import FeatureCache, View, Views
 from oodprompt.log import progress
 from oodprompt.memory import memory_for
 
@@ -72,7 +73,7 @@ class FeatureLoader:
             yield FeatureBatch(values | dict(zip(self._KEYS, columns, strict=True)), part, self.data)
 
 
-def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str) -> Tensor:
+def rows_of(view: View, index: Tensor, device: torch.device | str) -> Tensor:
     """Rows ``index`` of a view [N, d]; of a memory-mapped one only they are read, and moved to ``device``."""
     if isinstance(view, Tensor):
         return view[to_device(index, view.device)]
@@ -80,9 +81,22 @@ def rows_of(view: Tensor | np.ndarray, index: Tensor, device: torch.device | str
     return to_device(torch.from_numpy(view[index.cpu().numpy()]), device)
 
 
-def whole(view: Tensor | np.ndarray, device: torch.device) -> Tensor:
+def whole(view: View, device: torch.device) -> Tensor:
     """All of a view [N, d], on ``device``."""
     return view if isinstance(view, Tensor) else torch.from_numpy(np.array(view)).to(device)
+
+
+def given_view(images: Sequence[Datum], device: torch.device, memory_mib: float) -> Views | None:
+    """The features [1, N, d] that come in place of images; None where images come.
+
+    What takes more than ``memory_mib`` MiB stays in its files, from where batches are read.
+    """
+    columns = Images.of(images)
+    if columns.vectors is None:
+        return None
+    view = VectorRows(columns.vectors, columns.rows)
+    fits = 4 * view.shape[0] * view.shape[1] <= memory_mib * 2**20
+    return whole(view, device)[None] if fits else [view]
 
 
 def views_to_cache(cfg: CfgNode, trains_image_tower: bool, own_encoder: bool = False) -> int:

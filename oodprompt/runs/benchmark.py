@@ -23,7 +23,7 @@ from oodprompt.runs.launch import RunsFailed, run_here, runs_status, sigterm_as_
 from oodprompt.runs.progress import Progress
 from oodprompt.runs.slurm import run_on_slurm
 from oodprompt.runs.tables import tables
-from oodprompt.terminal import Parser
+from oodprompt.terminal import Parser, program
 
 DESCRIPTION = """Train many runs and tabulate them: ``python scripts/benchmark.py GRID.yaml``, or a grid by flags.
 
@@ -31,7 +31,7 @@ DESCRIPTION = """Train many runs and tabulate them: ``python scripts/benchmark.p
     python scripts/benchmark.py --trainers CoOp CoOpOOD DebiasedPT --bases CoOp MaPLe --datasets waterbirds celeba \\
         --seeds 1 2 3 --root DATA --config-file CoOp=configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml ... --gpus 0 1
 
-GRID.yaml says what is trained (its entries: below). Its runs are in ``OUT/[<setting>/]<method>/seed<N>``. By flags,
+GRID.yaml says what is trained (its entries: --grid-help). Its runs are in ``OUT/[<setting>/]<method>/seed<N>``. By flags,
 debiasers go over every base, prompt learners stand alone, and ``CoOpOOD+DebiasedPT`` is a stack. Those runs are in
 ``OUT/<data set>/<method>/seed<N>``. What a run prints is in ``train.log`` there.
 
@@ -48,9 +48,16 @@ _OWN_KEYS = {
 }
 
 
-def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; ``UserError`` for what makes no sense whatever the grid is."""
-    parser = Parser(prog="benchmark.py", description=DESCRIPTION, epilog=grid_file.__doc__)
+class _GridHelp(argparse.Action):
+    """Prints the entries of GRID.yaml."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print((grid_file.__doc__ or "").strip())
+        parser.exit()
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog=program("scripts/benchmark.py", "benchmark"), description=DESCRIPTION)
     parser.add_argument("grid", nargs="?", type=Path, metavar="GRID.yaml", help="what is trained; else --trainers ...")
     parser.add_argument("--trainers", nargs="+", default=[], metavar="NAME", help="names, or stacks as A+B")
     parser.add_argument("--bases", nargs="+", default=[], metavar="NAME", help="under debiasers; default: their own")
@@ -73,9 +80,15 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--slurm-opts", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's parameters, e.g. timeout_min=600"
     )
+    parser.add_argument("--grid-help", action=_GridHelp, nargs=0, help="print what GRID.yaml may have, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys for every run")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; ``UserError`` for what makes no sense whatever the grid is."""
+    args = build_parser().parse_args(argv)
     _check(args)
     return args
 
@@ -90,7 +103,7 @@ def _check(args: argparse.Namespace) -> None:
     if not args.grid:
         for flag in ("--trainers", "--config-file"):
             if not by_flags[flag]:
-                raise UserError(f"give GRID.yaml, or {flag}; see benchmark.py --help")
+                raise UserError(f"give GRID.yaml, or {flag}; see `oodprompt benchmark --help`")
     if args.jobs is not None and args.jobs < 1:
         raise UserError("--jobs: give 1 or more")
     if args.slurm and args.gpus:

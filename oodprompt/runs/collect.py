@@ -15,7 +15,7 @@ from oodprompt.reports.style import write_figure
 from oodprompt.runs.aggregate import collect, in_order, upstream_summary
 from oodprompt.runs.reading import LOG, subfolders, upstream_values
 from oodprompt.runs.tables import figure, tables
-from oodprompt.terminal import Parser, exit_status
+from oodprompt.terminal import Parser, exit_status, program
 
 DESCRIPTION = """Tables over seeds from a folder of outputs: ``python scripts/collect.py DIR [NAME ...] [--baseline CoOp]``.
 
@@ -53,9 +53,8 @@ def _upstream(args: argparse.Namespace) -> None:
         print(f"Average of {len(means)}\n* {keyword}: {np.mean(means):.2f}%")
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Print the tables of a folder of outputs."""
-    parser = Parser(prog="collect.py", description=DESCRIPTION)
+def build_parser() -> Parser:
+    parser = Parser(prog=program("scripts/collect.py", "collect"), description=DESCRIPTION)
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows, or parts of their paths, in the order wanted")
     parser.add_argument("--format", choices=("markdown", "latex", "csv"), default="markdown")
@@ -70,7 +69,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of all rows, as PNG")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
     parser.add_argument("--upstream", action="store_true", help="upstream's own numbers")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Print the tables of a folder of outputs."""
+    args = build_parser().parse_intermixed_args(argv)
     if args.digits < 0:
         raise UserError("--digits: give 0 or more")
     if args.upstream:

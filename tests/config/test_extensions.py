@@ -155,8 +155,8 @@ def test_an_installed_package_is_imported(mine: Path, monkeypatch: pytest.Monkey
 def test_commands_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["train", "--list"]) == 0
     assert "CoOpOOD" in capsys.readouterr().out
-    assert commands.main(["--help"]) == 0 and "doctor [--root DIR]" in capsys.readouterr().out
-    assert commands.main(["docter"]) == 2 and "unknown command 'docter'" in capsys.readouterr().err
+    assert commands.main(["--help"]) == 0 and "check the installation" in capsys.readouterr().out
+    assert commands.main(["docter"]) == 2 and "unknown verb 'docter': did you mean 'doctor'?" in capsys.readouterr().err
     assert commands.main([]) == 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ from oodprompt.trainers.finetune import contrastive_loss
 from oodprompt.trainers.ravl import region_losses
 from torch import Tensor
 
-from oodprompt import cli
+from oodprompt import cli, discovering
 from oodprompt.backbones import tokenize
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.contracts import Step
 from oodprompt.reports.discovery import read_discovery
 from tests.helpers.resampling import assert_resumes
-from tests.helpers.runs import REPOSITORY, command_line, no_pictures
+from tests.helpers.runs import command_line, no_pictures
 
 Arguments = Callable[..., list[str]]
 Build = Callable[..., PromptTrainer]
@@ -118,7 +117,7 @@ def found(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(*words: Any) -> None:
-    runpy.run_path(str(REPOSITORY / "scripts" / "discover.py"))["run"](list(map(str, words)))
+    discovering.run(list(map(str, words)))
 
 
 def prepared(build: Build, trainer: str, *keys: Any) -> PromptTrainer:

@@ -1,0 +1,105 @@
+"""From the keywords of ``oodprompt.train`` to config keys: ``anchor`` -> TRAINER.COOPOOD.ANCHOR, ``epochs`` -> OPTIM.MAX_EPOCH."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oodprompt.config.keys import declared_keys
+from oodprompt.errors import UserError, nearest
+
+# Words that everybody uses, where the key has another name.
+SHORT = {
+    "epochs": "OPTIM.MAX_EPOCH",
+    "seed": "SEED",
+    "batch_size": "DATALOADER.TRAIN_X.BATCH_SIZE",
+    "shots": "DATASET.NUM_SHOTS",
+    "workers": "DATALOADER.NUM_WORKERS",
+}
+# What the function has a parameter for.
+_PARAMETERS = {
+    "TRAINER.NAME": "method",
+    "TRAINER.BASE": "base",
+    "MODEL.BACKBONE.NAME": "backbone",
+    "OUTPUT_DIR": "output",
+    "DATASET.NAME": "data",
+    "DATASET.ROOT": "root",
+}
+
+
+def keys_of(settings: Mapping[str, Any], methods: Sequence[str], data: str) -> dict[str, Any]:
+    """The key of each keyword, with its value; ``UserError`` for one that means none or several.
+
+    A keyword is a key in lower case, with "_" for "."; parts at its front may be left out (``anchor`` or
+    ``coopood_anchor``). Of TRAINER count the sections of ``methods``, of DATASET that of the data set ``data``.
+    """
+    known = list(declared_keys())
+    own = [key for key in known if _is_in_use(key, methods, data)]
+    return {_key_of(word, own, known): plain(value) for word, value in settings.items() if value is not None}
+
+
+def _key_of(word: str, own: Sequence[str], known: Sequence[str]) -> str:
+    if word in SHORT:
+        return SHORT[word]
+    found = _matches(word, own)
+    if len(found) == 1:
+        if found[0] in _PARAMETERS:
+            raise UserError(f"{word}=: {found[0]} is given by {_PARAMETERS[found[0]]}=")
+        return found[0]
+    if found:
+        ways = " or ".join(f"{_shortest(key, own)}= for {key}" for key in found)
+        raise UserError(f"{word}= may mean several keys: give {ways}")
+    if elsewhere := _matches(word, known):
+        raise UserError(f"{word}= is {' or '.join(elsewhere[:3])}, which this run does not use; take it out")
+    words = {_shortest(key, own): key for key in own if key not in _PARAMETERS} | SHORT
+    hint = nearest(word, words).split("known:")[0].strip()
+    raise UserError(f"unknown keyword {word}=: {hint or 'docs/config.md has all keys; a keyword is one in lower case'}")
+
+
+def _matches(word: str, keys: Iterable[str]) -> list[str]:
+    """Keys that ``word`` says in lower case, from some part of their names on; the whole name wins."""
+    found = []
+    for key in keys:
+        parts = key.lower().split(".")
+        if word == "_".join(parts):
+            return [key]
+        if any(word == "_".join(parts[i:]) for i in range(1, len(parts))):
+            found.append(key)
+    return found
+
+
+def _shortest(key: str, keys: Sequence[str]) -> str:
+    """The shortest keyword that means this key alone."""
+    parts = key.lower().split(".")
+    words = ["_".join(parts[i:]) for i in reversed(range(len(parts)))]
+    return next((word for word in words if _matches(word, keys) == [key] and word not in SHORT), words[-1])
+
+
+def _is_in_use(key: str, methods: Sequence[str], data: str) -> bool:
+    parts = key.split(".")
+    if len(parts) < 3 or parts[0] not in ("TRAINER", "DATASET"):
+        return True
+    sections = {
+        name.split(".")[1] for name in declared_keys() if name.startswith(f"{parts[0]}.") and name.count(".") == 2
+    }
+    return parts[1] in {_section(name, sections) for name in (methods if parts[0] == "TRAINER" else [data])}
+
+
+def _section(name: str, sections: Iterable[str]) -> str:
+    """The section of a method or data set: its name in capitals, or the longest section that the name begins with."""
+    upper = name.upper()
+    return upper if upper in sections else max((s for s in sections if upper.startswith(s)), key=len, default="")
+
+
+def plain(value: Any) -> Any:
+    """A value as a config takes it: no paths, no numbers of NumPy's own."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(entry) for entry in value)
+    return value

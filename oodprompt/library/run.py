@@ -1,0 +1,131 @@
+"""A trained run in the hands of a user: evaluate, predict, features, export, discover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from oodprompt.data.dataset import told_apart
+from oodprompt.errors import UserError
+from oodprompt.library.inputs import Inputs
+from oodprompt.library.results import Results
+from oodprompt.library.state import Processes, call
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+
+    from oodprompt.engine.trainer import PromptTrainer
+
+    Images = str | Path | Image | np.ndarray | Tensor | Sequence[str | Path] | Sequence[Image | np.ndarray]
+
+_SPLITS = ("train", "val", "test")
+
+
+class Run:
+    """A trained model with its data: what ``oodprompt.train`` and ``oodprompt.load`` return.
+
+    ``folder`` has its files, ``cfg`` its settings, ``classes`` the names of its classes. ``trainer`` is the engine's own
+    object.
+    """
+
+    def __init__(self, trainer: PromptTrainer, processes: Processes, verbose: bool = False) -> None:
+        self.trainer, self.verbose, self._processes = trainer, verbose, processes
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return self.trainer.output_dir
+
+    @property
+    def cfg(self) -> CfgNode:
+        """All settings, as config.yaml has them."""
+        return self.trainer.cfg
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, in the order of their numbers; equal names carry the number."""
+        return told_apart(self.trainer.dataset.classnames)
+
+    def __repr__(self) -> str:
+        from oodprompt.reports.results import method_title
+
+        data = f"{self.cfg.DATASET.NAME}, backbone {self.cfg.MODEL.BACKBONE.PATH or self.cfg.MODEL.BACKBONE.NAME}"
+        return f"Run({method_title(self._names())} on {data}, folder {self.folder})"
+
+    def evaluate(self, split: str = "test") -> Results:
+        """Evaluate on ``train``, ``val`` or ``test`` of the run's data; ``UserError`` for a split that has no images.
+
+        It writes no files.
+        """
+        if split not in _SPLITS:
+            raise UserError(f"evaluate: the split is train, val or test, not {split!r}")
+        trainer = self.trainer
+        with self._call():
+            if not len(trainer.encoder.data_of(split)):
+                raise UserError(f"evaluate: {self.cfg.DATASET.NAME} has no {split} images")
+            metrics = trainer.evaluate(split)
+        facts = {"dataset": self.cfg.DATASET.NAME, "seed": self.cfg.SEED, "split": split}
+        return Results({**self._names(), **facts, **metrics})
+
+    def predict(self, images: Images) -> pd.DataFrame:
+        """Classify images; a row for each: image, prediction, probability, and the probability of every class.
+
+        ``images``: paths or folders, PIL images, pixels uint8 [N, H, W, 3] or [H, W, 3] in RGB, or image features
+        [N, d] (floats, by the frozen backbone), one of them or a list. ``UserError`` for what cannot be read.
+        """
+        import pandas as pd
+
+        with self._call():
+            given = Inputs.of(images, self.trainer)
+            probability = torch.cat([torch.empty(0, len(self.classes)), *given.probabilities(self.trainer)]).numpy()
+        best = probability.argmax(axis=1)
+        names = self.classes
+        table = {
+            "image": given.names,
+            "prediction": [names[i] for i in best],
+            "probability": probability.max(axis=1),
+        }
+        classes = pd.DataFrame(probability, columns=pd.Index(names))
+        return pd.concat([pd.DataFrame(table), classes], axis=1)
+
+    def features(self, images: Images) -> np.ndarray:
+        """Image features of this model, L2-normalised, float32 [N, d]; ``images`` as in ``predict``."""
+        with self._call():
+            given = Inputs.of(images, self.trainer)
+            width = self.trainer.clip.shape.embed_dim
+            return torch.cat([torch.empty(0, width), *given.features(self.trainer)]).numpy()
+
+    def discover(self, folder: str | Path | None = None) -> Path:
+        """RaVL's discovery: which regions of images the model wrongly goes by; returns the page, discovery.html.
+
+        ``folder``: where to write; default: the run's.
+        """
+        from oodprompt.discovering import discover_in
+
+        out = Path(folder) if folder is not None else self.folder
+        with self._call():
+            discover_in(self.trainer, out)
+        return out / "discovery.html"
+
+    def export(self, file: str | Path, **options: Any) -> Path:
+        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; ``options`` as of ``oodprompt.serving``."""
+        from oodprompt import serving
+
+        with self._call():
+            return serving.export(self, file, **options)
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _names(self) -> dict[str, Any]:
+        keys = self.cfg.TRAINER
+        return {"trainer": keys.NAME, "base": self.trainer.base_name, "stack": list(keys.STACK)}
+
+    def _call(self) -> Any:
+        return call(self._processes, self.verbose)

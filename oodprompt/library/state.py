@@ -1,0 +1,111 @@
+"""What a program has one of, and a call of the library leaves as it found it; and whether the call says anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from oodprompt.log import logger, quiet, show_messages, shows_messages
+
+
+def _torch_settings() -> dict[str, Any]:
+    cuda = torch.backends.cuda
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "matmul": cuda.matmul.allow_tf32,
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "cudnn_sdp": cuda.cudnn_sdp_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _set_torch(settings: dict[str, Any]) -> None:
+    now = _torch_settings()
+    if (now["deterministic"], now["warn_only"]) != (settings["deterministic"], settings["warn_only"]):
+        torch.use_deterministic_algorithms(settings["deterministic"], warn_only=settings["warn_only"])
+    torch.backends.cudnn.benchmark = settings["benchmark"]
+    if now["matmul"] != settings["matmul"]:
+        torch.backends.cuda.matmul.allow_tf32 = settings["matmul"]
+    if now["convolutions"] != settings["convolutions"]:
+        torch.backends.cudnn.allow_tf32 = settings["convolutions"]
+    torch.backends.cuda.enable_cudnn_sdp(settings["cudnn_sdp"])
+    if now["threads"] != settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+
+
+class Processes:
+    """The processes that a run computes with, as Accelerate keeps them for a whole program, between its calls."""
+
+    def __init__(self) -> None:
+        self._of_run: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """In the block those of the run, behind it those of the program."""
+        shared = PartialState._shared_state
+        of_program = dict(shared)
+        _become(shared, self._of_run or of_program)
+        try:
+            yield
+        finally:
+            self._of_run = dict(shared)
+            _become(shared, of_program)
+
+
+def _become(shared: dict[str, Any], content: dict[str, Any]) -> None:
+    shared.clear()
+    shared.update(content)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Random numbers, torch's settings, environment, working directory, warnings and the logger are put back afterwards."""
+    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    settings, environment, folder = _torch_settings(), dict(os.environ), os.getcwd()
+    handlers, level = list(logger.handlers), logger.level
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        _set_torch(settings)
+        if dict(os.environ) != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        os.chdir(folder)
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def speaking(verbose: bool) -> Iterator[None]:
+    """Whether the block prints what a command would; in a program that shows the messages of the package it does."""
+    if verbose or shows_messages():
+        show_messages()
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), quiet():
+        show_messages()  # to nowhere, and to the log of a run
+        yield
+
+
+@contextlib.contextmanager
+def call(processes: Processes, verbose: bool = False) -> Iterator[None]:
+    """Around every call of the library."""
+    with untouched(), processes.here(), speaking(verbose):
+        yield

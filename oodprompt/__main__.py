@@ -8,6 +8,7 @@ from collections.abc import Sequence
 USAGE = """usage: oodprompt COMMAND ...
   doctor [--root DIR]   what is installed and found, what is wrong and what to do
   train ...             what train.py does, with its flags
+  export ...            a trained run as one file (safetensors, ONNX)
   backbones [NAME]      CLIPs that can be named, and what each takes
   cache [prune ...]     image features that are kept on disk; which to remove
 """
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from oodprompt.cache import main as cache
 
         return cache(words[1:])
+    if command == "export":
+        from oodprompt.serving.command import main as export
+
+        return export(words[1:])
     if command == "backbones":
         from oodprompt.list_backbones import main as backbones
 

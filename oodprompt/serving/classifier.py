@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from oodprompt.data.dataset import told_apart
+from oodprompt.data.folders import images_below
 from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
@@ -51,10 +52,10 @@ class Classifier:
         return cls(card, model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def predict(self, images: Any, batch_size: int = _AT_ONCE) -> DataFrame:
-        """A table with a row per image: ``prediction``, ``probability``, and a column with the probability of each class.
+        """A table with a row per image: image, prediction, probability, and the probability of every class.
 
-        ``images``: paths, PIL images or arrays (uint8 [H, W, 3] or [H, W]), several or one, also an array [N, H, W, 3].
-        The index of the table are the paths, or the numbers of the images. ``UserError`` for an image that cannot be read.
+        ``images``: paths or folders, PIL images, or pixels uint8 [N, H, W, 3], [H, W, 3] or [H, W] in RGB, one or a list.
+        The column image has the paths, or the numbers of the images. ``UserError`` for an image that cannot be read.
         """
         import pandas
 
@@ -64,8 +65,7 @@ class Classifier:
         table = pandas.DataFrame(p, columns=self.classnames)
         table.insert(0, "probability", p.max(axis=1) if len(p) else p[:, 0])
         table.insert(0, "prediction", [self.classnames[i] for i in best])
-        if any(isinstance(item, str | os.PathLike) for item in items):
-            table.index = pandas.Index([_name(item, i) for i, item in enumerate(items)], name="image")
+        table.insert(0, "image", [_name(item, i) for i, item in enumerate(items)])
         return table
 
     def probabilities(self, images: Any, batch_size: int = _AT_ONCE) -> Tensor:
@@ -102,7 +102,7 @@ class Classifier:
         if isinstance(item, str | os.PathLike):
             image = read_image(os.fspath(item), self._rules)
         elif isinstance(item, Image.Image):
-            image = item.convert("RGB")
+            image = _of_pillow(item)
         else:
             image = _of_array(np.asarray(item))
         return self._transform(image)
@@ -115,12 +115,29 @@ class Classifier:
 
 
 def listed(images: Any) -> list[Any]:
-    """``images`` as a list of single ones: paths, PIL images or arrays."""
-    if isinstance(images, str | os.PathLike | Image.Image):
-        return [images]
-    if isinstance(images, np.ndarray | Tensor) and images.ndim in (2, 3):
-        return [images]
-    return list(images)
+    """``images`` as a list of single ones: paths of files, PIL images or arrays; folders are searched."""
+    if (
+        isinstance(images, str | os.PathLike | Image.Image)
+        or isinstance(images, np.ndarray | Tensor)
+        and images.ndim in (2, 3)
+    ):
+        images = [images]
+    found: list[Any] = []
+    for item in images:
+        if isinstance(item, str | os.PathLike) and Path(item).is_dir():
+            found += map(str, images_below(Path(item)))
+        else:
+            found.append(item)
+    return found
+
+
+def _of_pillow(image: Image.Image) -> Image.Image:
+    """In RGB; ``UserError`` for more than 8 bits, whose meaning only the file tells."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise UserError(
+            f"a PIL image of mode {image.mode} has more than 8 bits; give its path, or convert it to RGB first"
+        )
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
 def _of_array(values: np.ndarray) -> Image.Image:

@@ -59,7 +59,7 @@ class Report:
 
 
 def export(
-    run: str | Path,
+    run: Any,
     output: str | Path,
     onnx: str | Path = "",
     with_backbone: bool = False,
@@ -67,7 +67,7 @@ def export(
     root: str | None = None,
     images: Sequence[str | Path] = (),
 ) -> Report:
-    """Write the trained model of the output folder ``run`` to ``output``, and as an ONNX model to ``onnx``.
+    """Write the trained model of ``run`` (an output folder, or a ``Run``) to ``output``, and as an ONNX model to ``onnx``.
 
     All is in fp32. ``with_backbone`` puts the weights of the towers that are used into ``output``, which otherwise names
     the backbone and verifies it. ``epoch``: that of the model; else the best, else the last. ``root``: the folder of the
@@ -78,7 +78,7 @@ def export(
     output, onnx_path = Path(output), Path(onnx) if onnx else None
     if onnx_path is not None:
         _need_onnx()
-    trainer = load_run(run, epoch, ["TRAINER.PREC", "fp32"], root=root)
+    trainer = load_run(getattr(run, "folder", run), epoch, ["TRAINER.PREC", "fp32"], root=root)
     trainer.trained.set_mode(training=False)
     card, tensors = describe(trainer, with_backbone)
     paths = [str(path) for path in images] or _some_images(trainer)
@@ -178,6 +178,8 @@ def head_of(trainer: PromptTrainer) -> Head:
 
 def _some_images(trainer: PromptTrainer) -> list[str]:
     """Paths of test images, or of training images where there are none, spread over the split."""
+    if not getattr(trainer.dataset, "has_pixels", True):
+        raise UserError("the data set has image features alone: name some images to check the file on (--images)")
     data = trainer.dataset.test or trainer.dataset.train_x
     places = np.unique(np.linspace(0, len(data) - 1, IMAGES).round().astype(int))
     return [data[int(i)].impath for i in places]

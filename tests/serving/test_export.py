@@ -105,7 +105,8 @@ def test_pictures_arrays_and_paths_are_classified_alike(build: Build) -> None:
     paths = images(built)
     pictures = [Image.open(path).convert("RGB") for path in paths]
     table = classifier.predict(paths)
-    assert list(table.columns) == ["prediction", "probability", "circle", "diamond"] and list(table.index) == paths
+    assert list(table.columns) == ["image", "prediction", "probability", "circle", "diamond"]
+    assert list(table["image"]) == paths
     assert all(row["probability"] == row[row["prediction"]] for _, row in table.iterrows())
     for others in (pictures, [np.asarray(p) for p in pictures], np.stack([np.asarray(p) for p in pictures])):
         assert np.array_equal(classifier.predict(others)[["circle", "diamond"]], table[["circle", "diamond"]])

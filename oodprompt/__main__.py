@@ -9,6 +9,7 @@ USAGE = """usage: oodprompt COMMAND ...
   doctor [--root DIR]   what is installed and found, what is wrong and what to do
   train ...             what train.py does, with its flags
   export ...            a trained run as one file (safetensors, ONNX)
+  compare RUN RUN ...   several runs on one page
   backbones [NAME]      CLIPs that can be named, and what each takes
   cache [prune ...]     image features that are kept on disk; which to remove
 """
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from oodprompt.serving.command import main as export
 
         return export(words[1:])
+    if command == "compare":
+        from oodprompt.comparing import main as compare
+
+        return compare(words[1:])
     if command == "backbones":
         from oodprompt.list_backbones import main as backbones
 

@@ -1,4 +1,4 @@
-"""Installs ``oodprompt``; the folders ``trainers/`` and ``datasets/`` become its subpackages of these names."""
+"""Installs ``oodprompt``; the folders ``trainers/``, ``datasets/`` and ``configs/`` become its subpackages of these names."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "oodprompt" / "__init__.py").read_text()).group(1)
 readme = here / "README.md"
+beside = ("trainers", "datasets", "configs")
 
 setup(
     name="oodprompt",
@@ -17,9 +18,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["oodprompt", "oodprompt.*"]), "oodprompt.trainers", "oodprompt.datasets"],
-    package_dir={"oodprompt.trainers": "trainers", "oodprompt.datasets": "datasets"},
-    package_data={"oodprompt.backbones": ["tiny.pt.gz"], "oodprompt.reports": ["discovery.html.j2", "discovery.css"]},
+    packages=[*find_packages(include=["oodprompt", "oodprompt.*"]), *(f"oodprompt.{folder}" for folder in beside)],
+    package_dir={f"oodprompt.{folder}": folder for folder in beside},
+    # Everything in these packages that is no code: templates and styles of pages, lists of words, embedded weights.
+    package_data={
+        "": ["*.j2", "*.css", "*.js", "*.txt", "*.json", "*.gz", "py.typed"],
+        "oodprompt.configs": ["**/*.yaml"],
+    },
     install_requires=[
         "accelerate>=1.0",
         "clip-anytorch>=2.6",  # OpenAI's tokenizer and vocabulary
@@ -54,16 +59,21 @@ setup(
             "mypy>=1.11",
             "nbclient>=0.8",
             "nbformat>=5",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
+            "onnxscript>=0.2",
             "open_clip_torch>=3",
             "pytest>=7",
             "pytest-timeout",
             "pytest-xdist>=3",
             "ruff>=0.6",
+            "setuptools>=64",
             "transformers>=5",
             "types-PyYAML",
             "types-tabulate",
             "types-tqdm",
         ],
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         "open_clip": ["open_clip_torch>=3"],
         "slurm": ["submitit>=1.5"],
         "transformers": ["transformers>=5"],

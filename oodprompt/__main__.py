@@ -19,6 +19,8 @@ VERBS = {
     "discover": ("oodprompt.discovering", "show which image regions a trained model wrongly goes by"),
     "predict": ("oodprompt.predict", "classify new images with a trained model"),
     "features": ("oodprompt.extracting", "write the image features of a data set to one file"),
+    "export": ("oodprompt.serving.command", "write a trained run as one file (safetensors, ONNX)"),
+    "compare": ("oodprompt.comparing", "show several runs on one page"),
     "benchmark": ("oodprompt.runs.benchmark", "train many runs and make tables of them"),
     "collect": ("oodprompt.runs.collect", "make tables over seeds of runs that are there"),
     "backbones": ("oodprompt.list_backbones", "list the CLIPs that can be named"),

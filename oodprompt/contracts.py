@@ -17,6 +17,7 @@ from oodprompt.methods.contracts import (
     StepRegions,
 )
 from oodprompt.methods.groups import Groups, per_group
+from oodprompt.methods.heads import Head
 from oodprompt.methods.splits import Split
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Debiaser",
     "GroupSource",
     "Groups",
+    "Head",
     "PromptLearner",
     "Split",
     "Step",

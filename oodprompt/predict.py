@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from oodprompt.data.folders import IMAGE_ENDINGS, images_below, note_passed_over
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
-from oodprompt.log import show_messages
+from oodprompt.log import progress, show_messages
+from oodprompt.serving.classifier import Classifier
 from oodprompt.terminal import Parser, exit_status, program
 
 DESCRIPTION = """Classify images with a trained model: oodprompt predict --model-dir RUN --output predictions.csv IMAGE_OR_FOLDER ....
 
 Folders are searched with all folders in them, but for hidden files and folders. The csv file has one row per image: its path, the
 class, its probability, and the probability of every class. Where some file is no image that can be read, a last column ``error``
-says why, its row has no prediction, and the exit status is 1. The run's data set must be there, for the names of its classes and what its debiaser was built from.
+says why, its row has no prediction, and the exit status is 1. With --model-dir the run's data set must be there, for the names of its classes and what its debiaser was built from.
+With --model-file nothing of the run is needed.
 """
 
 
@@ -96,7 +99,10 @@ class Predictions:
 
 def build_parser() -> Parser:
     parser = Parser(prog=program("scripts/predict.py", "predict"), description=DESCRIPTION)
-    parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model-dir", type=Path, help="output folder of a run")
+    model.add_argument("--model-file", type=Path, help="file of `oodprompt export`")
+    parser.add_argument("--backbone-path", help="checkpoint of the backbone of --model-file, where it has moved")
     parser.add_argument("--load-epoch", type=int, help="epoch whose model is taken; else the best model, else the last")
     parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")
     parser.add_argument("--batch-size", type=int, help="images at once, where it is not the run's")
@@ -113,14 +119,29 @@ def run(argv: Sequence[str] | None = None) -> int:
     extensions.add(args.imports)
     paths = images_of(args.images)
 
-    keys = [] if args.batch_size is None else ["DATALOADER.TEST.BATCH_SIZE", str(args.batch_size)]
-    trainer = load_run(args.model_dir, args.load_epoch, keys, root=args.root)
-    found = Predictions(paths, told_apart(trainer.dataset.classnames))
-    for places, probabilities, errors in trainer.testing.classify_readable(paths):
+    if args.model_file is not None:
+        names, batches = _by_file(args, paths)
+    else:
+        keys = [] if args.batch_size is None else ["DATALOADER.TEST.BATCH_SIZE", str(args.batch_size)]
+        trainer = load_run(args.model_dir, args.load_epoch, keys, root=args.root)
+        names, batches = told_apart(trainer.dataset.classnames), trainer.testing.classify_readable(paths)
+    found = Predictions(paths, names)
+    for places, probabilities, errors in batches:
         found.add(places, probabilities.tolist(), errors)
     write_atomically(args.output, found.csv())
     print(f"{found.summary()}\nWrote {args.output}")
     return 1 if found.errors else 0
+
+
+def _by_file(args: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[str], Iterator[Any]]:
+    """The names of the classes and batches of predictions of an exported model."""
+    unused = {"--root": args.root, "--load-epoch": args.load_epoch}
+    if given := [flag for flag, value in unused.items() if value is not None]:
+        raise UserError(f"{given[0]} goes with --model-dir; a model file has no data set and one epoch")
+    classifier = Classifier.load(args.model_file, args.backbone_path or "")
+    batches = classifier.by_batch(paths, args.batch_size or 64)
+    total = -(-len(paths) // (args.batch_size or 64))
+    return classifier.classnames, progress.over(batches, "Images", "batch", total)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,6 +55,7 @@ from oodprompt.methods.dependence import (
     within_class_moments,
     within_classes,
 )
+from oodprompt.methods.heads import Head
 
 declare(
     "TRAINER.COOPOOD",
@@ -247,6 +248,11 @@ class DecoupledProjections(Debiaser):
         if self.training:
             self._latest = alignment, z_u  # the losses of this alignment take the same projection
         return alignment.compare(z_u)
+
+    def head(self, head: Head) -> Head:
+        if self.keys.INFERENCE == "raw":
+            return head
+        return head.through((1 if self.keys.NORMALIZE_INPUT else 10) * self.h_u.weight, self.h_u.bias)
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         if self.keys.INFERENCE == "raw":

@@ -40,6 +40,7 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
+from oodprompt.methods.heads import Head
 
 declare(
     "TRAINER.DFR",
@@ -118,6 +119,9 @@ class LastLayer(Debiaser):
         if self.training or not self.fitted:
             return alignment.logits
         return F.linear(alignment.image_features, self.weight, self.bias)
+
+    def head(self, head: Head) -> Head:
+        return Head(torch.ones(()), self.weight, self.bias) if self.fitted else head
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         return {"base learner": alignment.logits}

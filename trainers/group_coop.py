@@ -18,6 +18,8 @@ is a key below, marked [open].
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.log import logger
 from oodprompt.methods.contracts import Alignment, Context, Contribution, Debiaser, Step
+from oodprompt.methods.heads import Head
 from oodprompt.methods.prompts import INIT_STD, NO_CONTEXT, ContextPrompts, given_words, initial_context, words_or_flag
 
 declare(
@@ -110,6 +113,11 @@ class GroupPrompts(Debiaser):
         l = self.group_logits(alignment)
         self._latest = alignment, l  # the loss of this alignment needs no second pass through the text tower
         return l.logsumexp(dim=2) if self.keys.AGGREGATE == "sum" else l.amax(dim=2)
+
+    def head(self, head: Head) -> Head:
+        with self.context.autocast():
+            text = self.prompts.text_features().float()
+        return replace(head, class_vectors=text, text_map=None, members=self.A, aggregate=self.keys.AGGREGATE)
 
     def contribute(self, step: Step) -> Contribution:
         alignment, l = self._latest

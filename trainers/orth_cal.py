@@ -32,6 +32,7 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.methods.contracts import Alignment, Context, Debiaser
+from oodprompt.methods.heads import Head
 
 declare(
     "TRAINER.ORTHCAL",
@@ -113,6 +114,9 @@ class ProjectedText(Debiaser):
 
     def predict(self, alignment: Alignment) -> Tensor:
         return replace(alignment, text_features=F.normalize(alignment.text_features @ self.P.T, dim=-1)).logits
+
+    def head(self, head: Head) -> Head:
+        return head.with_text_map(self.P)
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         return {"without projection": alignment.logits}

@@ -33,6 +33,7 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.attributes import prompt_features, span
 from oodprompt.methods.contracts import Alignment, Context, Debiaser
+from oodprompt.methods.heads import Head
 
 declare(
     "TRAINER.ROBOSHOT",
@@ -89,6 +90,10 @@ class RobustFeatures(Debiaser):
 
     def predict(self, alignment: Alignment) -> Tensor:
         return alignment.compare(self.robust(alignment.image_features))
+
+    def head(self, head: Head) -> Head:
+        one = torch.eye(len(self.V), device=self.V.device)
+        return head.through(one - self.V @ self.V.T).through(one + self.U @ self.U.T)
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         return {"through raw z": alignment.logits}

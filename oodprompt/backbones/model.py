@@ -157,7 +157,7 @@ class Transformer(nn.Module):
                 prompts = deep[i - 1].to(x.dtype)
                 count = len(prompts)
                 before, _, after = x.split([deep_at, count, x.shape[1] - deep_at - count], dim=1)
-                x = torch.cat([before, prompts.expand(len(x), -1, -1), after], dim=1)
+                x = torch.cat([before, prompts.expand(x.shape[0], -1, -1), after], dim=1)
             last = i == self.layers - 1
             x = block(x, attend_last or attend if last else attend, rows if last else None)
         return x
@@ -212,7 +212,7 @@ class VisionTransformer(nn.Module):
         if prompts is None and deep:
             raise ValueError("deep prompts replace prompts at the entrance, and there are none")
         if prompts is not None:
-            x = torch.cat([x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+            x = torch.cat([x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
         return self.transformer(self.ln_pre(x), deep=deep, deep_at=length, rows=rows, attend_last=attend_last)
 
     def forward(self, images: Tensor, prompts: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
@@ -293,7 +293,9 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(images).flatten(2).transpose(1, 2) + position[1:]
         x = patches[regions.image.unsqueeze(1), regions.index]
         first = (self.class_embedding.to(x.dtype) + position[0]).expand(len(x), 1, -1)
-        x = torch.cat([first, x] if prompts is None else [first, x, prompts.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        x = torch.cat(
+            [first, x] if prompts is None else [first, x, prompts.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1
+        )
         mask = None
         if regions.counts is not None:
             counts = F.pad(regions.counts, (1, 0 if prompts is None else len(prompts)), value=True)
@@ -709,7 +711,7 @@ class CLIP(nn.Module):
         batch = prefix if by_image else prefix.unsqueeze(0)
         classes, tokens = len(lengths), prefix.shape[-2] + sum(lengths)
         limit = max(1, self.activation_limit // (BYTES_PER_TOKEN * self.shape.text_width * self.shape.text_layers))
-        if len(batch) * tokens <= limit:
+        if batch.shape[0] * tokens <= limit:
             features = self._encode_at_once(batch, suffix, lengths, deep)
         else:
             tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (prefix, suffix, *deep))
@@ -751,7 +753,7 @@ class CLIP(nn.Module):
             own = suffix[:, :longest].flatten(0, 1).index_select(0, packing.suffix_index)
         else:  # one kernel
             own = suffix[packing.suffix_places]
-        x = torch.cat([prefix, own.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1).to(self.dtype)
+        x = torch.cat([prefix, own.to(prefix.dtype).expand(prefix.shape[0], -1, -1)], dim=1).to(self.dtype)
         x = x + self.positional_embedding[packing.positions]
         x = self.transformer(x, packing.attend, deep, deep_at=1, rows=packing.ends)
         x = self.ln_final(x)

@@ -19,6 +19,7 @@ import yaml
 from yacs.config import CfgNode
 
 from oodprompt.config.extensions import register_all
+from oodprompt.config.packaged import find_config
 from oodprompt.errors import UserError, nearest
 
 
@@ -228,11 +229,11 @@ def _literal(raw: Any) -> Any:
 
 
 def merge_file(cfg: CfgNode, path: str | Path) -> list[str]:
-    """Merge a yaml file, key by key; returns the names of the keys that it gives.
+    """Merge a yaml file, key by key; returns the names of the keys that it gives. It is found by ``find_config``.
 
     ``UserError`` for a missing or malformed file, unknown keys, wrong types.
     """
-    path = Path(path)
+    path = find_config(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no config file at {path}" + (f"; that folder has: {', '.join(near)}" if near else ""))

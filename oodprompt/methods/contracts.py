@@ -17,7 +17,9 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
 from oodprompt.data.sampling import EpochOrder
+from oodprompt.errors import UserError
 from oodprompt.methods.groups import AttributeSources
+from oodprompt.methods.heads import Head
 from oodprompt.methods.splits import LabelledData, Split
 
 
@@ -284,6 +286,15 @@ class Debiaser(nn.Module):
     def predict(self, alignment: Alignment) -> Tensor:
         """Logits [B, C]; used when ``predicts``."""
         return alignment.logits
+
+    def head(self, head: Head) -> Head:
+        """``predict`` in tensors alone, for export: ``head``, the learner's own prediction, changed as ``predict`` does.
+
+        ``UserError`` where that is not possible.
+        """
+        if self.predicts:
+            raise UserError(f"{self.model_name} cannot be exported: it predicts in its own way, and defines no `head`")
+        return head
 
     def other_predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         """Further logits [B, C] by name, reported beside the prediction."""

@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from oodprompt import cli
 from oodprompt.config.extensions import register_all
+from oodprompt.config.packaged import configs
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.errors import UserError
@@ -42,7 +43,9 @@ class TrainingRun:
     @property
     def command(self) -> list[str]:
         """The command line that trains it."""
-        return [sys.executable, str(REPOSITORY / "train.py"), *self.arguments]
+        script = REPOSITORY / "train.py"
+        start = [str(script)] if script.is_file() else ["-m", "oodprompt", "train"]  # the latter: an installed package
+        return [sys.executable, *start, *self.arguments]
 
     @property
     def log(self) -> Path:
@@ -165,7 +168,7 @@ def _config_file(files: Sequence[str], trainer: str) -> str:
 def _dataset_flags(dataset: str) -> list[str]:
     if not dataset:
         return []
-    path = Path(dataset) if dataset.endswith((".yaml", ".yml")) else REPOSITORY / f"configs/datasets/{dataset}.yaml"
+    path = Path(dataset) if dataset.endswith((".yaml", ".yml")) else configs() / f"datasets/{dataset}.yaml"
     return ["--dataset-config-file", str(path)]
 
 

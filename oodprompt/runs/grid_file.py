@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from oodprompt.config.packaged import find_config
 from oodprompt.errors import UserError, nearest
 
 ENTRIES = ("config", "common", "seeds", "settings", "methods", "rank", "title", "about", "page")
@@ -78,7 +79,7 @@ def read_grid(path: Path) -> GridFile:
     settings = content.get("settings", {"": ""})
     if not isinstance(settings, dict) or not settings:
         raise UserError(f"{path}: settings must be a mapping of names to pieces of a command line, or be left out")
-    if not isinstance(content.get("config"), str) or not Path(content["config"]).is_file():
+    if not isinstance(content.get("config"), str) or not find_config(content["config"]).is_file():
         raise UserError(f"{path}: config must name a config file, not {content.get('config')!r}")
     if content.get("page") and not content.get("seeds"):
         raise UserError(f"{path}: a page needs seeds, for which it is written")

@@ -14,11 +14,14 @@ class UserError(Exception):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known name nearest to ``name``, and lists all when there are few."""
+def nearest(name: str, known: Iterable[str], listed_by: str = "python train.py --list") -> str:
+    """A sentence that suggests the known name nearest to ``name``, and lists all when there are few.
+
+    ``listed_by`` is the command that lists them.
+    """
     known = sorted(known)
     lowered = {k.lower(): k for k in known}
     match = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
     hint = f"did you mean {lowered[match[0]]!r}? " if match else ""
-    listing = ", ".join(known) if len(known) <= 40 else f"{len(known)} names, see `python train.py --list`"
+    listing = ", ".join(known) if len(known) <= 40 else f"{len(known)} names, see `{listed_by}`"
     return f"{hint}known: {listing}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from oodprompt.backbones import open_clip_models
 from oodprompt.backbones.weights import SHAPES, TINY, load_backbone
+from oodprompt.errors import UserError
 from oodprompt.reports.style import markdown_table
 from oodprompt.terminal import Parser, exit_status
 
@@ -65,6 +66,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     args = build_parser().parse_args(argv)
     found = rows(args.name)
+    if not found:
+        raise UserError(f"no name of a backbone holds {args.name!r}; `oodprompt backbones` lists all")
     print(markdown_table(COLUMNS, found))
     print(
         f"\n{len(found)} backbones. hf:REPOSITORY and hf:FOLDER name models of transformers: a CLIPModel takes the fast path. "

@@ -72,7 +72,7 @@ def _named(name: str) -> tuple[Any, _Architecture]:
         )
     architecture, _, tag = rest.partition("/")
     if architecture not in open_clip.list_models():
-        near = nearest(architecture, open_clip.list_models())
+        near = nearest(architecture, open_clip.list_models(), "oodprompt backbones")
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: open_clip has no architecture and there is no folder {architecture!r}: {near}"
         )

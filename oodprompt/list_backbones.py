@@ -53,7 +53,9 @@ def _takes(image: dict[str, Any], path: str) -> tuple[str, str]:
         return _NO, _CROPS
     if isinstance(image.get("layers"), list):
         return _NO, _RESNET if path == "fast" else _BY_STAGES
-    return _YES, _VIT if path == "fast" else _BY_BLOCKS
+    if path == "fast":  # a region cannot be masked where the mean of all patches is read
+        return _YES, _VIT if image.get("pool_type", "tok") == "tok" else "tokens, crops, patches"
+    return _YES, _BY_BLOCKS
 
 
 def build_parser() -> Parser:

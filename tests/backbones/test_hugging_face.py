@@ -33,7 +33,6 @@ from tests.helpers.hugging_face import off, write_tokenizer
 from tests.helpers.runs import Run
 
 NAMES = ["water bird", "land bird", "cat"]
-WORDS = ["a", "photo", "of", "X", "water", "land", "bird", "cat", ".", "circle", "diamond"]
 
 
 def write_model(kind: str, folder: Path) -> Any:

@@ -9,7 +9,7 @@ from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["a", "photo", "of", "X", "water", "land", "bird", "cat", "."]
+WORDS = ["a", "photo", "of", "X", "water", "land", "bird", "cat", ".", "circle", "diamond"]
 
 
 def write_tokenizer(folder: Path, pads_with_end: bool, padding_side: str = "right") -> int:

@@ -196,6 +196,7 @@ class GeneralCLIP(MixedCLIP):
         if pad is None:
             return tokens
         used = int((tokens != pad).any(dim=0).nonzero().max()) + 1
+        used += pad == getattr(self.tokenizer, "end", None)  # then the first that looks like padding ends the text
         return tokens[:, :used]
 
 

@@ -8,6 +8,7 @@ Source: Wolf et al., Transformers, github.com/huggingface/transformers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from oodprompt.backbones.quiet import quiet
 from oodprompt.backbones.state_dicts import brief
 from oodprompt.backbones.tokenizer import LibraryTokenizer, Tokenizer
 from oodprompt.errors import UserError
+from oodprompt.log import logger
 
 PREFIX = "hf:"
 _MISSING = "{name} needs the package transformers, which is not installed: pip install oodprompt[transformers]"
@@ -29,6 +31,7 @@ _UNREACHABLE = (
     "cannot get the {what} of {name} ({reason}). Transformers keeps them in the cache of Hugging Face (HF_HOME): download them "
     "where there is a network, or give the folder of a model that was saved by save_pretrained"
 )
+_OF_ANY_SIZE = ("align", "clipseg")  # model types
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessors have them
 
 
@@ -55,16 +58,46 @@ def _of_library(name: str, what: str, load: Any) -> Any:
 @quiet("transformers")
 def check_hugging_face(name: str) -> Preprocessing:
     """What the image encoder was trained on, without its weights. ``UserError`` as ``load_hugging_face``, as far as known."""
+    config, facts = _settings(name)
+    size, interpolation = _size(config, facts), _RESAMPLE.get(facts.get("resample", 3), "bicubic")
+    mean, std = facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3
+    return Preprocessing((size, size), tuple(mean), tuple(std), interpolation, _resize_mode(facts))
+
+
+def _settings(name: str) -> tuple[Any, dict[str, Any]]:
+    """The configuration of a model, and the settings of its image processor."""
     transformers = _transformers(name)
     config = _of_library(name, "configuration", transformers.AutoConfig.from_pretrained)
     if not (hasattr(config, "vision_config") and hasattr(config, "text_config")):
         raise UserError(f"MODEL.BACKBONE.NAME {name} is a {config.model_type} without an image and a text encoder")
-    facts = _of_library(name, "preprocessor", transformers.ImageProcessingMixin.get_image_processor_dict)[0]
-    size = int(getattr(config.vision_config, "image_size", 224))
-    mean, std = facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3
-    return Preprocessing(
-        (size, size), tuple(mean), tuple(std), _RESAMPLE.get(facts.get("resample", 3), "bicubic"), _resize_mode(facts)
-    )
+    return config, _of_library(name, "preprocessor", transformers.ImageProcessingMixin.get_image_processor_dict)[0]
+
+
+def _size(config: Any, facts: dict[str, Any]) -> int:
+    """The edge of the images that a model takes: what its image encoder says, or its processor where it takes any."""
+    vision = config.vision_config
+    if config.model_type in _OF_ANY_SIZE and (edge := _edge(facts, "crop_size") or _edge(facts, "size")):
+        return edge
+    if config.model_type == "siglip2":  # patches of an image of any shape; here those of a square
+        return vision.patch_size * math.isqrt(vision.num_patches)
+    return int(getattr(vision, "image_size", 224))
+
+
+def _edge(facts: dict[str, Any], key: str) -> int:
+    """An edge in pixels in the settings of an image processor; 0 where it does not apply."""
+    size = facts.get(key)
+    if key == "crop_size" and not facts.get("do_center_crop") or not size:
+        return 0
+    return int(size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or 0)
+
+
+def _note_cut(name: str, facts: dict[str, Any], size: int) -> None:
+    """Say where a model was trained on the centre of images that were resized to more than that."""
+    cut, resized = _edge(facts, "crop_size"), _edge(facts, "size")
+    if cut and cut < resized:
+        logger.info(
+            f"Note: {name} was trained on {cut} pixels in the middle of {resized}; here images are resized to {size}"
+        )
 
 
 def _resize_mode(facts: dict[str, Any]) -> str:
@@ -85,6 +118,7 @@ def load_hugging_face(name: str) -> CLIP:
     encoders.
     """
     preprocessing, transformers = check_hugging_face(name), _transformers(name)
+    _note_cut(name, _settings(name)[1], preprocessing.size[0])
 
     def load(place: str) -> tuple[Any, dict[str, Any]]:
         return transformers.AutoModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
@@ -101,6 +135,11 @@ def load_hugging_face(name: str) -> CLIP:
 
 def adapt(module: Any, own: Any, preprocessing: Preprocessing, name: str) -> CLIP:
     """The library's ``module`` with its tokenizer ``own``: in our towers where it is a ``CLIPModel``; frozen."""
+    if own.padding_side != "right":
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: its tokenizer pads texts on the {own.padding_side}, and prompts are padded on the "
+            'right; write "padding_side": "right" into its tokenizer_config.json if it was trained so'
+        )
     tokenizer = _tokenizer(module, own)
     clip = _fast(module) if _is_ours(module) else None
     backbone: CLIP = clip or _general(module, tokenizer, own, preprocessing, name)
@@ -110,7 +149,7 @@ def adapt(module: Any, own: Any, preprocessing: Preprocessing, name: str) -> CLI
 
 def _tokenizer(module: Any, own: Any) -> Tokenizer:
     text = module.config.text_config
-    length = int(text.max_position_embeddings)
+    length = int(min(text.max_position_embeddings, own.model_max_length))
 
     def call(texts: Sequence[str], context_length: int) -> Tensor:
         batch = own(list(texts), padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")
@@ -122,7 +161,7 @@ def _tokenizer(module: Any, own: Any) -> Tokenizer:
 
 def _is_ours(module: Any) -> bool:
     """Whether our towers compute what ``module`` does."""
-    if module.config.model_type != "clip" or not hasattr(module, "text_projection"):
+    if module.config.model_type not in ("clip", "metaclip_2") or not hasattr(module, "text_projection"):
         return False
     parts = module.config.text_config, module.config.vision_config
     acts = {part.hidden_act for part in parts}
@@ -178,36 +217,56 @@ def openai_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _general(module: Any, tokenizer: Tokenizer, own: Any, preprocessing: Preprocessing, name: str) -> GeneralCLIP:
-    """The module as it is."""
-    pad = own.pad_token_id
+    """The module as it is. ``UserError`` where it is of a kind whose features are made in a way that is not known."""
+    try:
+        return GeneralCLIP(_towers(module, tokenizer, own, preprocessing, name))
+    except (AttributeError, NotImplementedError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind = f"how a {module.config.model_type} makes features of images and texts is not known here"
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: {kind} ({brief(error)}); choose another model") from error
+
+
+def _towers(module: Any, tokenizer: Tokenizer, own: Any, preprocessing: Preprocessing, name: str) -> Towers:
+    pad, end = own.pad_token_id, own.eos_token_id
     reads_padding = module.config.model_type.startswith("siglip")  # trained without a mask, and read at the last place
 
     def encode_text(ids: Tensor) -> Tensor:
-        mask = None if reads_padding else (ids != pad).long()
-        return _features(module.get_text_features(input_ids=ids, attention_mask=mask))
+        # Where padding is the end of text, the first one ends the text.
+        mask = (ids == end).cumsum(1) <= 1 if pad == end else ids != pad
+        return _features(module.get_text_features(input_ids=ids, attention_mask=None if reads_padding else mask.long()))
 
     text, image = getattr(module, "text_model", module), _Image(module)
     with torch.no_grad():
-        zeros = torch.zeros(1, 3, *preprocessing.size)
-        own_way, ours = _features(module.get_image_features(pixel_values=zeros)), image(zeros)
+        images = torch.zeros(1, 3, *preprocessing.size)
+        own_way, ours = _features(module.get_image_features(**image.inputs(images))), image(images)
     if ours.shape != own_way.shape or not torch.allclose(ours, own_way, atol=1e-5):
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: how a {module.config.model_type} makes its image features is not known"
-        )
-    return GeneralCLIP(
-        Towers(
-            image=image,
-            text=module,
-            encode_text=encode_text,
-            embedding=text.get_input_embeddings(),
-            tokenizer=tokenizer,
-            preprocessing=preprocessing,
-            scale=float(module.logit_scale.detach().exp().flatten()[0]),
-            embed_dim=ours.shape[-1],
-            pad=None if reads_padding else pad,
-            name=name,
-        )
+        raise ValueError("its image features are not the projection of what its image encoder returns")
+    return Towers(
+        image=image,
+        text=module,
+        encode_text=encode_text,
+        embedding=_embedding(text),
+        tokenizer=tokenizer,
+        preprocessing=preprocessing,
+        scale=_scale(module),
+        embed_dim=ours.shape[-1],
+        pad=None if reads_padding else pad,
+        name=name,
     )
+
+
+def _embedding(text: Any) -> nn.Module:
+    """The layer that looks up token ids."""
+    try:
+        return text.get_input_embeddings()
+    except NotImplementedError:  # of models that say it nowhere
+        return text.embeddings.token_embedding
+
+
+def _scale(module: Any) -> float:
+    """What cosines are multiplied by; ALIGN divides them by a temperature."""
+    if hasattr(module, "temperature"):
+        return 1 / float(module.temperature.detach())
+    return float(module.logit_scale.detach().exp().flatten()[0])
 
 
 def _features(output: Any) -> Tensor:
@@ -216,15 +275,31 @@ def _features(output: Any) -> Tensor:
 
 
 class _Image(nn.Module):
-    """The image encoder of a model, with the projection behind it where there is one."""
+    """The image encoder of a model, with the projection behind it where there is one.
+
+    SigLIP 2 takes patches of images of any shape (NaFlex); here they are those of a square.
+    """
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         for name, child in module.named_children():
             if name.startswith(("vision", "visual")):
                 self.add_module(name, child)
+        self.patch = module.config.vision_config.patch_size if module.config.model_type == "siglip2" else 0
+
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What the model's own method takes for images [B, 3, R, R]."""
+        if not self.patch:
+            return {"pixel_values": images}
+        number, edge = len(images), images.shape[-1] // self.patch
+        cells = images.unflatten(3, (edge, self.patch)).unflatten(2, (edge, self.patch))  # [B, 3, rows, p, columns, p]
+        return {
+            "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).reshape(number, edge**2, -1),
+            "pixel_attention_mask": images.new_ones(number, edge**2, dtype=torch.int32),
+            "spatial_shapes": torch.full((number, 2), edge, device=images.device),
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         parts: Any = self
-        features = parts.vision_model(pixel_values=images).pooler_output
+        features = parts.vision_model(**self.inputs(images)).pooler_output
         return parts.visual_projection(features) if hasattr(self, "visual_projection") else features

@@ -11,14 +11,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as Vocabulary
-from tokenizers import models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -32,26 +29,10 @@ from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.methods.attributes import DiscoveredClusters
 from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
+from tests.helpers.hugging_face import off, write_tokenizer
 from tests.helpers.runs import Run
 
 NAMES = ["water bird", "land bird", "cat"]
-WORDS = ["a", "photo", "of", "X", "water", "land", "bird", "cat", ".", "circle", "diamond"]
-
-
-def write_tokenizer(folder: Path, pads_with_end: bool) -> int:
-    """A word tokenizer as transformers saves one, with start and end; returns the id of the end."""
-    special = ["<unk>", "<pad>", "<s>"]
-    ids = {word: i for i, word in enumerate([*special, *WORDS, "</s>"])}
-    vocabulary = Vocabulary(models.WordLevel(ids, unk_token="<unk>"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    vocabulary.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", ids["<s>"]), ("</s>", ids["</s>"])]
-    )
-    pad = "</s>" if pads_with_end else "<pad>"
-    PreTrainedTokenizerFast(
-        tokenizer_object=vocabulary, bos_token="<s>", eos_token="</s>", pad_token=pad, unk_token="<unk>"
-    ).save_pretrained(folder)
-    return ids["</s>"]
 
 
 def write_model(kind: str, folder: Path) -> Any:
@@ -81,10 +62,6 @@ def write_model(kind: str, folder: Path) -> Any:
             module.weight.data.normal_(std=0.1)
     model.eval().save_pretrained(folder)
     return model
-
-
-def off(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize("kind", ["clip quick_gelu", "clip gelu", "siglip"])

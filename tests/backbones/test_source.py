@@ -19,7 +19,7 @@ from oodprompt.backbones.source import BackboneSource, align
 from oodprompt.config.registry import BACKBONE_REGISTRY
 from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
-from tests.backbones.test_hugging_face import write_tokenizer
+from tests.helpers.hugging_face import write_tokenizer
 from tests.helpers.runs import Run
 
 ROOT = Path(__file__).parents[2]

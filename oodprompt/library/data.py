@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.feature_files import FEATURES, is_feature_file, write_features
+from oodprompt.engine.moved import IN_RUN
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import temporary_folder
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FRAME_KEY, _ARRAYS_KEY = "DATASET.CSV.FILE", "DATASET.FEATURES.FILE"
-IN_RUN = ("data.csv", "data.safetensors")  # what tables and arrays are called in a run's folder
 _TAKES = (
     "give a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, a csv file, a pandas DataFrame with columns image, label and "
     "split, a file of image features (.npz, .safetensors), a dict of arrays with image_features, or a data set's name"

@@ -12,13 +12,13 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones.weights import BACKBONE_REGISTRY, SHAPES
 from oodprompt.config import extensions
-from oodprompt.config.keys import declared_keys, get_cfg_default, leaves, merge_file
+from oodprompt.config.keys import declared_keys, get_cfg_default, merge_file
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.distributed import leave_together
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 from oodprompt.errors import UserError, nearest
-from oodprompt.library.data import IN_RUN, keys_of_data, name_of, written_data
+from oodprompt.library.data import keys_of_data, name_of, written_data
 from oodprompt.library.keywords import keys_of, plain
 from oodprompt.library.run import Run
 from oodprompt.library.state import Processes, call
@@ -125,7 +125,7 @@ def load(
         _check_keys(keys)
         if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
             raise UserError(f"load: epoch= is a whole number, or None for the best model or the last, not {epoch!r}")
-        own = _moved_data(Path(folder)) | {name: plain(value) for name, value in (keys or {}).items()}
+        own = {name: plain(value) for name, value in (keys or {}).items()}
         words: list[Any] = [word for pair in own.items() for word in pair]
         given = {"root": str(root) if root is not None else None, "output_dir": str(folder)}
         return Run(load_run(folder, epoch, words, **given), processes, verbose)
@@ -139,20 +139,6 @@ def _trained(cfg: CfgNode, notes: Sequence[str]) -> PromptTrainer:
     trainer.train()
     leave_together()
     return trainer
-
-
-def _moved_data(folder: Path) -> dict[str, Any]:
-    """The key of the data that ``train`` wrote into a run's folder, which may have been moved since."""
-    config = folder / "config.yaml"
-    if not config.is_file():
-        return {}
-    cfg = get_cfg_default()
-    merge_file(cfg, config)
-    for key in ("DATASET.CSV.FILE", "DATASET.FEATURES.FILE"):
-        file = Path(leaves(cfg)[key])
-        if file.is_absolute() and file.name in IN_RUN and not file.is_file() and (folder / file.name).is_file():
-            return {key: str((folder / file.name).absolute())}
-    return {}
 
 
 def _check_method(method: str) -> None:

@@ -231,6 +231,7 @@ def test_a_run_with_its_table_can_be_moved(outcome: Run, tmp_path: Path) -> None
     shutil.copytree(outcome.folder, tmp_path / "moved")
     config = tmp_path / "moved" / "config.yaml"
     config.write_text(config.read_text().replace(str(outcome.folder), "/gone"))
+    assert not Path("/gone").exists()
     moved = oodprompt.load(tmp_path / "moved")
     assert moved.evaluate().content == outcome.evaluate().content and moved.folder == tmp_path / "moved"
 

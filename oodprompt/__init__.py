@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oodprompt.comparing import compare
     from oodprompt.data.feature_files import write_features
     from oodprompt.errors import UserError
     from oodprompt.library.results import Results
     from oodprompt.library.run import Run
     from oodprompt.library.running import load, train
+    from oodprompt.serving import Classifier
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,7 @@ _PLACES = {
     "write_features": "oodprompt.data.feature_files",
 }
 
-__all__ = ["Results", "Run", "UserError", "load", "train", "write_features"]
+__all__ = ["Classifier", "Results", "Run", "UserError", "compare", "load", "train", "write_features"]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ from oodprompt.engine.checkpoints import Checkpoints, RunIdentity
 from oodprompt.engine.dassl_names import DasslNames
 from oodprompt.engine.evaluation import epoch_row
 from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, memory_in_training, remedy
+from oodprompt.engine.moved import find_moved_data
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.progress import Progress, announce
 from oodprompt.engine.results import PseudoAttributeReport, refuse_new_start, results_of
@@ -365,6 +366,7 @@ def load_run(
         raise UserError(f"--model-dir: there is no {config}; give the output folder of a run of train.py")
     cfg = get_cfg_default()
     merge_file(cfg, config)
+    find_moved_data(cfg, Path(directory))
     merge_opts(cfg, keys)
     for name, key in {"root": "DATASET.ROOT", "output_dir": "OUTPUT_DIR"}.items():
         if values.get(name):

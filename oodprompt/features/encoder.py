@@ -185,7 +185,7 @@ class Encoder:
     @property
     def keeps_frozen_features(self) -> bool:
         """Whether frozen features are computed once, because every epoch sees the same view of an image."""
-        return not self.has_pixels or (not is_random(self.cfg) and self.cfg.DATALOADER.FEATURE_CACHE != "off")
+        return not is_random(self.cfg) and self.cfg.DATALOADER.FEATURE_CACHE != "off"
 
     def _frozen_features(self, batch: Batch, z: Tensor) -> Tensor:
         """Features [B, d] of the batch from CLIP as it was released; ``z`` are the learner's."""

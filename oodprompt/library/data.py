@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import filecmp
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.feature_files import FEATURES, is_feature_file, write_features
+from oodprompt.engine.moved import IN_RUN
 from oodprompt.errors import UserError, nearest
-from oodprompt.files import write_atomically
+from oodprompt.files import temporary_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-IN_RUN = ("data.csv", "data.safetensors")  # what tables and arrays are called in a run's folder
+_FRAME_KEY, _ARRAYS_KEY = "DATASET.CSV.FILE", "DATASET.FEATURES.FILE"
 _TAKES = (
     "give a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, a csv file, a pandas DataFrame with columns image, label and "
     "split, a file of image features (.npz, .safetensors), a dict of arrays with image_features, or a data set's name"
@@ -51,7 +54,7 @@ def name_of(data: Any) -> str:
 
 
 def keys_of_data(data: Any, root: str | Path | None) -> dict[str, Any]:
-    """Keys of the data set; ``write_data`` gives those of data that are in memory."""
+    """Keys of the data set; ``written_data`` gives those of data that are in memory."""
     name = name_of(data)
     keys: dict[str, Any] = {"DATASET.NAME": name} if name else {}
     if root is not None:
@@ -67,14 +70,36 @@ def keys_of_data(data: Any, root: str | Path | None) -> dict[str, Any]:
     return keys
 
 
-def write_data(data: Any, folder: Path) -> dict[str, Any]:
-    """Write data that are in memory to the run's ``folder``; returns the key of the file, nothing for data in files.
+@contextlib.contextmanager
+def written_data(data: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    """Data that are in memory, in a file of the run's ``folder``: the key of the file, nothing for data in files.
 
-    A run can only be loaded again where its data are kept, so that tables and arrays become files.
+    A run can only be loaded again where its data are kept, so that tables and arrays become files. ``UserError`` where
+    the folder has other data of another run. What was written is removed where a run is refused before it began.
     """
-    if isinstance(data, Mapping):
-        return {"DATASET.FEATURES.FILE": str(_write_arrays(data, folder))}
-    return {"DATASET.CSV.FILE": str(_write_frame(data, folder))} if _is_frame(data) else {}
+    kind = next((i for i, fits in enumerate((_is_frame(data), isinstance(data, Mapping))) if fits), None)
+    if kind is None:
+        yield {}
+        return
+    folder = folder.absolute()
+    path = folder / IN_RUN[kind]
+    is_new = not path.is_file()
+    try:
+        with temporary_folder(folder) as temporary:
+            new = temporary / path.name
+            (_write_frame, _write_arrays)[kind](data, new)
+            if not is_new and not filecmp.cmp(new, path, shallow=False):
+                raise UserError(
+                    f"output=: {folder} has the data of another run, which are others; choose another folder"
+                )
+            new.replace(path)
+        yield {(_FRAME_KEY, _ARRAYS_KEY)[kind]: str(path)}
+    except OSError as error:
+        raise UserError(f"output=: cannot write {path}: {error.strerror or error}") from error
+    except UserError:
+        if is_new and not (folder / "config.yaml").is_file():
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _kind_of_folder(path: Path) -> str:
@@ -95,7 +120,7 @@ def _is_frame(data: Any) -> bool:
     return type(data).__module__.split(".")[0] == "pandas" and type(data).__name__ == "DataFrame"
 
 
-def _write_frame(frame: pd.DataFrame, folder: Path) -> Path:
+def _write_frame(frame: pd.DataFrame, path: Path) -> None:
     missing = [column for column in ("image", "label", "split") if column not in frame.columns]
     if missing:
         raise UserError(
@@ -106,13 +131,10 @@ def _write_frame(frame: pd.DataFrame, folder: Path) -> Path:
         raise UserError("data=: the DataFrame has no rows")
     table = frame.copy()
     table["image"] = [str(Path(str(path)).expanduser().absolute()) for path in frame["image"]]
-    path = folder.absolute() / IN_RUN[0]
-    write_atomically(path, table.to_csv(index=False))
-    return path
+    table.to_csv(path, index=False, encoding="utf-8", errors="backslashreplace")
 
 
-def _write_arrays(data: Mapping[str, Any], folder: Path) -> Path:
+def _write_arrays(data: Mapping[str, Any], path: Path) -> None:
     if FEATURES not in data:
         raise UserError(f"data=: the dict has no {FEATURES!r} [N, d]; it has {', '.join(map(str, data)) or 'nothing'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_features(folder.absolute() / IN_RUN[1], **data)
+    write_features(path, **data)

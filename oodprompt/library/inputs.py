@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,12 @@ class Inputs:
             images = images.detach().cpu().float().numpy() if images.is_floating_point() else images.cpu().numpy()
         if isinstance(images, np.ndarray):
             return cls._of_array(images, trainer)
+        if isinstance(images, Mapping):
+            raise UserError(f"predict: a {type(images).__name__} is no image; {_TAKES}")
+        if type(images).__name__ == "DataFrame":
+            if "image" not in images.columns:
+                raise UserError("predict: the DataFrame has no column 'image' with the paths of images")
+            images = images["image"]
         try:
             items = list(images)
         except TypeError:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from oodprompt.engine.trainer import PromptTrainer
+    from oodprompt.serving.exporting import Report
 
     Images = str | Path | Image | np.ndarray | Tensor | Sequence[str | Path] | Sequence[Image | np.ndarray]
 
@@ -78,7 +79,7 @@ class Run:
         """Classify images; a row for each: image, prediction, probability, and the probability of every class.
 
         ``images``: paths or folders, PIL images, pixels uint8 [N, H, W, 3] or [H, W, 3] in RGB, or image features
-        [N, d] (floats, by the frozen backbone), one of them or a list. ``UserError`` for what cannot be read.
+        [N, d] (floats, by the frozen backbone), one of them or a list; or a DataFrame with a column image. ``UserError`` for what cannot be read.
         """
         import pandas as pd
 
@@ -114,8 +115,11 @@ class Run:
             discover_in(self.trainer, out)
         return out / "discovery.html"
 
-    def export(self, file: str | Path, **options: Any) -> Path:
-        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; ``options`` as of ``oodprompt.serving``."""
+    def export(self, file: str | Path, **options: Any) -> Report:
+        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; returns what was written.
+
+        ``options`` are those of ``oodprompt.serving.export``, as ``onnx="model.onnx"``.
+        """
         from oodprompt import serving
 
         with self._call():

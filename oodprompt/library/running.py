@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
-from oodprompt.backbones.weights import SHAPES
+from oodprompt.backbones.weights import BACKBONE_REGISTRY, SHAPES
 from oodprompt.config import extensions
-from oodprompt.config.keys import declared_keys, get_cfg_default, leaves, merge_file
+from oodprompt.config.keys import declared_keys, get_cfg_default, merge_file
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.distributed import leave_together
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 from oodprompt.errors import UserError, nearest
-from oodprompt.library.data import IN_RUN, keys_of_data, name_of, write_data
+from oodprompt.library.data import keys_of_data, name_of, written_data
 from oodprompt.library.keywords import keys_of, plain
 from oodprompt.library.run import Run
 from oodprompt.library.state import Processes, call
@@ -83,8 +83,8 @@ def train(
         args, notes = _arguments(config_file, dataset_config_file), list[str]()
         _check_method(method)
         args.trainer, args.base, args.backbone = method, base, backbone
+        _check_keys(keys)
         own = dict(keys or {})
-        _check_keys(own)
         of_data = keys_of_data(data, root)
         base_name, stack = _others(method, base, config_file, own, settings)
         name = name_of(data) or _named(own, config_file, dataset_config_file, "DATASET.NAME")
@@ -93,10 +93,14 @@ def train(
             given["OUTPUT_DIR"] = str(output)
         prepared = {} if config_file else _settings(backbone or given.get("MODEL.BACKBONE.NAME", ""))
         cfg = setup_cfg(_with(args, prepared | given), notes.append)
-        if written := write_data(data, Path(cfg.OUTPUT_DIR)):
-            given |= written | {"OUTPUT_DIR": cfg.OUTPUT_DIR, "SEED": cfg.SEED}
-            cfg = setup_cfg(_with(args, prepared | given), lambda note: None)
-        return Run(_trained(cfg, notes), processes, verbose)
+        keys_again = prepared | given | {"OUTPUT_DIR": cfg.OUTPUT_DIR, "SEED": cfg.SEED}
+        with (
+            logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))),
+            written_data(data, Path(cfg.OUTPUT_DIR)) as written,
+        ):
+            if written:
+                cfg = setup_cfg(_with(args, keys_again | written), lambda note: None)
+            return Run(_trained(cfg, notes), processes, verbose)
 
 
 def load(
@@ -118,36 +122,23 @@ def load(
         extensions.add([str(name) for name in imports])
         if not Path(folder).is_dir():
             raise UserError(f"load: there is no folder {folder}; give the output folder of a run")
-        _check_keys(keys or {})
-        own = _moved_data(Path(folder)) | {name: plain(value) for name, value in (keys or {}).items()}
+        _check_keys(keys)
+        if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
+            raise UserError(f"load: epoch= is a whole number, or None for the best model or the last, not {epoch!r}")
+        own = {name: plain(value) for name, value in (keys or {}).items()}
         words: list[Any] = [word for pair in own.items() for word in pair]
         given = {"root": str(root) if root is not None else None, "output_dir": str(folder)}
         return Run(load_run(folder, epoch, words, **given), processes, verbose)
 
 
 def _trained(cfg: CfgNode, notes: Sequence[str]) -> PromptTrainer:
-    with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
-        for note in notes:
-            print(note)
-        print(f"** Output: {cfg.OUTPUT_DIR} (all keys in config.yaml), seed {cfg.SEED}")
-        trainer = build_trainer(cfg)
-        trainer.train()
-        leave_together()
+    for note in notes:
+        print(note)
+    print(f"** Output: {cfg.OUTPUT_DIR} (all keys in config.yaml), seed {cfg.SEED}")
+    trainer = build_trainer(cfg)
+    trainer.train()
+    leave_together()
     return trainer
-
-
-def _moved_data(folder: Path) -> dict[str, Any]:
-    """The key of the data that ``train`` wrote into a run's folder, which may have been moved since."""
-    config = folder / "config.yaml"
-    if not config.is_file():
-        return {}
-    cfg = get_cfg_default()
-    merge_file(cfg, config)
-    for key in ("DATASET.CSV.FILE", "DATASET.FEATURES.FILE"):
-        file = Path(leaves(cfg)[key])
-        if file.is_absolute() and file.name in IN_RUN and not file.is_file() and (folder / file.name).is_file():
-            return {key: str((folder / file.name).absolute())}
-    return {}
 
 
 def _check_method(method: str) -> None:
@@ -159,9 +150,11 @@ def _check_method(method: str) -> None:
         raise UserError(f"train: unknown method {method!r}: {nearest(method, known)}")
 
 
-def _check_keys(own: Mapping[str, Any]) -> None:
+def _check_keys(own: Mapping[str, Any] | None) -> None:
+    if not isinstance(own or {}, Mapping):
+        raise UserError(f"keys= is a dict of config keys, as {{'OPTIM.LR': 0.01}}, not a {type(own).__name__}")
     known = declared_keys()
-    for name in own:
+    for name in own or {}:
         if name not in known:
             hint = nearest(name, known).split("known:")[0].strip()
             raise UserError(f"keys=: unknown config key {name!r}: {hint or 'docs/config.md has all'}")
@@ -181,8 +174,8 @@ def _with(args: argparse.Namespace, keys: Mapping[str, Any]) -> argparse.Namespa
 
 
 def _settings(backbone: str) -> dict[str, Any]:
-    """``SETTINGS``, and the size of images that the backbone takes; other libraries' backbones say themselves what they take."""
-    if ":" in backbone:
+    """``SETTINGS``, and the size of images that the backbone takes; backbones of other libraries and of the user's say so themselves."""
+    if ":" in backbone or backbone in BACKBONE_REGISTRY:
         return {key: value for key, value in SETTINGS.items() if key not in _PIXELS}
     pixels = 48 if backbone == "tiny" else SHAPES[backbone].image_resolution if backbone in SHAPES else 224
     return SETTINGS | {"INPUT.SIZE": (pixels, pixels)}

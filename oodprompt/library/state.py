@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,22 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from oodprompt.errors import UserError
 from oodprompt.log import logger, quiet, show_messages, shows_messages
+
+# What the command line calls otherwise than the functions.
+_PARAMETERS = {
+    "--output-dir": "output=",
+    "--root": "root=",
+    "--backbone": "backbone=",
+    "--trainer": "method",
+    "--base": "base=",
+    "--config-file": "config_file=",
+    "--dataset-config-file": "dataset_config_file=",
+    "--load-epoch": "epoch=",
+    "--model-dir": "the folder",
+    "--import": "imports=",
+}
 
 
 def _torch_settings() -> dict[str, Any]:
@@ -106,6 +122,16 @@ def speaking(verbose: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def call(processes: Processes, verbose: bool = False) -> Iterator[None]:
-    """Around every call of the library."""
-    with untouched(), processes.here(), speaking(verbose):
-        yield
+    """Around every call of the library; errors speak of its parameters, where those of the command line speak of flags."""
+    try:
+        with untouched(), processes.here(), speaking(verbose):
+            yield
+    except UserError as error:
+        error.args = (_in_words_of_python(str(error)),)
+        raise
+
+
+def _in_words_of_python(text: str) -> str:
+    for flag, parameter in _PARAMETERS.items():
+        text = re.sub(rf"{flag}(?![\w-])", parameter, text)
+    return text.removeprefix("command line: ")

@@ -105,6 +105,15 @@ def test_results_of_every_method_are_those_of_the_images(
 
 
 @pytest.mark.slow  # last ran on 2026-11-27
+@pytest.mark.parametrize("name", ["IVLP", "PromptSRC"])
+def test_results_without_visual_prompts_are_those_of_the_images(
+    name: str, data_root: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = {"TRAINER.NAME": name, f"TRAINER.{name.upper()}.PROMPT_DEPTH_VISION": 0}
+    assert_same(data_root, files["npz"], keys, tmp_path)
+
+
+@pytest.mark.slow  # last ran on 2026-11-27
 @pytest.mark.parametrize("base", [n for n in OWN if TRAINER_REGISTRY.get(n).learner_class and n not in NEED_PIXELS])
 @pytest.mark.parametrize("keys", [ANCHOR, {"TRAINER.NAME": "DebiasedPT"}, {"TRAINER.NAME": "GroupDRO"}])
 def test_results_of_debiasers_over_every_base_are_those_of_the_images(

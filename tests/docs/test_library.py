@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from oodprompt.__main__ import VERBS
 from tests.helpers.runs import REPOSITORY, no_pictures
 
 PAGE = (REPOSITORY / "docs" / "library.md").read_text(encoding="utf-8")
@@ -29,6 +30,11 @@ def test_keywords_of_the_page_are_those_of_the_code() -> None:
     from oodprompt.library.keywords import SHORT
 
     assert dict(re.findall(r"^\| `(\w+)` \| `([A-Z_.]+)` \|$", PAGE, re.MULTILINE)) == SHORT
+
+
+def test_the_page_lists_the_verbs() -> None:
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (?=what|writes|list|checks|shows|finds)", PAGE, re.MULTILINE)
+    assert sorted(re.findall(r"\w+", " ".join(rows))) == sorted(VERBS)
 
 
 def test_the_notebook_is_small_and_was_executed() -> None:

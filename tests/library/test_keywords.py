@@ -83,8 +83,10 @@ def test_values_are_plain() -> None:
         (lambda: oodprompt.train("CoOpOOD", base="DebiasedPT", backbone="tiny"), "DebiasedPT is a debiaser"),
         (lambda: oodprompt.train("CoOp", backbone="tiny"), "no data set is named"),
         (lambda: oodprompt.train("CoOp", data="ShapesOnScenes"), "no backbone is named"),
+        (lambda: oodprompt.train("CoOp", keys=["OPTIM.LR"]), "keys= is a dict of config keys"),
+        (lambda: oodprompt.load(".", epoch="best"), "epoch= is a whole number, or None"),
         (lambda: oodprompt.train("CoOp", config_file="no.yaml"), "no config file at no.yaml"),
-        (lambda: oodprompt.train("CoOp", imports=["no.py"]), "--import: there is no file .*no.py"),
+        (lambda: oodprompt.train("CoOp", imports=["no.py"]), "imports=: there is no file .*no.py"),
     ],
 )
 def test_arguments_that_cannot_be(call, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -134,6 +134,7 @@ def test_every_form_of_an_image_has_one_prediction(run: Run, images: list[str]) 
         pd.testing.assert_frame_equal(found.drop(columns="image"), expected.drop(columns="image"), atol=1e-5)
         np.testing.assert_allclose(run.features(given), z, atol=1e-5)
     one = run.predict(images[0])
+    assert run.predict(pd.DataFrame({"image": images})).equals(expected)
     for given in (Path(images[0]), pictures[0], pixels[0], z[:1], [images[0]]):
         assert run.predict(given)[run.classes].values == pytest.approx(one[run.classes].values, abs=1e-5)
     assert len(run.predict(z[:0])) == len(run.predict([])) == 0
@@ -148,6 +149,8 @@ def test_predictions_are_those_of_the_command(run: Run, images: list[str], tmp_p
 @pytest.mark.parametrize(
     ("given", "error"),
     [
+        ({"image": "a.png"}, "a dict is no image"),
+        (pd.DataFrame({"path": ["a.png"]}), "the DataFrame has no column 'image'"),
         (3, "a int is no image; give paths, PIL images"),
         ([3, "a.png"], "a list of int, str is none of images"),
         ("no/such.png", "there is no file or folder no/such.png"),
@@ -228,6 +231,7 @@ def test_a_run_with_its_table_can_be_moved(outcome: Run, tmp_path: Path) -> None
     shutil.copytree(outcome.folder, tmp_path / "moved")
     config = tmp_path / "moved" / "config.yaml"
     config.write_text(config.read_text().replace(str(outcome.folder), "/gone"))
+    assert not Path("/gone").exists()
     moved = oodprompt.load(tmp_path / "moved")
     assert moved.evaluate().content == outcome.evaluate().content and moved.folder == tmp_path / "moved"
 
@@ -250,6 +254,30 @@ def test_features_in_memory_and_in_a_file(outcome: Run, train: Train, frame: pd.
     assert len(run.predict(frame["image"].tolist()[:2])) == 2  # images by the same backbone
     with pytest.raises(UserError, match="^discovery looks at regions of images"):
         run.discover()
+
+
+def test_data_of_another_run_stay(outcome: Run, frame: pd.DataFrame, train: Train) -> None:
+    before = (outcome.folder / "data.csv").read_bytes()
+    with pytest.raises(UserError, match="has the data of another run, which are others; choose another folder"):
+        train("CoOp", data=frame.iloc[:-1], root=None, output=outcome.folder, **TINY)
+    assert (outcome.folder / "data.csv").read_bytes() == before
+    again = train("CoOp", data=frame, root=None, output=outcome.folder, **TINY)  # goes on, with nothing left to train
+    assert again.evaluate().content == outcome.evaluate().content
+
+
+def test_a_refused_run_leaves_no_data(frame: pd.DataFrame, train: Train, tmp_path: Path) -> None:
+    wrong = frame.assign(split="train")
+    for data in (wrong, {"image_features": np.ones((2, 128)), "label": ["a", "b"], "split": ["train"] * 2}):
+        with pytest.raises(UserError, match="split test"):
+            train("CoOp", data=data, root=None, output=tmp_path / "new" / "run", **TINY)
+        assert not list(tmp_path.iterdir())
+
+
+def test_errors_speak_of_parameters(run: Run, train: Train) -> None:
+    with pytest.raises(UserError, match="Choose another output=, or delete"):
+        train("KgCoOp", data="ShapesOnScenes", output=run.folder, **TINY | SMALL)
+    with pytest.raises(UserError, match="check the folder and epoch="):
+        oodprompt.load(run.folder, epoch=9)
 
 
 def test_folders(train: Train, frame: pd.DataFrame, tmp_path: Path) -> None:

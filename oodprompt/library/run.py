@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from oodprompt.engine.trainer import PromptTrainer
+    from oodprompt.serving import Report
 
     Images = str | Path | Image | np.ndarray | Tensor | Sequence[str | Path] | Sequence[Image | np.ndarray]
 
@@ -114,8 +115,11 @@ class Run:
             discover_in(self.trainer, out)
         return out / "discovery.html"
 
-    def export(self, file: str | Path, **options: Any) -> Path:
-        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; ``options`` as of ``oodprompt.serving``."""
+    def export(self, file: str | Path, **options: Any) -> Report:
+        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; ``options`` as of ``serving.export``.
+
+        Returns what was written, and how far it is from this model.
+        """
         from oodprompt import serving
 
         with self._call():

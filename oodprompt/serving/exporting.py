@@ -46,8 +46,7 @@ class Report:
     onnx_difference: float | None
     images: int
 
-    def text(self) -> str:
-        """For a reader."""
+    def __str__(self) -> str:
         lines = [f"Wrote {self.file} ({_size(self.size)}): largest difference to the run {self.file_difference:.1e}"]
         if self.onnx is not None:
             lines.append(
@@ -78,7 +77,7 @@ def export(
     output, onnx_path = Path(output), Path(onnx) if onnx else None
     if onnx_path is not None:
         _need_onnx()
-    trainer = load_run(getattr(run, "folder", run), epoch, ["TRAINER.PREC", "fp32"], root=root)
+    trainer = _trainer_of(run, epoch, root)
     trainer.trained.set_mode(training=False)
     card, tensors = describe(trainer, with_backbone)
     paths = [str(path) for path in images] or _some_images(trainer)
@@ -97,6 +96,14 @@ def export(
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
     return Report(output, sizes[0], file_difference, onnx_path, sizes[-1], difference, len(paths))
+
+
+def _trainer_of(run: Any, epoch: int | None, root: str | None) -> PromptTrainer:
+    """The trained model in fp32: that of a ``Run`` as it stands, or loaded from a folder."""
+    trainer = getattr(run, "trainer", None)
+    if isinstance(trainer, PromptTrainer) and trainer.precision == "fp32" and epoch is None and root is None:
+        return trainer
+    return load_run(getattr(run, "folder", run), epoch, ["TRAINER.PREC", "fp32"], root=root)
 
 
 def _put(draft: Path, place: Path) -> int:

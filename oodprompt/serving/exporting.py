@@ -240,12 +240,13 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
 def _traced(model: Deployed, example: Tensor) -> torch.export.ExportedProgram:
     """The graph of a model, for any number of images. ``UserError`` where its operations cannot be recorded."""
     shapes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+    reasons = []
     for strict in (False, True):  # the second follows Python code that asks for the number of images, and takes longer
         try:
             return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=strict)
         except Exception as error:  # whatever a tower's code makes the tracer raise
-            reason = " ".join(str(error).split())[:200]
-    raise UserError(f"--onnx: PyTorch cannot record this model as a graph ({reason}); leave --onnx out")
+            reasons.append(" ".join(str(error).split())[:200])
+    raise UserError(f"--onnx: PyTorch cannot record this model as a graph ({reasons[0]}); leave --onnx out")
 
 
 @contextlib.contextmanager

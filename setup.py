@@ -73,9 +73,11 @@ setup(
             "types-tabulate",
             "types-tqdm",
         ],
+        "mlflow": ["mlflow>=2"],
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2"],
         "open_clip": ["open_clip_torch>=3"],
         "slurm": ["submitit>=1.5"],
         "transformers": ["transformers>=5"],
+        "wandb": ["wandb>=0.16"],
     },
 )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from oodprompt import log
+from oodprompt import cli, log
 from oodprompt.log import logger, progress, show_messages
 from tests.helpers.forks import Forks
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import REPOSITORY, Arguments
 
 # Rooms whose words are messages: a command, and who builds a model in Python, decide whether they are shown.
 SILENT = ["trainers", "datasets", *(f"oodprompt/{room}" for room in ("backbones", "config", "data", "discovery"))]
@@ -66,3 +66,15 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
     assert lines[0] == "Features of val images: 1,300 of 4,000 images (32%) after 0:00:30, about 0:04:30 left"
     assert list(progress.over(range(3), "x", "image", show=False)) == [0, 1, 2]
     assert capsys.readouterr().out == ""
+
+
+def test_every_long_stage_says_how_far_it_is(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no time between lines, a run says a line for each: the files, features, steps, evaluation."""
+    monkeypatch.setattr(log, "_EVERY", 0.0)
+    command = arguments("CoOp", "out", "OPTIM.MAX_EPOCH", "1")
+    assert cli.main(command) == 0
+    said = (tmp_path / "out" / "log.txt").read_text()
+    for stage in ("Looking for the files: ", "Features of training images", "CoOp: ", "Evaluation on test images: "):
+        assert f"\n{stage}" in said

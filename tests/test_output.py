@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import tracking
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -253,3 +255,62 @@ def test_a_run_that_is_to_be_longer_says_how(arguments: Arguments, tmp_path: Pat
 def test_nan_is_no_value(arguments: Arguments, key: str, value: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         cli.run(arguments("CoOp", "out", key, value))
+
+
+class Recorded:
+    """A tracker as accelerate has them, which keeps what it is told."""
+
+    told: list[tuple[str, Any]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.told.append(("options", options))
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.told.append(("keys", values))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.told.append(("log", (*values.items(), step)))
+
+    def finish(self) -> None:
+        self.told.append(("finish", None))
+
+
+def test_trackers_of_accelerate_get_the_curves(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recorded.told.clear()
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorded)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    command = arguments("CoOp", "out", *ONE, "TRAIN.PRINT_FREQ", "1", "TRAIN.TRACKERS", "('tensorboard', 'wandb')")
+    assert cli.main(command) == 0
+    kinds = [kind for kind, _ in Recorded.told]
+    assert kinds[:2] == ["options", "keys"] and kinds[-1] == "finish" and kinds.count("finish") == 1
+    assert Recorded.told[0][1]["run_name"] == "oodprompt" and Recorded.told[1][1]["TRAINER.NAME"] == "CoOp"
+    logged = [value for kind, value in Recorded.told if kind == "log"]
+    assert {entry[0][0] for entry in logged} >= {"train/loss", "train/lr", "train_epoch/loss"}
+    steps = [step for (tag, _), step in logged if tag == "train/loss"]
+    assert steps == list(range(5)), logged
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("method, what", [("__init__", ""), ("log", "the rest of "), ("finish", "the end of ")])
+def test_a_tracker_that_fails_costs_a_line(
+    method: str, what: str, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Recorded)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(Recorded, method, fails)
+    assert cli.main(arguments("CoOp", "out", *ONE, "TRAIN.TRACKERS", "mlflow")) == 0
+    log = (tmp_path / "out" / "log.txt").read_text()
+    lines = [line for line in log.splitlines() if "missing" in line]
+    assert lines == [f"Note: {what}the record of mlflow is missing: no luck at all"]
+    assert (tmp_path / "out" / "results.json").is_file() and not (tmp_path / "out" / "tensorboard").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(arguments("CoOp", "out", *ONE, "TRAIN.TRACKERS", "wandb")) == 2
+    assert "pip install 'oodprompt[wandb]'" in capsys.readouterr().err
+    assert cli.main(arguments("CoOp", "out", *ONE, "TRAIN.TRACKERS", "wand")) == 2

@@ -97,7 +97,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _insert(prompts: Tensor, place: int, x: Tensor) -> Tensor:
-    return torch.cat([x[:, :place], prompts.to(x.dtype).expand(len(x), -1, -1), x[:, place:]], dim=1)
+    return torch.cat([x[:, :place], prompts.to(x.dtype).expand(x.shape[0], -1, -1), x[:, place:]], dim=1)
 
 
 def _replace(prompts: Tensor, place: int, x: Tensor) -> Tensor:

@@ -770,7 +770,7 @@ class CLIP(nn.Module):
         """
         token = BYTES_PER_TOKEN * self.shape.text_width * max(1, self.shape.text_layers)
         at_once = max(1, self.activation_limit // (token * tokens.shape[1]))
-        if len(tokens) <= at_once:
+        if tokens.shape[0] <= at_once:
             return self._encode_embedded(tokens, embeddings, deep)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (embeddings, *deep))
         rows = []

@@ -315,6 +315,12 @@ declare(
             choices=("convolutions", "all", "none"),
         ),
         "PRINT_FREQ": (10, "Steps between printed lines; 0: one line per epoch."),
+        "TRACKERS": Key(
+            ("tensorboard",),
+            "Where curves of the training also go: tensorboard, wandb (pip install 'oodprompt[wandb]'), mlflow ('[mlflow]'); empty: "
+            "nowhere. A run goes on when one of them fails.",
+            choices=("tensorboard", "wandb", "mlflow"),
+        ),
         "COUNT_ITER": ("train_x", "Kept for Dassl's files."),
         "VAL_FREQ": Key(
             0,

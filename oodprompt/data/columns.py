@@ -17,6 +17,7 @@ import numpy as np
 
 from oodprompt.data.datum import Datum
 from oodprompt.data.vectors import Vectors
+from oodprompt.log import progress
 
 _ROOT = os.fsencode(os.sep)
 _THREADS = 16  # a network file system answers many questions at once; more threads only wait for Python
@@ -189,9 +190,10 @@ class Images(Sequence[Datum]):
             for i in range(start, min(start + _AT_ONCE, len(self))):
                 stamps[i] = _stamp(self.paths.raw(self.rows[i]))
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(look, range(0, len(self), _AT_ONCE)):
-                pass
+        starts = range(0, len(self), _AT_ONCE)
+        with ThreadPoolExecutor(_THREADS) as pool, progress(len(self), "Looking for the files", "image") as bar:
+            for start, _ in zip(starts, pool.map(look, starts), strict=True):
+                bar.update(min(_AT_ONCE, len(self) - start))
         return stamps
 
     def missing(self) -> np.ndarray:

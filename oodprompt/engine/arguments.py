@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from oodprompt.config import extensions
 from oodprompt.config.keys import check_values, get_cfg_default, leaves, merge_file, merge_opts, set_key
 from oodprompt.config.registry import BACKBONE_REGISTRY
+from oodprompt.engine.trackers import check_trackers
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.resolve import base_of
@@ -91,6 +92,7 @@ def setup_cfg(args: argparse.Namespace, say: Callable[[str], None] = logger.info
     merge_opts(cfg, opts)
     _take_preprocessing(cfg, {*given, *opts[::2]}, say)
     check_values(cfg)
+    check_trackers(cfg)
     if cfg.SEED < 0:
         wanted = args.seed is not None or "SEED" in opts[::2]  # a random one; else the same command again shall go on
         if wanted and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,22 +1,19 @@
-"""What is seen of a training as it goes on: a bar, lines, and TensorBoard scalars."""
+"""What is seen of a training as it goes on: a bar, lines, and the curves of trackers."""
 
 from __future__ import annotations
 
 import datetime
 import statistics
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from yacs.config import CfgNode
 
 from oodprompt.engine.loop import RunState, StepReport
+from oodprompt.engine.trackers import Trackers
 from oodprompt.features.encoder import Encoder
-from oodprompt.log import logger, optional, progress
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from oodprompt.log import logger, progress
 
 _RECENT = 50  # steps whose mean time tells the time left
 
@@ -31,17 +28,11 @@ def announce(encoder: Encoder, num_processes: int, notes: Sequence[str] = ()) ->
         logger.warning(f"Note: {note}")
 
 
-def _no_traceback(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread. Of a full disk or the like the next write tells; a traceback would be printed too."""
-    if not (failed.exc_type and issubclass(failed.exc_type, OSError)):
-        threading.__excepthook__(failed)
-
-
 class Progress:
     """Shows the steps of a run whose epochs have ``num_batches`` steps.
 
-    TRAIN.PRINT_FREQ: steps between lines; 0: none. ``show_progress``: whether this process shows a bar. ``folder``: where
-    TensorBoard's files go; None: nowhere.
+    TRAIN.PRINT_FREQ: steps between lines; 0: none. ``show_progress``: whether this process shows a bar. ``folder``: that of
+    the run, for its trackers; None: there are none.
     """
 
     def __init__(
@@ -49,8 +40,7 @@ class Progress:
     ) -> None:
         self.state, self.num_batches, self.print_freq = state, num_batches, cfg.TRAIN.PRINT_FREQ
         done = state.start_epoch * num_batches
-        self._folder, self._purge_step = folder, done if state.start_epoch else None
-        self._writer: SummaryWriter | None = None
+        self._trackers = Trackers(cfg, folder, done if state.start_epoch else None)
         left = num_batches if state.start_epoch < state.max_epoch else 0
         self._bar = progress(
             state.max_epoch * left, cfg.TRAINER.NAME, "step", show_progress, initial=state.start_epoch * left
@@ -91,25 +81,11 @@ class Progress:
             logger.info(f"epoch [{row['epoch']}/{self.state.max_epoch}] {words}")
 
     def write_scalar(self, tag: str, value: float, step: int) -> None:
-        """Add a value to TensorBoard's curve ``tag``."""
-        if self._folder is None:
-            return
-        folder, self._folder = self._folder, None  # given back unless it fails
-        if self._writer is None:
-            with optional("TensorBoard's file"):
-                from torch.utils.tensorboard import SummaryWriter  # here: the first step need not wait for it
-
-                threading.excepthook = _no_traceback
-                self._writer = SummaryWriter(str(folder), purge_step=self._purge_step)
-        if self._writer is not None:
-            with optional("the rest of TensorBoard's file"):
-                self._writer.add_scalar(tag, value, step)
-                self._folder = folder
+        """Add a value to the trackers' curve ``tag``."""
+        self._trackers.write(tag, value, step)
 
     def close_bar(self) -> None:
         self._bar.close()
 
     def close(self) -> None:
-        if self._writer is not None:
-            with optional("the end of TensorBoard's file"):
-                self._writer.close()
+        self._trackers.close()

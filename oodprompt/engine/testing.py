@@ -17,7 +17,7 @@ from oodprompt.engine.objective import Objective
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.selection import Selection
 from oodprompt.features.encoder import Encoder
-from oodprompt.log import logger, optional
+from oodprompt.log import logger, optional, progress
 from oodprompt.memory import memory_for
 from oodprompt.methods.attributes import PseudoAttributes
 from oodprompt.reports.curves import write_training_curves
@@ -58,7 +58,7 @@ class Testing:
         batches = self.encoder.batches_in_order(split)
         with memory_for(f"while evaluating the {split} split", self._less_memory):
             return evaluate(
-                batches,
+                progress.over(batches, f"Evaluation on {split} images", "batch", show=self.encoder.show_progress),
                 lambda batch: self.objective.predictions(self.encoder.align(batch)),
                 Evaluation(self.evaluator, self._new_evaluator, pseudo),
                 self.encoder.data_of("train"),

@@ -185,7 +185,7 @@ class PromptTrainer(DasslNames):
             self._prepare_training()
         self.pseudo_report.update(is_resumed=bool(self.start_epoch))
         shows = self.state.is_main_process
-        folder = self.output_dir / "tensorboard" if shows and self.trainable else None
+        folder = self.output_dir if shows and self.trainable else None
         self.progress = Progress(self.cfg, self.run, len(self.train_loader_x), shows, folder)
 
     def _prepare_training(self) -> None:

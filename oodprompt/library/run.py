@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from oodprompt.engine.trainer import PromptTrainer
-    from oodprompt.serving.exporting import Report
+    from oodprompt.serving import Report
 
     Images = str | Path | Image | np.ndarray | Tensor | Sequence[str | Path] | Sequence[Image | np.ndarray]
 
@@ -116,9 +116,9 @@ class Run:
         return out / "discovery.html"
 
     def export(self, file: str | Path, **options: Any) -> Report:
-        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; returns what was written.
+        """Write the model to one file, which ``oodprompt.Classifier.load`` reads; ``options`` as of ``serving.export``.
 
-        ``options`` are those of ``oodprompt.serving.export``, as ``onnx="model.onnx"``.
+        Returns what was written, and how far it is from this model.
         """
         from oodprompt import serving
 

@@ -200,7 +200,7 @@ class ContextPrompts:
         """As ``text_features``, for a text encoder that takes each prompt by itself."""
         holder, classes = self.holder, len(self.tokens)
         contexts = holder.ctx.expand(classes, -1, -1).unsqueeze(0) if ctx is None else ctx.unsqueeze(1)
-        images = len(contexts)
+        images = contexts.shape[0]
         parts = (holder.token_prefix, contexts, holder.token_suffix)
         embeddings = torch.cat([part.expand(images, classes, -1, -1) for part in parts], dim=2).flatten(0, 1)
         order = self.order.repeat(images, 1).unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oodprompt.serving.classifier import Classifier
-    from oodprompt.serving.exporting import export
+    from oodprompt.serving.exporting import Report, export
 
 # Imported when they are first asked for: they take PyTorch, for which --help does not wait.
-_PLACES = {"Classifier": "oodprompt.serving.classifier", "export": "oodprompt.serving.exporting"}
+_PLACES = {
+    "Classifier": "oodprompt.serving.classifier",
+    "Report": "oodprompt.serving.exporting",
+    "export": "oodprompt.serving.exporting",
+}
 
-__all__ = ["Classifier", "export"]
+__all__ = ["Classifier", "Report", "export"]
 
 
 def __getattr__(name: str) -> Any:

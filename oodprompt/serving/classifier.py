@@ -60,9 +60,9 @@ class Classifier:
         import pandas
 
         items = listed(images)
-        p = self.probabilities(items, batch_size).double().numpy()
+        p = self.probabilities(items, batch_size).numpy()
         best = p.argmax(axis=1) if len(p) else np.zeros(0, dtype=int)
-        table = pandas.DataFrame(p, columns=self.classnames)
+        table = pandas.DataFrame(p, columns=pandas.Index(self.classnames))
         table.insert(0, "probability", p.max(axis=1) if len(p) else p[:, 0])
         table.insert(0, "prediction", [self.classnames[i] for i in best])
         table.insert(0, "image", [_name(item, i) for i, item in enumerate(items)])

@@ -36,7 +36,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     report = export(
         args.model_dir, args.output, args.onnx or "", args.with_backbone, args.load_epoch, args.root, args.images
     )
-    print(report.text())
+    print(report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

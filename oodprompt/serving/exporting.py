@@ -46,8 +46,7 @@ class Report:
     onnx_difference: float | None
     images: int
 
-    def text(self) -> str:
-        """For a reader."""
+    def __str__(self) -> str:
         lines = [f"Wrote {self.file} ({_size(self.size)}): largest difference to the run {self.file_difference:.1e}"]
         if self.onnx is not None:
             lines.append(
@@ -78,7 +77,7 @@ def export(
     output, onnx_path = Path(output), Path(onnx) if onnx else None
     if onnx_path is not None:
         _need_onnx()
-    trainer = load_run(getattr(run, "folder", run), epoch, ["TRAINER.PREC", "fp32"], root=root)
+    trainer = _trainer_of(run, epoch, root)
     trainer.trained.set_mode(training=False)
     card, tensors = describe(trainer, with_backbone)
     paths = [str(path) for path in images] or _some_images(trainer)
@@ -97,6 +96,14 @@ def export(
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
     return Report(output, sizes[0], file_difference, onnx_path, sizes[-1], difference, len(paths))
+
+
+def _trainer_of(run: Any, epoch: int | None, root: str | None) -> PromptTrainer:
+    """The trained model in fp32: that of a ``Run`` as it stands, or loaded from a folder."""
+    trainer = getattr(run, "trainer", None)
+    if isinstance(trainer, PromptTrainer) and trainer.precision == "fp32" and epoch is None and root is None:
+        return trainer
+    return load_run(getattr(run, "folder", run), epoch, ["TRAINER.PREC", "fp32"], root=root)
 
 
 def _put(draft: Path, place: Path) -> int:
@@ -233,12 +240,13 @@ def write_onnx(classifier: Classifier, path: Path) -> None:
 def _traced(model: Deployed, example: Tensor) -> torch.export.ExportedProgram:
     """The graph of a model, for any number of images. ``UserError`` where its operations cannot be recorded."""
     shapes = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+    reasons = []
     for strict in (False, True):  # the second follows Python code that asks for the number of images, and takes longer
         try:
             return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=strict)
         except Exception as error:  # whatever a tower's code makes the tracer raise
-            reason = " ".join(str(error).split())[:200]
-    raise UserError(f"--onnx: PyTorch cannot record this model as a graph ({reason}); leave --onnx out")
+            reasons.append(" ".join(str(error).split())[:200])
+    raise UserError(f"--onnx: PyTorch cannot record this model as a graph ({reasons[0]}); leave --onnx out")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import oodprompt
 from oodprompt import predict
 from oodprompt.config.extensions import register_all
 from oodprompt.config.registry import TRAINER_REGISTRY
@@ -171,3 +172,22 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             Classifier.load(tmp_path / name)
     assert predict.main(["--model-file", str(tmp_path / "other"), "--root", "x", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow  # last ran on 2026-11-27
+@pytest.mark.parametrize("words", [("CoCoOp",), ("MaPLe",), ("FineTune",), ("CoOpOOD", "--base", "CoCoOp")])
+def test_onnx_of_prompts_in_towers_and_of_texts_by_image(run: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
+    pytest.importorskip("onnxruntime")
+    run(words[0], "run", *words[1:])
+    found = exporting.export(tmp_path / "run", tmp_path / "model.safetensors", tmp_path / "model.onnx")
+    assert found.onnx_difference is not None and found.onnx_difference < 1e-5 and found.file_difference < 1e-6
+
+
+def test_a_run_from_python_exports_itself(run: Run, tmp_path: Path) -> None:
+    run("CoOp", "run")
+    found = oodprompt.load(tmp_path / "run").export(tmp_path / "model.safetensors")
+    assert found.file_difference < 1e-6 and found.images == 24
+    paths = images(load_run(tmp_path / "run"))
+    expected = oodprompt.load(tmp_path / "run").predict(paths)
+    table = oodprompt.Classifier.load(tmp_path / "model.safetensors").predict(paths)
+    assert table.equals(expected)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 
 from oodprompt.log import progress
@@ -98,18 +98,15 @@ def v_interval(tables: Sequence[NDArray[np.integer]], level: float) -> tuple[flo
     def limit(probability: float) -> float:
         if stats.chi2.cdf(value, freedom) <= probability:
             return 0.0
-        low, high = 0.0, 4 * value + 100
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _cdf(value, freedom, middle) > probability else (low, middle)
-        return min(1.0, float(np.sqrt(low / scale)))
+        root = optimize.brentq(lambda l: _cdf(value, freedom, l) - probability, 0.0, 4 * value + 100, rtol=1e-6)
+        return min(1.0, float(np.sqrt(root / scale)))
 
     return limit(1 - level / 2), limit(level / 2)
 
 
 def _cdf(value: float, freedom: int, noncentrality: float) -> float:
     """That of the noncentral chi^2; by Sankaran's normal approximation where series would be long."""
-    if noncentrality < 5000:
+    if noncentrality < 500:
         return float(stats.ncx2.cdf(value, freedom, max(noncentrality, 1e-12)))
     total = freedom + noncentrality
     h = 1 - 2 * total * (freedom + 3 * noncentrality) / (3 * (freedom + 2 * noncentrality) ** 2)

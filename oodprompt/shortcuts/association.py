@@ -71,7 +71,7 @@ def corrected_v(table: NDArray[np.integer]) -> float:
 
     Source: Bergsma, "A bias-correction for Cramer's V and Tschuprow's T", J. Korean Stat. Soc. 2013.
     """
-    counts = np.asarray(table)
+    counts = np.asarray(table, dtype=np.float64)
     counts = counts[counts.sum(axis=1) > 0][:, counts.sum(axis=0) > 0]
     n = int(counts.sum())
     if min(counts.shape) < 2 or n < 3:
@@ -181,8 +181,8 @@ def associations(
             split = otsu(score[:, i])
             table = table_of(label, score[:, i] > split.threshold, number)
             if table.sum(axis=0).min() >= _FEWEST:
-                left = rest[:, i]
-                raw.append((start + i, split, table, table_of(label, left > otsu(left).threshold, number)))
+                own = rest[:, i]
+                raw.append((start + i, split, table, table_of(label, own > otsu(own).threshold, number)))
     ways = [left if corrected_v(left) < corrected_v(table) else table for _, _, table, left in raw]
     tests = [chi_squared(way) for way in ways]
     adjusted = holm([float(stats.chi2.sf(*test)) for test in tests])

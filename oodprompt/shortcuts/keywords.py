@@ -49,7 +49,7 @@ def keywords(
     ``features`` [N, d] of the images with ``label`` [N], ``right`` [N] where the model is right, ``captions`` [N].
     """
     features, place = features.cpu().float(), {word: i for i, word in enumerate(words.words)}
-    found = []
+    found: list[list[Keyword]] = []
     for number in range(classes):
         own = label == number
         wrong, correct = np.flatnonzero(own & ~right), np.flatnonzero(own & right)
@@ -58,7 +58,7 @@ def keywords(
             continue
         among = list(range(len(place)))
         if captions is not None:
-            count = Counter(w for i in wrong for w in words_of_caption(captions[i]))
+            count = Counter(w for i in wrong.tolist() for w in words_of_caption(captions[i]))
             among = [place[w] for w, _ in count.most_common() if w in place][:_OF_CAPTIONS]
         difference = features[wrong].mean(dim=0) - features[correct].mean(dim=0)
         score = (words.direction[among] @ difference).tolist()

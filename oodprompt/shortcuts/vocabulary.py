@@ -16,101 +16,10 @@ SENSITIVE = "sensitive"  # what the name of a section begins with whose words de
 _MOST_OF_CAPTIONS = 1500
 # Words of captions that name nothing to see.
 _FILLERS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "being",
-        "but",
-        "by",
-        "can",
-        "could",
-        "did",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "him",
-        "his",
-        "i",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "me",
-        "my",
-        "no",
-        "not",
-        "of",
-        "off",
-        "on",
-        "one",
-        "or",
-        "other",
-        "our",
-        "out",
-        "over",
-        "she",
-        "so",
-        "some",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "those",
-        "to",
-        "too",
-        "two",
-        "under",
-        "up",
-        "upon",
-        "us",
-        "very",
-        "was",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "whose",
-        "will",
-        "with",
-        "would",
-        "you",
-        "your",
-        "image",
-        "images",
-        "photo",
-        "photos",
-        "picture",
-        "pictures",
-        "shows",
-        "showing",
-        "shown",
-        "showed",
-        "appears",
-        "seen",
-    ]
+    """a an and are as at be been being but by can could did do does for from had has have he her him his i in into is it its
+    me my no not of off on one or other our out over she so some than that the their them then there these they this those
+    to too two under up upon us very was we were what when where which while who whose will with would you your image images
+    photo photos picture pictures shows showing shown showed appears seen""".split()  # noqa: SIM905
 )
 
 
@@ -169,7 +78,8 @@ def _chosen(found: Iterable[tuple[str, str]], source: str, sensitive: bool) -> V
     kept = [(word, section) for word, section in pairs if sensitive or not section.startswith(SENSITIVE)]
     if not kept:
         raise UserError(f"--vocabulary: all words of {source} are sensitive; add --sensitive to look for them")
-    return Vocabulary(*zip(*kept, strict=True), source=source, left_out=len(pairs) - len(kept))
+    words, sections = zip(*kept, strict=True)
+    return Vocabulary(words, sections, source, len(pairs) - len(kept))
 
 
 def words_of_caption(caption: str) -> set[str]:
@@ -182,7 +92,7 @@ def _of_captions(captions: Iterable[str], sensitive: bool) -> Vocabulary:
     count: Counter[str] = Counter()
     for caption in captions:
         count.update(words_of_caption(caption))
-    withheld = set() if sensitive else {w for word, s in _built_in() if s.startswith(SENSITIVE) for w in [word]}
+    withheld = set() if sensitive else {word for word, section in _built_in() if section.startswith(SENSITIVE)}
     frequent = [word for word, times in sorted(count.items(), key=lambda item: (-item[1], item[0])) if times >= 5]
     words = [word for word in frequent if word not in withheld][:_MOST_OF_CAPTIONS]
     if not words:

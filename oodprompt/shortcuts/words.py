@@ -120,6 +120,6 @@ def _class_named(words: Sequence[str], text: Tensor, classnames: Sequence[str], 
     similar = F.normalize(text - centre, dim=-1) @ F.normalize(classes - centre, dim=-1).T
     nearest = similar.max(dim=1)
     return [
-        spelt.get(_spelling(word)) or (classnames[nearest.indices[i]] if nearest.values[i] >= SYNONYM else "")
+        spelt.get(_spelling(word)) or (classnames[int(nearest.indices[i])] if nearest.values[i] >= SYNONYM else "")
         for i, word in enumerate(words)
     ]

@@ -16,6 +16,7 @@ from oodprompt import cli
 from oodprompt.auditing import command
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
+from oodprompt.reports.audit_page import audit_page
 from tests.helpers.html_tree import Tree
 
 SHAPES = ["DATASET.NAME", "ShapesOnScenes", "DATASET.SHAPES.NUM_TRAIN", "240", "DATASET.SHAPES.NUM_VAL", "40"]
@@ -89,6 +90,16 @@ def test_the_page_shows_what_the_json_says_and_loads_nothing(audited: Path) -> N
         for key in ("src", "href"):
             assert (attributes.get(key) or "data:").startswith(("data:", "#"))
     assert len(tree.all("img")) > 20 and all(image["alt"] for image in tree.all("img"))
+
+
+def test_a_users_words_are_escaped_and_features_alone_give_a_page_without_pictures(audited: Path) -> None:
+    content = content_of(audited) | {"has_pictures": False, "title": "<i>x</i>", "num_unreadable": 1}
+    content["proposals"][0] |= {"word": "<script>alert(1)</script>", "strong": False}
+    page = audit_page(content, None)
+    assert "<script" not in page and "<i>x" not in page and "&lt;script&gt;" in page
+    tree = Tree(page)
+    assert "No word is a strong suspect." in tree.text and not tree.all("img")
+    assert "1 image could not be read and is left out" in tree.text
 
 
 @pytest.mark.usefixtures("undrawn")

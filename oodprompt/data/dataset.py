@@ -179,13 +179,20 @@ def names_are_auto(cfg: CfgNode) -> bool:
     return auto
 
 
+def with_own_names(cfg: CfgNode) -> CfgNode:
+    """The config by which a data set is built: where names are proposed, its own names and labels stay what they are."""
+    if not names_are_auto(cfg):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASET.ATTRIBUTE_NAMES = ()
+    cfg.freeze()
+    return cfg
+
+
 def build_dataset(cfg: CfgNode) -> DatasetBase:
     """The data set named by ``DATASET.NAME``."""
-    if names_are_auto(cfg):  # its own names and labels stay what they are
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.DATASET.ATTRIBUTE_NAMES = ()
-        cfg.freeze()
+    cfg = with_own_names(cfg)
     return DATASET_REGISTRY.get(cfg.DATASET.NAME, "DATASET.NAME")(cfg)
 
 

@@ -16,6 +16,7 @@ from oodprompt.errors import nearest
 # verb -> (module with ``main(argv) -> int``, what it does)
 VERBS = {
     "train": ("oodprompt.cli", "train a prompt learner or a debiaser, and evaluate it"),
+    "audit": ("oodprompt.auditing.command", "find shortcuts by name in a data set or a trained model"),
     "discover": ("oodprompt.discovering", "show which image regions a trained model wrongly goes by"),
     "predict": ("oodprompt.predict", "classify new images with a trained model"),
     "features": ("oodprompt.extracting", "write the image features of a data set to one file"),

@@ -102,7 +102,7 @@ class ProjectedText(Debiaser):
                     f"TRAINER.ORTHCAL.PAIR_TEMPLATE: {template!r} must have {{class}} and {{attribute}} in it"
                 )
             lists = [
-                [template.replace("{class}", c).replace("{attribute}", a) for a in context.data.attribute_names]
+                [template.replace("{class}", c).replace("{attribute}", a) for a in context.attributes.pseudo.names]
                 for c in context.data.classnames
             ]
         S: list[tuple[int, int]] = []

@@ -138,7 +138,10 @@ declare(
             error="{key}: {value!r} is none of all, base, new",
         ),
         "TEMPLATE": ("", "Prompt of zero-shot classification, with {} for the class name; empty: the data set's."),
-        "ATTRIBUTE_NAMES": ((), "Names of the spurious attribute's values; empty: the data set's."),
+        "ATTRIBUTE_NAMES": (
+            (),
+            "Names of the spurious attribute's values; empty: the data set's; auto: those that an audit of the training images proposes first.",
+        ),
         "ATTRIBUTE_PROMPTS": (
             (),
             "One entry per attribute value, prompts separated by '|', whose text features are averaged; "

@@ -169,8 +169,30 @@ def digest(root: str, *splits: Sequence[Datum]) -> str:
     return sha.hexdigest()[:16]
 
 
+def names_are_auto(cfg: CfgNode) -> bool:
+    """Whether DATASET.ATTRIBUTE_NAMES has the names of the attribute proposed; ``UserError`` for prompts beside it."""
+    auto = tuple(cfg.DATASET.ATTRIBUTE_NAMES) == ("auto",)
+    if auto and cfg.DATASET.ATTRIBUTE_PROMPTS:
+        raise UserError(
+            "DATASET.ATTRIBUTE_PROMPTS: prompts belong to names; give DATASET.ATTRIBUTE_NAMES, too, not auto"
+        )
+    return auto
+
+
+def with_own_names(cfg: CfgNode) -> CfgNode:
+    """The config by which a data set is built: where names are proposed, its own names and labels stay what they are."""
+    if not names_are_auto(cfg):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASET.ATTRIBUTE_NAMES = ()
+    cfg.freeze()
+    return cfg
+
+
 def build_dataset(cfg: CfgNode) -> DatasetBase:
     """The data set named by ``DATASET.NAME``."""
+    cfg = with_own_names(cfg)
     return DATASET_REGISTRY.get(cfg.DATASET.NAME, "DATASET.NAME")(cfg)
 
 

@@ -17,7 +17,7 @@ from oodprompt.backbones.model import ModifiedResNet
 from oodprompt.config.defaults import PRECISIONS
 from oodprompt.config.registry import BACKBONE_REGISTRY, GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
-from oodprompt.data.dataset import DatasetBase
+from oodprompt.data.dataset import DatasetBase, names_are_auto
 from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.engine import checkpoint
 from oodprompt.engine.discovery import RunDiscovery
@@ -25,6 +25,7 @@ from oodprompt.engine.first_stage import FirstStage
 from oodprompt.engine.loop import RunState
 from oodprompt.engine.objective import Objective
 from oodprompt.engine.optim import scales_losses
+from oodprompt.engine.proposed_names import ProposedNames
 from oodprompt.errors import UserError, nearest
 from oodprompt.features.encoder import Encoder
 from oodprompt.log import logger
@@ -156,7 +157,7 @@ def build_debiasing(
         cfg, encoder, region_features, first_stage, state, models, Path(cfg.OUTPUT_DIR), base_name, writes
     )
     source_type = GROUP_SOURCE_REGISTRY.get(cfg.TRAINER.GROUPS, "TRAINER.GROUPS")
-    attributes = _attributes(cfg, encoder, discovery.find, lambda: source_type(cfg, context))
+    attributes = _attributes(cfg, encoder, discovery.find, lambda: source_type(cfg, context), writes)
     context = Context(encoder.clip, encoder.learner, attributes.data, attributes, first_stage, encoder.autocast)
     debiasers = []
     for i, debiaser_type in enumerate(types, 1):
@@ -173,6 +174,7 @@ def _attributes(
     encoder: Encoder,
     find: Callable[[], DiscoveredClusters],
     build_source: Callable[[], SourceOfGroups],
+    writes: bool,
 ) -> AttributeSources:
     """The attributes of a run; ``find`` runs or reads discovery when it is asked for the first time."""
     dataset = encoder.data.dataset
@@ -182,6 +184,7 @@ def _attributes(
         dataset.attribute_prompts,
         cfg.TRAINER.PSEUDO_NOISE,
         lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, _NUMBER_OF_SPLIT[split])),
+        ProposedNames(cfg, encoder, writes).find if names_are_auto(cfg) else None,
     )
     data = LabelledData(
         train=encoder.split("train"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,16 @@ def refuse_new_start(cfg: CfgNode, base_name: str, folder: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Named:
+    """The classes of a data set, and names of an attribute that are not its own."""
+
+    num_classes: int
+    classnames: Sequence[str]
+    attribute_names: Sequence[str]
+    attribute_prompts: Sequence[Sequence[str]]
+
+
 class PseudoAttributeReport:
     """How far pseudo-attributes are right, where the data set knows: reported, drawn and kept for the results.
 
@@ -104,9 +116,17 @@ class PseudoAttributeReport:
             return
         if set(self.pseudo.splits) == set(self.accuracy):
             return
-        dataset = self.encoder.data.dataset
+        dataset: Any = self.encoder.data.dataset
+        own = not self.pseudo.are_proposed
+        if not own:  # labels are of the data set's own names
+            dataset = _Named(dataset.num_classes, dataset.classnames, self.pseudo.names, self.pseudo.prompts)
         rows = {
-            name: attribute_metrics(self.pseudo.of(split), split.label, split.attribute, dataset)
+            name: attribute_metrics(
+                self.pseudo.of(split),
+                split.label,
+                split.attribute if own else torch.full_like(split.attribute, -1),
+                dataset,
+            )
             for name, split in ((name, self.encoder.split(name)) for name in self.pseudo.splits)
         }
         if rows and self.writes:

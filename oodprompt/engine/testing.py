@@ -47,7 +47,7 @@ class Testing:
     @property
     def watches_pseudo_groups(self) -> bool:
         """Whether validation is also by pseudo-groups: where a choice may rest on them, or a debiaser already does."""
-        return len(self.pseudo.prompts) > 1 and (self.selection.is_on or "train" in self.pseudo.splits)
+        return (self.selection.is_on or "train" in self.pseudo.splits) and len(self.pseudo.prompts) > 1
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, me
 from oodprompt.engine.moved import find_moved_data
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.progress import Progress, announce
+from oodprompt.engine.proposed_names import check_kept_names, proposed_in_results
 from oodprompt.engine.results import PseudoAttributeReport, refuse_new_start, results_of
 from oodprompt.engine.selection import Selection
 from oodprompt.engine.testing import Testing
@@ -303,6 +304,7 @@ class PromptTrainer(DasslNames):
         if not directory:
             logger.info("Note: no --model-dir is given, so the untrained model is evaluated")
             return
+        check_kept_names(directory, self.attributes.pseudo)
         first = self.checkpoints.load_trained(directory, epoch, self.run, self.clip, self.cfg.TRAINER.NAME)
         self.evaluated_checkpoint = self.evaluated_checkpoint or first
 
@@ -343,6 +345,7 @@ class PromptTrainer(DasslNames):
                 pseudo_attribute_accuracy=self.pseudo_report.accuracy,
                 checkpoint=self.evaluated_checkpoint,
                 notes=self.notes,
+                **proposed_in_results(self.attributes.pseudo),
             )
             self.testing.write(metrics, results, self.output_dir, self.history)
         return metrics["accuracy"]

@@ -24,7 +24,7 @@ class PseudoAttributes:
 
     t_a = l2norm(mean over the prompts of value a of l2norm(text(prompt))). Computed once per split on the frozen
     features. ``noise`` is the share of images whose a_hat is moved to another value, at random by ``rng(split)``, to
-    study methods under wrong pseudo-attributes.
+    study methods under wrong pseudo-attributes. ``find`` proposes names in place of ``names``, at the first question.
 
     Source: Jiang et al., "Debiased Prompt Tuning in Vision-Language Model without Annotations", arXiv 2503.08368.
     """
@@ -36,10 +36,31 @@ class PseudoAttributes:
         prompts: Sequence[Sequence[str]],
         noise: float = 0.0,
         rng: Callable[[str], np.random.Generator] = lambda split: np.random.default_rng(0),
+        find: Callable[[], Sequence[str]] | None = None,
     ) -> None:
-        self.clip, self.names, self.prompts, self.noise, self._rng = clip, tuple(names), prompts, noise, rng
+        self.clip, self._names, self._prompts, self.noise, self._rng = clip, tuple(names), prompts, noise, rng
+        self._find, self.is_found = find, find is None
         self._text: Tensor | None = None
         self._posterior: dict[str, Tensor] = {}
+
+    @property
+    def are_proposed(self) -> bool:
+        """Whether the names are not the data set's, but proposed by what is in its images."""
+        return self._find is not None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values."""
+        if not self.is_found and self._find is not None:
+            self._names, self.is_found = tuple(self._find()), True
+            self._prompts = [(f"a photo of {name}.",) for name in self._names]
+        return self._names
+
+    @property
+    def prompts(self) -> Sequence[Sequence[str]]:
+        """The prompts of each value."""
+        _ = self.names
+        return self._prompts
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dassl.data.datasets import DatasetBase as DasslDataset
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import DATASET_REGISTRY
-from oodprompt.data.dataset import DatasetBase, Datum
+from oodprompt.data.dataset import DatasetBase, Datum, with_own_names
 
 # Before our names, so that no data set of Dassl, CoOp or MaPLe has the same.
 PREFIX = "OOD"
@@ -23,7 +23,7 @@ class _OurDataset(DasslDataset):
 
     def __init__(self, cfg: CfgNode) -> None:
         build: Any = self.ours  # registered data sets are built from the configuration alone
-        data = build(cfg)
+        data = build(with_own_names(cfg))
         super().__init__(train_x=list(data.train_x), val=list(data.val) or None, test=list(data.test))
         self.template = data.template
         self.attribute_names, self.attribute_prompts = data.attribute_names, data.attribute_prompts
@@ -49,7 +49,7 @@ class TheirDataset(DatasetBase):
     def __init__(self, cfg: CfgNode, data: Any) -> None:
         for name in ("template", "attribute_names", "attribute_prompts"):
             setattr(self, name, getattr(data, name, getattr(DatasetBase, name)))
-        super().__init__(cfg, *(_ours(split or ()) for split in (data.train_x, data.val, data.test)))
+        super().__init__(with_own_names(cfg), *(_ours(split or ()) for split in (data.train_x, data.val, data.test)))
 
 
 def _ours(split: Sequence[Any]) -> list[Datum]:

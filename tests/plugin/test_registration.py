@@ -125,6 +125,8 @@ def test_a_data_set_of_theirs(plugin: ModuleType, make: Make) -> None:
     assert seen.attribute_prompts == [("a photo of sea.",), ("a photo of field.",)]
     images[0].attribute = 1
     assert TheirDataset(cfg, DatasetBase(train_x=images, test=images)).train_x[0].attribute == 1
+    cfg.DATASET.ATTRIBUTE_NAMES = ("auto",)  # proposed by the audit, not the data set's
+    assert TheirDataset(cfg, DatasetBase(train_x=images, test=images)).attribute_names == ()
 
 
 def test_our_tree_from_theirs(make: Make) -> None:

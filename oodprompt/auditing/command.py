@@ -1,0 +1,86 @@
+"""``oodprompt audit``: what would go wrong with my data, or does with my model, as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oodprompt.config import extensions
+from oodprompt.config.keys import get_cfg_default, merge_file
+from oodprompt.errors import UserError
+from oodprompt.log import show_messages
+from oodprompt.terminal import Parser, exit_status, logged, program
+
+DESCRIPTION = """Look for shortcuts by name: words whose presence in the training images goes with their labels, and what they do to accuracy.
+
+oodprompt audit --root PHOTOS --backbone ViT-B/16     a folder, with zero-shot CLIP
+oodprompt audit --model-dir RUN                       a trained model and its data
+OUTPUT_DIR/audit.html shows what was found, audit.json holds it, and train.yaml is the config of the command that it ends in.
+"""
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog=program("", "audit"), description=DESCRIPTION)
+    parser.add_argument("--root", help="folder of the images, or that holds the data sets (DATASET.ROOT)")
+    parser.add_argument("--backbone", help="name of the CLIP (MODEL.BACKBONE.NAME)")
+    parser.add_argument("--model-dir", help="output folder of a run, whose model and data are audited")
+    parser.add_argument("--load-epoch", type=int, help="epoch to look at; else the best model, else the last")
+    parser.add_argument("--output-dir", help="where to write; default: audit, or audit in the run's folder")
+    parser.add_argument("--vocabulary", default="", help='file of words, or "captions"; default: the built-in words')
+    parser.add_argument("--sensitive", action="store_true", help="look for words that describe people by group, too")
+    parser.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        default="",
+        help="where accuracy is measured; default: val, else test",
+    )
+    parser.add_argument("--regions", action="store_true", help="discover shortcuts by region, too, which takes longer")
+    parser.add_argument("--config-file", help="yaml file with config keys")
+    parser.add_argument("--dataset-config-file", help="yaml file of the data set")
+    extensions.add_flag(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys, as DATASET.NAME ShapesOnScenes")
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Audit, and write what is found; raises ``UserError`` for what the user can mend."""
+    show_messages()
+    args = build_parser().parse_intermixed_args(argv)
+    extensions.add(args.imports)
+    if len(args.opts) % 2:
+        raise UserError(f"command line: KEY VALUE pairs expected, but {args.opts[-1]!r} stands alone")
+    keys: dict[str, Any] = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
+    if args.model_dir and (args.backbone or args.config_file or args.dataset_config_file):
+        raise UserError("--model-dir: the run has its own backbone and config; leave out --backbone and config files")
+    if args.model_dir and not Path(args.model_dir).is_dir():
+        raise UserError(f"--model-dir: there is no folder {args.model_dir}; give the output folder of a run")
+    folder = Path(args.output_dir or (Path(args.model_dir) / "audit" if args.model_dir else "audit"))
+    with logged(str(folder), 0):
+        from oodprompt.auditing.run import Options, audit_data, audit_run  # here: they take PyTorch
+
+        options = Options(args.vocabulary, args.sensitive, args.split)
+        if args.model_dir:
+            audit_run(args.model_dir, args.load_epoch, keys, args.root, folder, options, args.regions)
+        else:
+            files = (args.config_file, args.dataset_config_file)
+            audit_data(_of_root(args.root, keys, files) | keys, args.backbone, files, folder, options, args.regions)
+
+
+def _of_root(root: str | None, keys: dict[str, Any], files: Sequence[str | None]) -> dict[str, Any]:
+    """Keys of the folder: it holds the data set that is named, or it is one itself."""
+    if root is None:
+        return {}
+    cfg = get_cfg_default()
+    for file in filter(None, files):
+        merge_file(cfg, file)
+    if keys.get("DATASET.NAME") or cfg.DATASET.NAME:
+        return {"DATASET.ROOT": root}
+    from oodprompt.library.data import keys_of_data
+
+    return keys_of_data(Path(root), None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return exit_status(lambda: run(argv))

@@ -23,7 +23,7 @@ from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
-from oodprompt.library.data import keys_of_data, write_data
+from oodprompt.library.data import keys_of_data, written_data
 from oodprompt.library.keywords import plain
 from oodprompt.library.running import SETTINGS
 from oodprompt.library.state import Processes, call
@@ -77,9 +77,10 @@ def audit(
                     "audit: a run has its own data and backbone; give either model_dir= or data=, backbone="
                 )
             return audit_run(model_dir, epoch, own, root, Path(output), options, regions)
-        given = keys_of_data(data, root) | write_data(data, Path(output)) | own
         files = (config_file, dataset_config_file)
-        return audit_data(given, backbone, files, Path(output), options, regions)
+        with written_data(data, Path(output)) as written:
+            given = keys_of_data(data, root) | written | own
+            return audit_data(given, backbone, files, Path(output), options, regions)
 
 
 def audit_data(

@@ -18,7 +18,9 @@ from oodprompt.backbones.general import GeneralCLIP, MixedCLIP
 from oodprompt.backbones.open_clip_models import _general, adapt
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import ContextPrompts, initial_context
-from tests.backbones.test_open_clip import NAMES, as_trained, off, small, tokenizer_of
+from tests.helpers.architectures import as_trained
+from tests.helpers.hugging_face import off
+from tests.helpers.open_clip_small import NAMES, small, tokenizer_of
 
 M, TOLERANCE = 3, 1e-5
 REGIONS = torch.tensor(

@@ -24,16 +24,14 @@ from oodprompt.backbones.open_clip_models import (
     load_open_clip,
     path_of,
     path_of_settings,
-    pooling_of,
 )
-from oodprompt.backbones.tokenizer import OpenAITokenizer, Tokenizer
+from oodprompt.backbones.tokenizer import OpenAITokenizer
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
-from tests.helpers.architectures import VOCABULARY, WordTokenizer, as_trained
+from tests.helpers.architectures import as_trained
+from tests.helpers.hugging_face import off
+from tests.helpers.open_clip_small import NAMES, small, tokenizer_of
 from tests.helpers.tiny_written import as_open_clip
-
-NAMES = ["water bird", "land bird", "cat"]
-
 
 # Name -> what is computed how.
 KINDS = {
@@ -51,29 +49,6 @@ KINDS = {
 }
 
 
-def small(name: str, any_image_tower: bool = True) -> dict[str, Any]:
-    """The settings of an architecture with few layers, small images and a small vocabulary.
-
-    Without ``any_image_tower`` a small ViT of open_clip's takes the place of those of timm.
-    """
-    config = copy.deepcopy(factory._MODEL_CONFIGS[name])
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision and not any_image_tower:
-        config["vision_cfg"] = {"image_size": 64, "patch_size": 32, "layers": 1, "width": 64}
-    elif "timm_model_name" in vision:
-        if not name.startswith("MobileCLIP"):
-            vision.update(timm_model_name="vit_tiny_patch16_224", timm_pool="avg", timm_proj="linear")
-    else:
-        patch = vision.get("patch_size") or 32
-        vision.update(layers=[1, 1, 1, 1] if isinstance(vision["layers"], list) else 2, image_size=2 * patch)
-        if patch == 32 and isinstance(vision["layers"], list):
-            vision["image_size"] = 64
-    text.update(layers=2, vocab_size=VOCABULARY)
-    if "multimodal_cfg" in config:
-        config["multimodal_cfg"]["layers"] = 1
-    return config
-
-
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     def make(name: str) -> Any:
@@ -87,20 +62,6 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         return module
 
     return make
-
-
-def tokenizer_of(module: Any) -> Tokenizer:
-    text = getattr(module, "text", module)
-    tokenizer = WordTokenizer(module.context_length, VOCABULARY)
-    pooled, end = pooling_of(text)
-    if pooled == "eos":
-        assert end is not None
-        tokenizer.end = end
-    return tokenizer
-
-
-def off(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -17,7 +17,7 @@ from oodprompt.backbones import load_backbone
 from oodprompt.backbones.general import GeneralCLIP
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import class_text_features
-from tests.helpers.architectures import HUGGING_FACE, words_of_hub
+from tests.helpers.architectures import HUGGING_FACE, family, words_of_hub
 from tests.helpers.runs import load_script
 
 architectures = load_script("scripts/maintain/architectures.py")
@@ -78,7 +78,11 @@ def test_the_program_tells_failures_from_refusals(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow  # last run on 2026-11-27
-def test_all_architectures_equal_those_of_the_library() -> None:
-    found = {name: compute() for _, name, compute in backbone_differences.cases([])}
-    assert len(found) == len(open_clip.list_models()) + len(HUGGING_FACE)
+def test_one_architecture_of_each_family_equals_that_of_the_library() -> None:
+    """``scripts/maintain/backbone_differences.py`` goes through all."""
+    smallest: dict[str, str] = {}
+    for name in sorted(open_clip.list_models(), key=lambda name: -open_clip.get_model_config(name)["embed_dim"]):
+        smallest[family(name)] = f"{name}$"
+    found = {name: compute() for _, name, compute in backbone_differences.cases(list(smallest.values()))}
+    assert len(found) >= len(smallest) >= 20
     assert {name: values for name, values in found.items() if max(values.values()) > 1e-5} == {}

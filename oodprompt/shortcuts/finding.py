@@ -15,7 +15,7 @@ from oodprompt.shortcuts.proposals import Proposals, propose
 from oodprompt.shortcuts.vocabulary import Vocabulary
 from oodprompt.shortcuts.words import read_words
 
-MOST_IMAGES = 50_000
+MOST_IMAGES = 20_000
 
 
 def find_proposals(

@@ -127,7 +127,7 @@ def propose(
     proposals = []
     for (same, opposite), after in zip(groups, afters, strict=True):
         best = looked[same[0]]
-        others = [word for word in strong if word != best.word]
+        others = [looked[i].word for (i, *_), _ in groups if looked[i].strong and looked[i] is not best]
         names, agreement = namer.names(best, presence[same[0]], [looked[i].word for i in opposite], others)
         of_same, of_opposite = (tuple(looked[i] for i in side) for side in (same[1:], opposite))
         goes, rarely = int(best.lift.argmax()), int(best.lift.argmin())
@@ -182,17 +182,18 @@ class _Namer:
     ) -> tuple[tuple[str, ...], float]:
         """(names, how the split by the first two of them correlates with ``present``).
 
-        The first name is the best word, the second the one with which it splits best; a word from ``opposite``, if one
-        is nearly as good. Of ``others``, the best words of other strong proposals, those follow that raise the chi^2 of
-        split and label much.
+        The first name is the best word, the second the one with which it splits best. A word from ``opposite`` or, after
+        these, from ``others`` is preferred, if one is nearly as good. Of ``others``, the best words of other proposals with
+        a large V, those follow that raise the chi^2 of split and label much.
         """
         agreement = _correlations(self.fit[:, [best.word]] > self.fit, present)
         agreement[best.word] = -1
         second = int(agreement.argmax())
-        if opposite:
-            nearest = max(opposite, key=lambda i: (round(float(agreement[i]), 4), -i))
-            if agreement[nearest] >= _OPPOSITE * agreement[second]:
+        for preferred in (opposite, others):
+            nearest = max(preferred, key=lambda i: (round(float(agreement[i]), 4), -i), default=None)
+            if nearest is not None and agreement[nearest] >= _OPPOSITE * agreement[second]:
                 second = nearest
+                break
         chosen = [best.word, second]
         first = value = self._chi_squared(chosen)
         while len(chosen) < min(_MOST_NAMES, self.classes):
@@ -202,6 +203,9 @@ class _Namer:
                 break
             value = max(values)
             chosen.append(rest[values.index(value)])
+        if len(chosen) > 2:  # the second was the best name for "none of the first", which others may be by now
+            seconds = [i for i in (second, *others) if i not in chosen[2:] and i != best.word]
+            chosen[1] = max(seconds, key=lambda i: (self._chi_squared([best.word, i, *chosen[2:]]), -i))
         split = self.fit[:, chosen].argmax(axis=1)
         names = [self.words.words[i] for i in chosen]
         order = sorted(range(len(chosen)), key=lambda a: (self._class_of(split == a), a))

@@ -56,6 +56,19 @@ def test_names_are_in_the_order_of_classes() -> None:
     assert proposed((0.95, 0.05))[0].proposals[0].names[0] in ("sea", "lake")
 
 
+def test_an_attribute_of_three_values_gets_three_names() -> None:
+    rng, n = np.random.default_rng(0), 900
+    label = np.repeat([0, 1, 2], n // 3)
+    scene = np.where(rng.random(n) < 0.9, label, rng.integers(0, 3, n))
+    axes = torch.eye(8)
+    z = torch.from_numpy(rng.normal(0, 0.1, (n, 8))).float() + axes[scene] + axes[3 + label]
+    direction = torch.cat([axes[:3], axes[:3].sum(dim=0, keepdim=True), axes[6:7]])
+    words = Words(("sea", "meadow", "snow", "scene", "lamp"), ("",) * 5, direction, F.normalize(direction, dim=-1))
+    vocabulary = Vocabulary(words.words, words.sections, "a test")
+    found = propose(words, vocabulary, F.normalize(z, dim=-1), label, axes[3:6], show=False)
+    assert found.proposals[0].names == ("sea", "meadow", "snow")
+
+
 def test_the_same_data_give_the_same_proposals() -> None:
     one, other = (proposed((0.05, 0.95))[0] for _ in range(2))
     assert [(p.best.word, p.names, p.best.v) for p in one.proposals] == [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oodprompt.auditing.run import audit
     from oodprompt.comparing import compare
     from oodprompt.data.feature_files import write_features
     from oodprompt.errors import UserError
@@ -45,7 +46,7 @@ _PLACES = {
     "write_features": "oodprompt.data.feature_files",
 }
 
-__all__ = ["Classifier", "Results", "Run", "UserError", "compare", "load", "train", "write_features"]
+__all__ = ["Classifier", "Results", "Run", "UserError", "audit", "compare", "load", "train", "write_features"]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ def test_discover_is_the_script(
     ("line", "words"),
     [
         ("oodprompt tra", {"train"}),
-        ("oodprompt predict --mod", {"--model-dir"}),
+        ("oodprompt predict --model-d", {"--model-dir"}),
         ("oodprompt features --dtype flo", {"float32", "float16"}),
     ],
 )

@@ -13,7 +13,6 @@ from yacs.config import CfgNode
 
 from oodprompt.auditing.looking import Looked, Options, look
 from oodprompt.auditing.regions import region_suspects
-from oodprompt.backbones.weights import SHAPES
 from oodprompt.config import extensions
 from oodprompt.config.keys import get_cfg_default, leaves, set_key
 from oodprompt.data.images import PixelRules, read_image
@@ -25,7 +24,7 @@ from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 from oodprompt.library.data import keys_of_data, written_data
 from oodprompt.library.keywords import plain
-from oodprompt.library.running import SETTINGS
+from oodprompt.library.running import settings_of
 from oodprompt.library.state import Processes, call
 from oodprompt.log import logger
 from oodprompt.reports.audit_page import audit_page
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 PAGE, CONTENT, NEXT = "audit.html", "audit.json", "train.yaml"
 _ZERO_SHOT = "ZeroshotCLIP"
-_PIXELS = ("INPUT.INTERPOLATION", "INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD")
 
 
 def audit(
@@ -125,14 +123,6 @@ def zero_shot_config(
     args.opts = [word for pair in {**prepared, **given}.items() for word in pair]
     args.trainer, args.backbone, args.output_dir = _ZERO_SHOT, backbone, str(folder)
     return setup_cfg(args)
-
-
-def settings_of(backbone: str) -> dict[str, Any]:
-    """Keys for a backbone; those of other libraries say themselves how images are prepared."""
-    if ":" in backbone:
-        return {key: value for key, value in SETTINGS.items() if key not in _PIXELS}
-    pixels = 48 if backbone == "tiny" else SHAPES[backbone].image_resolution if backbone in SHAPES else 224
-    return SETTINGS | {"INPUT.SIZE": (pixels, pixels)}
 
 
 def write_audit(trainer: PromptTrainer, folder: Path, options: Options, regions: bool) -> dict[str, Any]:

@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "INPUT.PIXEL_STD": [0.26862954, 0.26130258, 0.27577711],
     "INPUT.TRANSFORMS": ("normalize",),
     "DATALOADER.TEST.BATCH_SIZE": 100,
+    "DATALOADER.NUM_WORKERS": min(4, os.cpu_count() or 1),  # of more torch warns
     "TRAINER.COOP.CTX_INIT": "a photo of a",
     "TRAINER.COOP.N_CTX": 4,
     "OPTIM.NAME": "sgd",
@@ -91,7 +92,7 @@ def train(
         given = of_data | keys_of(settings, [method, base_name, *stack], name) | {k: plain(v) for k, v in own.items()}
         if output is not None:
             given["OUTPUT_DIR"] = str(output)
-        prepared = {} if config_file else _settings(backbone or given.get("MODEL.BACKBONE.NAME", ""))
+        prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""))
         cfg = setup_cfg(_with(args, prepared | given), notes.append)
         keys_again = prepared | given | {"OUTPUT_DIR": cfg.OUTPUT_DIR, "SEED": cfg.SEED}
         with (
@@ -173,7 +174,7 @@ def _with(args: argparse.Namespace, keys: Mapping[str, Any]) -> argparse.Namespa
     return copy
 
 
-def _settings(backbone: str) -> dict[str, Any]:
+def settings_of(backbone: str) -> dict[str, Any]:
     """``SETTINGS``, and the size of images that the backbone takes; backbones of other libraries and of the user's say so themselves."""
     if ":" in backbone or backbone in BACKBONE_REGISTRY:
         return {key: value for key, value in SETTINGS.items() if key not in _PIXELS}

@@ -143,7 +143,8 @@ class progress(AbstractContextManager["progress"]):  # called like a function
             logger.info(self._line(now - self._began))
 
     def _line(self, seconds: float) -> str:
-        spent, unit = _minutes(seconds), self.unit if self.unit in ("MiB", "K") else f"{self.unit}s"
+        plural = "" if self.unit in ("MiB", "K") else "es" if self.unit.endswith("ch") else "s"
+        spent, unit = _minutes(seconds), self.unit + plural
         if self.total is None:
             return f"{self.title}: {self.done:,} {unit} after {spent}"
         left = seconds * (self.total - self.done) / max(self.done - self._initial, 1)

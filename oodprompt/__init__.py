@@ -12,6 +12,8 @@ docs/library.md has everything that can be called from Python.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +54,28 @@ __all__ = ["Classifier", "Results", "Run", "UserError", "audit", "compare", "loa
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _import_torch()
     try:
         return getattr(importlib.import_module(_PLACES[name]), name)
     except ModuleNotFoundError as error:
         if error.name is None or not _PLACES[name].startswith(error.name):
             raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
+
+
+def _import_torch() -> None:
+    """Import PyTorch so that its threads sleep while they wait, as on the command line (``oodprompt.cli.main``).
+
+    OpenMP reads the variable when it is loaded; afterwards the environment is as it was.
+    """
+    name = "OMP_WAIT_POLICY"
+    if "torch" in sys.modules or name in os.environ:
+        return
+    os.environ[name] = "passive"
+    try:
+        importlib.import_module("torch")
+    finally:
+        del os.environ[name]
 
 
 def __dir__() -> list[str]:

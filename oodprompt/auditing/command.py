@@ -78,7 +78,15 @@ def _of_root(root: str | None, keys: dict[str, Any], files: Sequence[str | None]
         return {"DATASET.ROOT": root}
     from oodprompt.library.data import keys_of_data
 
-    return keys_of_data(Path(root), None)
+    try:
+        return keys_of_data(Path(root), None)
+    except UserError as error:
+        place = Path(root).absolute()
+        what = "has no folders train and test, and no metadata.csv" if place.is_dir() else "is no folder"
+        raise UserError(
+            f"--root: {place} {what}; give a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, or the folder of data sets "
+            "with DATASET.NAME"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from oodprompt.log import logger, optional, progress
 from oodprompt.memory import memory_for
 from oodprompt.methods.attributes import PseudoAttributes
 from oodprompt.reports.curves import write_training_curves
-from oodprompt.reports.results import selections_table, write_results
+from oodprompt.reports.results import NO_GROUPS, selections_table, write_results
 
 
 class Testing:
@@ -110,6 +110,8 @@ class Testing:
         with optional("the report"):
             self.evaluator.report(metrics)
             report_other_predictions(metrics)
+            if not results["groups"]:
+                logger.info(f"Note: {NO_GROUPS}")
             for note in results.get("notes", ()):
                 logger.warning(f"Note: {note}")
             if results["selections"]:

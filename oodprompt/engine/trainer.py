@@ -366,7 +366,7 @@ def load_run(
     """
     config = Path(directory) / "config.yaml"
     if not config.is_file():
-        raise UserError(f"--model-dir: there is no {config}; give the output folder of a run of train.py")
+        raise UserError(f"--model-dir: there is no {config}; give the output folder of a run")
     cfg = get_cfg_default()
     merge_file(cfg, config)
     find_moved_data(cfg, Path(directory))

@@ -60,10 +60,10 @@ def comparison_picture(content: dict[str, Any]) -> Figure:
     figure = new_figure(6.5 + 4 * len(curves), max(3.2, 1.3 + 0.55 * len(runs)))
     panels = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=[1.6] + [1] * len(curves))[0]
     bars, places = panels[0], range(len(runs))
-    for offset, key, colour, label in (
-        (-0.2, "accuracy", BLUE, "average"),
-        (0.2, "worst_group_accuracy", RED, "worst group"),
-    ):
+    shown = [(-0.2, "accuracy", BLUE, "average"), (0.2, "worst_group_accuracy", RED, "worst group")]
+    if all(run["worst_group_accuracy"] is None for run in runs):
+        shown = shown[:1]
+    for offset, key, colour, label in shown:
         values = [100 * run[key] if run[key] is not None else 0.0 for run in runs]
         drawn = bars.barh([place + offset for place in places], values, 0.38, color=colour, label=label)
         labels = [f"{value:.1f}" if run[key] is not None else "" for value, run in zip(values, runs, strict=True)]

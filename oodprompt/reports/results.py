@@ -68,6 +68,8 @@ def results_markdown(results: dict[str, Any]) -> str:
             *([f"{outside} and in no group.\n"] if outside else []),
             markdown_table(("class", "attribute", "training images", "images", "accuracy"), rows),
         ]
+    else:
+        parts.append(f"\n{NO_GROUPS}.")
     rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
     parts += ["\n## Classes\n", markdown_table(("class", "images", "accuracy"), rows)]
     if results.get("other_predictions"):
@@ -80,6 +82,12 @@ def results_markdown(results: dict[str, Any]) -> str:
     if results.get("selections"):
         parts += ["\n## Which epoch\n", selections_table(results["selections"])]
     return "\n".join(parts) + "\n"
+
+
+NO_GROUPS = (
+    "No image of this split has an attribute label, so there are no groups and no worst group. `oodprompt audit --model-dir "
+    "RUN --split test` shows accuracies with and without each suspected shortcut"
+)
 
 
 def without_attribute(results: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ class _Evaluated:
 
 
 @torch.no_grad()
-def look(trainer: PromptTrainer, options: Options) -> Looked:
+def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
     """Audit the model of ``trainer`` and the images that it would be trained on.
 
     Words are looked for in the training images (in those of the split where there are none), accuracies measured on

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from yacs.config import CfgNode
 
-from oodprompt.auditing.looking import Looked, Options, look
+from oodprompt.auditing.looking import Looked, Options, look_for_shortcuts
 from oodprompt.auditing.regions import region_suspects
 from oodprompt.config import extensions
 from oodprompt.config.keys import get_cfg_default, leaves, set_key
@@ -128,7 +128,7 @@ def zero_shot_config(
 def write_audit(trainer: PromptTrainer, folder: Path, options: Options, regions: bool) -> dict[str, Any]:
     """Audit the model of ``trainer``, write audit.json, train.yaml and audit.html, and say what was found."""
     device.set_torch(trainer.cfg, trainer.device)
-    looked = look(trainer, options)
+    looked = look_for_shortcuts(trainer, options)
     content, cfg = looked.content, trainer.cfg
     model = _title_of(trainer)
     content |= {

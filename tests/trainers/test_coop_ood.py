@@ -321,7 +321,7 @@ def _step(trainer: PromptTrainer, batch: dict[str, Any]) -> Step:
 
 def test_anchor_needs_names(build: Build) -> None:
     pseudo = build("CoOpOOD").attributes.pseudo
-    pseudo.prompts = []
+    pseudo._prompts = []
     with pytest.raises(UserError, match="ATTRIBUTE_NAMES"):
         _ = pseudo.text
 

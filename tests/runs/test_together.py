@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 
 from oodprompt import cli
 from oodprompt.backbones import CLIP, load_backbone
+from oodprompt.engine import assembly
 from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
+from oodprompt.features import views
 from oodprompt.features.encoder import evaluating
 from oodprompt.runs import together
 from oodprompt.runs.benchmark import main
@@ -26,7 +29,7 @@ from oodprompt.runs.bundles import Bundle, bundled, saying, size_of
 from oodprompt.runs.grid import TrainingRun
 from oodprompt.runs.together import Part, run_together
 from tests.helpers.jobs import Line, in_fork, results, wait_for
-from tests.helpers.runs import METRICS, command_line, no_pictures
+from tests.helpers.runs import CONFIG, METRICS, command_line, no_pictures
 
 ANCHORED = ("CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", "0.1")
 EPOCHS = ("OPTIM.MAX_EPOCH", "2")
@@ -98,9 +101,26 @@ def sixteen(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_sixteen_runs_equal_those_alone(sixteen: Path, data_root: Path, tmp_path: Path, calls: list[int]) -> None:
+def counting(patch: pytest.MonkeyPatch, module: Any, name: str, counts: Counter[str]) -> None:
+    """Count the calls of a function."""
+    function = getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts[name] += 1
+        return function(*args, **kwargs)
+
+    patch.setattr(module, name, counted)
+
+
+def test_sixteen_runs_equal_those_alone(
+    sixteen: Path, data_root: Path, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, encoded = Counter[str](), Counter[str]()
+    counting(monkeypatch, assembly, "load_backbone", loaded)
+    counting(monkeypatch, views, "rows_in_order", encoded)
     with no_pictures():
         assert run_together(parts(data_root, tmp_path, SIXTEEN)) == [0] * 16
+    assert loaded == {"load_backbone": 1} and encoded == {"rows_in_order": 3}  # of train, val and test
     assert calls == [16] * 10  # the longer run then goes on alone
     for i in range(16):
         assert_alike(sixteen / str(i), tmp_path / str(i))
@@ -266,8 +286,6 @@ def test_memory_that_does_not_hold_all_leaves_each_to_itself(tmp_path: Path, mon
 
 
 def grid_run(i: int, *words: str) -> TrainingRun:
-    from tests.helpers.runs import CONFIG
-
     return TrainingRun(
         Path(f"out/{i}"), ("--config-file", CONFIG, "--seed", str(i), "--output-dir", f"out/{i}", *words)
     )

@@ -17,6 +17,10 @@ T = TypeVar("T")
 class Company(Protocol):
     """The runs beside this one, seen from it. Each run is a thread with a context of its own."""
 
+    @property
+    def size(self) -> int:
+        """How many runs these are, this one included."""
+
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for all runs that ask for ``key``. Nobody may change it."""
 

@@ -6,7 +6,7 @@ import functools
 import math
 import shlex
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class Bundle:
 
         parts = [Part(run.log, run.work, f"$ {shlex.join(run.command)}") for run in self.parts]
         return max(run_together(parts))
+
+    def of(self, folders: Collection[Path]) -> Bundle:
+        """Those of its runs that are in ``folders``."""
+        return Bundle(tuple(run for run in self.parts if run.folder in folders))
 
     def is_finished(self) -> bool:
         return all(run.is_finished() for run in self.parts)

@@ -103,9 +103,10 @@ def _do(job: Job, environment: dict[str, str]) -> None:
             sys.exit(LOCKED if any(lock is None for _, lock in locks) else 0)
         for _, lock in ours:
             os.set_inheritable(lock, True)  # by a command that takes this process's place
-        job = ours[0][0] if len(ours) == 1 else Bundle(tuple(part for part, _ in ours))
+        if isinstance(job, Bundle):
+            job = ours[0][0] if len(ours) == 1 else job.of({part.folder for part, _ in ours})
         _print_to(job.log)
-        if len(ours) == 1:  # several say so themselves, each in its own log
+        if not isinstance(job, Bundle):  # several say so themselves, each in its own log
             print(f"{PROMPT}{shlex.join(job.command)}", flush=True)
         if not may_fork():
             os.execv(job.command[0], job.command)

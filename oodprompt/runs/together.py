@@ -116,14 +116,14 @@ class _Call:
                 features = first.clip.encode_prompts(first.prefix, suffixes, first.lengths * len(asked))
                 self.features = features.unflatten(0, (len(asked), self.classes))
 
-    def gradients(self, by_row: dict[int, Tensor]) -> list[Tensor]:
-        """Gradients of what the runs ``by_row`` learn, for those of their features [C, d], in one backward pass."""
+    def gradients(self, by_row: dict[int, Tensor]) -> Tensor:
+        """Gradients of what the runs learn, [R, ...], for those of their features [C, d] by row (none: 0), in one pass."""
         whole = torch.zeros_like(self.features)
         for row, gradient in by_row.items():
             whole[row] = gradient
         # A run may ask again (ProGrad has two losses). The graph goes when the last run has let go of this call.
         (found,) = torch.autograd.grad(self.features, self.learned, whole, retain_graph=True)
-        return [found[row] for row in by_row]
+        return found
 
 
 @dataclass
@@ -201,6 +201,10 @@ class _Member:
 
     # --- as of ``oodprompt.backbones.company`` -----------------------------------------------------------------
 
+    @property
+    def size(self) -> int:
+        return len(self.company.members)
+
     def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self.company.kept:
             self.company.kept[key] = make()
@@ -262,23 +266,23 @@ class _Company:
 
     def _answer(self, waiting: Sequence[_Member]) -> list[_Member]:
         """Answer some of those that wait, gradients first; who they are."""
-        asking = [member for member in waiting if isinstance(member.asks, _Gradient)]
-        if asking:
-            call = asking[0].asks.call
-            asking = [member for member in asking if member.asks.call is call]
-            self._differentiate(call, asking)
-            return asking
-        first = min(waiting, key=lambda member: member.asks.turn).asks
-        group = [member for member in waiting if member.asks is first or member.asks.goes_with(first)]
+        gradients = [(member, member.asks) for member in waiting if isinstance(member.asks, _Gradient)]
+        if gradients:
+            call = gradients[0][1].call
+            members = {asks.row: member for member, asks in gradients if asks.call is call}
+            self._differentiate(call, members, {asks.row: asks.gradient for _, asks in gradients if asks.call is call})
+            return [*members.values()]
+        prompts = [(member, member.asks) for member in waiting if isinstance(member.asks, _Prompts)]
+        first = min((asks for _, asks in prompts), key=lambda asks: asks.turn)
+        group = [(member, asks) for member, asks in prompts if asks is first or asks.goes_with(first)]
         group = group[: max(1, first.clip.tokens_at_once // first.tokens)]
-        self._encode(group)
-        return group
+        if len(group) > 1:  # one alone does it itself
+            self._encode([member for member, _ in group], [asks for _, asks in group])
+        return [member for member, _ in group]
 
-    def _encode(self, members: Sequence[_Member]) -> None:
-        if len(members) == 1:
-            return  # it does so itself
+    def _encode(self, members: Sequence[_Member], asked: Sequence[_Prompts]) -> None:
         try:
-            call = _Call([member.asks for member in members])
+            call = _Call(asked)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
@@ -286,18 +290,17 @@ class _Company:
         for row, member in enumerate(members):
             member.answer = call, row
 
-    def _differentiate(self, call: _Call, members: Sequence[_Member]) -> None:
-        by_row = {member.asks.row: member.asks.gradient for member in members}
+    def _differentiate(self, call: _Call, members: dict[int, _Member], gradients: dict[int, Tensor]) -> None:
         try:
-            gradients = call.gradients(by_row)
+            found = call.gradients(gradients)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            for member in members:
-                member.answer = error.with_traceback(None)
+            for member in members.values():  # each says so in its own words
+                member.answer = type(error)(*error.args)
             return
-        for member, gradient in zip(members, gradients, strict=True):
-            member.answer = gradient
+        for row, member in members.items():
+            member.answer = found[row]
 
     def _interrupt(self) -> None:
         """End every run as Ctrl-C does. The one that is running is let on until it waits."""

@@ -131,8 +131,11 @@ def _shared_by(line: tuple[str, ...]) -> Hashable | None:
     keys = cfg.TRAINER.COOP
     if base not in LEARNERS or keys.CLASS_TOKEN_POSITION == "middle" or learner.trains_image_tower:
         return None
-    if not views_to_cache(cfg, trains_image_tower=False):
-        return None  # the image tower takes nearly all of a step
+    try:
+        if not views_to_cache(cfg, trains_image_tower=False):
+            return None  # the image tower takes nearly all of a step
+    except UserError:  # which the run itself says
+        return None
     prompts = tuple(str(keys[key]) for key in _PROMPT_KEYS)
     backbone = tuple(str(value) for _, value in sorted(cfg.MODEL.BACKBONE.items()))
     data = (cfg.DATASET.NAME, cfg.DATASET.SUBSAMPLE_CLASSES, tuple(cfg.INPUT.SIZE))

@@ -184,8 +184,10 @@ class _Member:
 
     def go_on(self) -> None:
         """Let it run until it waits or ends."""
+        streams = sys.stdout, sys.stderr
         self.turn.release()
         self.company.baton.acquire()
+        sys.stdout, sys.stderr = streams
 
     def wait(self, asks: _Prompts | _Gradient) -> Any:
         """The answer to what it asks, when the others have run as far as they can. Called by its own thread."""

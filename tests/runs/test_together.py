@@ -32,28 +32,29 @@ from tests.helpers.jobs import Line, in_fork, results, wait_for
 from tests.helpers.runs import CONFIG, METRICS, command_line, no_pictures
 
 ANCHORED = ("CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", "0.1")
+ONE = ("OPTIM.MAX_EPOCH", "1")
 EPOCHS = ("OPTIM.MAX_EPOCH", "2")
 METHODS = (("CoOp",), ("CoOpOOD",), ANCHORED, ("DebiasedPT",), ("GroupDRO", "TRAINER.GROUPS", "true"))
 SIXTEEN = [*METHODS, *METHODS, *METHODS, ("CoOp", "OPTIM.MAX_EPOCH", "3")]
 OTHERS = (
-    ("ProGrad", "OPTIM.MAX_EPOCH", "1"),
+    ("ProGrad",),
     ("CoOp", "TRAINER.COOP.CSC", "True"),
-    ("KgCoOp", "OPTIM.MAX_EPOCH", "1"),
+    ("KgCoOp",),
     ("CoOp", "TRAINER.COOP.CLASS_TOKEN_POSITION", "front"),
     ("JTT", "--base", "ProGrad", "TRAINER.JTT.FIRST_EPOCHS", "1"),
     ("CoOp", "TRAINER.COOP.CLASS_TOKEN_POSITION", "front", "SEED", "5"),
     ("CoOp", "TRAINER.COOP.CLASS_TOKEN_POSITION", "middle"),
     ("CoOp", "TRAINER.COOP.CSC", "True", "SEED", "5"),
-    ("CoOp", "TRAINER.PREC", "bf16"),
+    ("CoOp", "TRAINER.PREC", "bf16", "DATALOADER.NUM_WORKERS", "2"),
     ("CoOp", "TRAINER.PREC", "bf16", "SEED", "5"),
 )
 
 
-def parts(root: Path, out: Path, methods: Sequence[Sequence[str]]) -> list[Part]:
+def parts(root: Path, out: Path, methods: Sequence[Sequence[str]], epochs: Sequence[str] = EPOCHS) -> list[Part]:
     """A run of each method, each five with another seed, in folders 0, 1, ... of ``out``; their logs are 0.log, ...."""
     out.mkdir(exist_ok=True)
     lines = [
-        command_line(root, out / str(i), name, *EPOCHS, "SEED", 1 + i // 5, *more)
+        command_line(root, out / str(i), name, *epochs, "SEED", 1 + i // 5, *more)
         for i, (name, *more) in enumerate(methods)
     ]
     return [Part(out / f"{i}.log", lambda line=line: cli.main(line)) for i, line in enumerate(lines)]
@@ -130,10 +131,10 @@ def test_sixteen_runs_equal_those_alone(
 
 def test_other_learners_go_together_with_their_like(data_root: Path, tmp_path: Path, calls: list[int]) -> None:
     with no_pictures():
-        assert alone(parts(data_root, tmp_path / "alone", OTHERS)) == [0] * len(OTHERS)
+        assert alone(parts(data_root, tmp_path / "alone", OTHERS, ONE)) == [0] * len(OTHERS)
         assert not calls
-        assert run_together(parts(data_root, tmp_path / "together", OTHERS)) == [0] * len(OTHERS)
-    assert calls.count(2) >= 10 and not set(calls) - {2, 3}
+        assert run_together(parts(data_root, tmp_path / "together", OTHERS, ONE)) == [0] * len(OTHERS)
+    assert calls.count(2) >= 5 and not set(calls) - {2, 3}
     for i, other in enumerate(OTHERS):
         tolerance = 1e-2 if "bf16" in other else 1e-5
         assert_alike(tmp_path / "alone" / str(i), tmp_path / "together" / str(i), tolerance)
@@ -298,11 +299,12 @@ def test_runs_are_grouped_by_what_they_share() -> None:
         grid_run(20, "--trainer", "CoOp", "TRAINER.COOP.N_CTX", "2", "TRAINER.COOP.CTX_INIT", ""),
         grid_run(21, "--trainer", "MaPLe"),
         grid_run(22, "--trainer", "CoOp", "DATALOADER.FEATURE_CACHE", "off"),
+        grid_run(24, "--trainer", "CoOp", "DATALOADER.FEATURE_CACHE", "disk", "INPUT.TRANSFORMS", "('random_flip',)"),
         grid_run(23, "--trainer", "CoOp", "TRAINER.COOP.CLASS_TOKEN_POSITION", "middle"),
     ]
     jobs = bundled([*coop, *apart, *over], 4, 1)
     assert jobs == [Bundle(tuple(coop[:3])), Bundle((coop[3], *over)), *apart]
-    assert saying(jobs) == "6 runs train together in 2 processes of 3; 4 more train alone (--together)"
+    assert saying(jobs) == "6 runs train together in 2 processes of 3; 5 more train alone (--together)"
     assert [len(job.parts) for job in bundled(coop, 16, 2)] == [2, 2]
     assert bundled(coop, 1, 2) == coop and saying(coop) == ""
 

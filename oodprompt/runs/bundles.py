@@ -131,6 +131,8 @@ def _shared_by(line: tuple[str, ...]) -> Hashable | None:
     keys = cfg.TRAINER.COOP
     if base not in LEARNERS or keys.CLASS_TOKEN_POSITION == "middle" or learner.trains_image_tower:
         return None
+    if set(cfg.TRAIN.TRACKERS) - {"tensorboard"}:
+        return None  # wandb and mlflow know one run in a process
     try:
         if not views_to_cache(cfg, trains_image_tower=False):
             return None  # the image tower takes nearly all of a step

@@ -300,11 +300,12 @@ def test_runs_are_grouped_by_what_they_share() -> None:
         grid_run(21, "--trainer", "MaPLe"),
         grid_run(22, "--trainer", "CoOp", "DATALOADER.FEATURE_CACHE", "off"),
         grid_run(24, "--trainer", "CoOp", "DATALOADER.FEATURE_CACHE", "disk", "INPUT.TRANSFORMS", "('random_flip',)"),
+        grid_run(25, "--trainer", "CoOp", "TRAIN.TRACKERS", "('mlflow',)"),
         grid_run(23, "--trainer", "CoOp", "TRAINER.COOP.CLASS_TOKEN_POSITION", "middle"),
     ]
     jobs = bundled([*coop, *apart, *over], 4, 1)
     assert jobs == [Bundle(tuple(coop[:3])), Bundle((coop[3], *over)), *apart]
-    assert saying(jobs) == "6 runs train together in 2 processes of 3; 5 more train alone (--together)"
+    assert saying(jobs) == "6 runs train together in 2 processes of 3; 6 more train alone (--together)"
     assert [len(job.parts) for job in bundled(coop, 16, 2)] == [2, 2]
     assert bundled(coop, 1, 2) == coop and saying(coop) == ""
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from oodprompt.backbones.boxes import Patches, joined, side_by_side
 from oodprompt.backbones.captures import Captures
 from oodprompt.backbones.casts import Conv2d, Linear, autocast_dtype, cast
+from oodprompt.backbones.company import COMPANY
 from oodprompt.backbones.devices import queues_work, to_device
 from oodprompt.backbones.packing import pack, way_of
 from oodprompt.backbones.preprocessing import Preprocessing
@@ -610,6 +611,11 @@ class CLIP(nn.Module):
     takes_deep_text_prompts: bool = True
 
     @property
+    def tokens_at_once(self) -> int:
+        """Tokens whose activations the text tower may keep for the backward pass, within ``activation_limit``."""
+        return max(1, self.activation_limit // (BYTES_PER_TOKEN * self.shape.text_width * self.shape.text_layers))
+
+    @property
     def image_tower(self) -> str:
         """What the image tower is, for messages."""
         return "a ViT" if self.takes_visual_prompts else "a ResNet"
@@ -708,9 +714,14 @@ class CLIP(nn.Module):
         if any(1 + len(prompts) > prefix.shape[-2] for prompts in deep):
             raise ValueError("deep prompts must lie in the prefix")
         by_image = prefix.ndim == 3
+        company = COMPANY.get()
+        if company is not None and not by_image and not deep:
+            joint = company.encode(self, prefix, suffix, lengths)
+            if joint is not None:
+                return joint
         batch = prefix if by_image else prefix.unsqueeze(0)
         classes, tokens = len(lengths), prefix.shape[-2] + sum(lengths)
-        limit = max(1, self.activation_limit // (BYTES_PER_TOKEN * self.shape.text_width * self.shape.text_layers))
+        limit = self.tokens_at_once
         if batch.shape[0] * tokens <= limit:
             features = self._encode_at_once(batch, suffix, lengths, deep)
         else:

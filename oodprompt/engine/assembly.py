@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, load_backbone
 from oodprompt.backbones.captures import Captures
+from oodprompt.backbones.company import shared
 from oodprompt.backbones.model import ModifiedResNet
 from oodprompt.config.defaults import PRECISIONS
 from oodprompt.config.registry import BACKBONE_REGISTRY, GROUP_SOURCE_REGISTRY
@@ -75,7 +76,8 @@ def load_clip(cfg: CfgNode, device: torch.device, precision: str = "fp32") -> CL
             f"Note: {keys.PATH} is taken to have QuickGELU, as OpenAI's weights have; most of OpenCLIP's need "
             "MODEL.BACKBONE.ACTIVATION gelu"
         )
-    clip = load_backbone(keys.NAME, keys.PATH, activation=keys.ACTIVATION)
+    which = (keys.NAME, keys.PATH, keys.ACTIVATION, device, precision, cfg.TRAIN.ACTIVATION_GIB)
+    clip = shared(("backbone", *which), lambda: load_backbone(keys.NAME, keys.PATH, activation=keys.ACTIVATION))
     with memory_for(
         "while the backbone was moved to it", "Close other programs that use it, or take a smaller --backbone"
     ):

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 from yacs.config import CfgNode
 
+from oodprompt.backbones.company import COMPANY
 from oodprompt.data.distributed import sum_over_processes
 from oodprompt.errors import UserError
 from oodprompt.log import logger
@@ -123,13 +124,14 @@ def describe(cfg: CfgNode, device: torch.device) -> None:
 
 def environment(cfg: CfgNode, device: torch.device, precision: str) -> dict[str, Any]:
     """What the times and the last bits of a run depend on, for results.json."""
-    cuda = device.type == "cuda"
+    cuda, company = device.type == "cuda", COMPANY.get()
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()})",
         "precision": precision,
         "tf32": cfg.TRAIN.TF32 if cuda else "none",
         "deterministic": cfg.TRAIN.DETERMINISTIC or not cuda,
         "compile": cfg.TRAIN.COMPILE if cuda else "off",
+        "together": company.size if company is not None else 1,
     }
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP
+from oodprompt.backbones.company import shared
 from oodprompt.backbones.weights import digest
 from oodprompt.config.keys import leaves
 from oodprompt.data.columns import Images
@@ -81,10 +82,20 @@ class FeatureCache:
         made of them; files are named by it, too. All processes call it together. Raises ``UserError`` when
         FEATURE_CACHE disk insists on a folder that cannot be used.
         """
-        columns, began = Images.of(images), time.time()
+        columns = Images.of(images)
         shape = (len(columns) if rows is None else rows, self.clip.shape.embed_dim)
+        paths: list[Path] | None = self.tolerate(self._paths, columns, number, is_train, parts)
+        if paths is None:
+            return self._views(split, columns, shape, [None] * number, compute)
+        which = ("features", *paths, self.insists, self.cfg.DATALOADER.CACHE_MEMORY_MIB)
+        return shared(which, lambda: self._views(split, columns, shape, paths, compute))
+
+    def _views(
+        self, split: str, columns: Images, shape: tuple[int, int], paths: Sequence[Path | None], compute: Compute
+    ) -> Views:
+        """A view of ``shape`` for each of ``paths``, which are their files; None: without one."""
+        began, number = time.time(), len(paths)
         fits = number * shape[0] * shape[1] * 4 <= self.cfg.DATALOADER.CACHE_MEMORY_MIB * 2**20
-        paths = self.tolerate(self._paths, columns, number, is_train, parts) or [None] * number
         made = [_View(self, split, columns, path, shape, fits) for path in paths]
         values = [one.get(compute, view) for view, one in enumerate(made)]
         outcomes = [one.outcome for one in made]
@@ -102,7 +113,8 @@ class FeatureCache:
 
     def _paths(self, images: Images, number: int, is_train: bool, parts: str) -> list[Path]:
         """The files of the views, each named by what its features follow from."""
-        self._backbone = self._backbone or digest(self.clip.visual)
+        tower = self.clip.visual
+        self._backbone = self._backbone or shared(("digest", tower), lambda: digest(tower))
         by_default = {"RESIZE"} if self.cfg.INPUT.RESIZE == "shortest" else set()  # as before there was the key
         left_out = {"VIEWS", "MAX_PIXELS"} | by_default
         facts = {

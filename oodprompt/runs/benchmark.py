@@ -16,10 +16,11 @@ from oodprompt.files import write_atomically
 from oodprompt.runs import grid as grids
 from oodprompt.runs import grid_file
 from oodprompt.runs.aggregate import Row, baselines, collect
+from oodprompt.runs.bundles import Bundle, bundled, on_gpu, saying, size_of
 from oodprompt.runs.grid import TrainingRun
 from oodprompt.runs.grid_file import GridFile, read_grid
 from oodprompt.runs.grid_tables import headline, page_text, results_of, write_tables
-from oodprompt.runs.launch import RunsFailed, run_here, runs_status, sigterm_as_ctrl_c, unfinished
+from oodprompt.runs.launch import RunsFailed, parts_of, run_here, runs_status, sigterm_as_ctrl_c, unfinished
 from oodprompt.runs.progress import Progress
 from oodprompt.runs.slurm import run_on_slurm
 from oodprompt.runs.tables import tables
@@ -75,6 +76,12 @@ def build_parser() -> Parser:
         type=int,
         help="runs at the same time; default: one per GPU of --gpus, else one, of GRID.yaml one per core",
     )
+    parser.add_argument(
+        "--together",
+        default="auto",
+        metavar="auto|N|off",
+        help="runs that share backbone, classes and prompt shape train in one process on the CPU, up to N (auto: 16)",
+    )
     parser.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="each run sees one of them")
     parser.add_argument("--slurm", default="", metavar="PARTITION", help="submit to Slurm (needs submitit)")
     parser.add_argument(
@@ -106,6 +113,7 @@ def _check(args: argparse.Namespace) -> None:
                 raise UserError(f"give GRID.yaml, or {flag}; see `oodprompt benchmark --help`")
     if args.jobs is not None and args.jobs < 1:
         raise UserError("--jobs: give 1 or more")
+    size_of(args.together)
     if args.slurm and args.gpus:
         raise UserError("--gpus: Slurm gives each run a GPU of its own; leave it out with --slurm")
     if wrong := [pair for pair in args.slurm_opts if "=" not in pair]:
@@ -158,14 +166,15 @@ def run(argv: Sequence[str] | None = None) -> None:
         return
     at_once = args.jobs or len(args.gpus) or (_cores() if grid else 1)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished already", flush=True)
-    progress = Progress(len(todo), at_once)
+    jobs = _jobs(args, todo, at_once)
+    progress = Progress(len(todo), at_once * max([len(parts_of(job)) for job in jobs], default=1))
     try:
         with sigterm_as_ctrl_c():
             if args.slurm and todo:
                 options = _slurm_options(args.slurm_opts, args.jobs)
                 failed = run_on_slurm(todo, args.slurm, options, out / "slurm", progress)
             else:
-                failed = run_here(todo, at_once, args.gpus, progress)
+                failed = run_here(jobs, at_once, args.gpus, progress)
     finally:
         progress.close()
     for line in failed:
@@ -177,6 +186,26 @@ def run(argv: Sequence[str] | None = None) -> None:
             _report_flags(args, runs, out)
     if failed:
         raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed; rerun the same command to try them again")
+
+
+def _jobs(args: argparse.Namespace, todo: Sequence[TrainingRun], at_once: int) -> Sequence[TrainingRun | Bundle]:
+    """What is done in a process each, and a line that says how runs go together or why not."""
+    size, asked = size_of(args.together), args.together not in ("auto", "off")
+    why = (
+        "Slurm gives each run a process of its own"
+        if args.slurm
+        else "a GPU computes backward passes in threads of its own"
+        if args.gpus or on_gpu()
+        else ""
+    )
+    if why and asked and size > 1:
+        print(f"Note: --together {args.together} is for the CPU of this machine: {why}; runs train alone", flush=True)
+    if why or size == 1:
+        return todo
+    jobs = bundled(todo, size, at_once)
+    if line := saying(jobs):
+        print(line, flush=True)
+    return jobs
 
 
 def _report_flags(args: argparse.Namespace, runs: Sequence[TrainingRun], out: Path) -> None:

@@ -139,7 +139,7 @@ def file_runs(
 
 def dataset_of(line: Sequence[str]) -> str:
     """Build the config of a command line and resolve its methods; returns the data set's name."""
-    cfg = _config([*line, "--seed", "0"])
+    cfg = config_of([*line, "--seed", "0"])
     resolve_methods(cfg)
     return cfg.DATASET.NAME or "no_dataset"
 
@@ -172,6 +172,7 @@ def _dataset_flags(dataset: str) -> list[str]:
     return ["--dataset-config-file", str(path)]
 
 
-def _config(line: Sequence[str]) -> CfgNode:
+def config_of(line: Sequence[str]) -> CfgNode:
+    """The config of a command line of ``train.py``, but for its folder."""
     arguments = build_parser().parse_intermixed_args([*line, "--output-dir", os.devnull])
     return setup_cfg(arguments, say=lambda line: None)  # the run itself says it

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from oodprompt.errors import UserError
+from oodprompt.runs.bundles import Bundle
 from oodprompt.runs.progress import Progress
 from oodprompt.runs.reading import changed_keys, last_line
 from oodprompt.terminal import exit_status
@@ -95,19 +96,28 @@ def _do(job: Job, environment: dict[str, str]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # its own: a lock that is shared stays locked where one of its holders is killed
-    with locked(job.folder) as lock:
-        if lock is None:
-            sys.exit(LOCKED)
-        if job.is_finished():  # by now
-            sys.exit(0)
-        os.set_inheritable(lock, True)  # by a command that takes this process's place
+    with contextlib.ExitStack() as stack:
+        locks = [(part, stack.enter_context(locked(part.folder))) for part in parts_of(job)]
+        ours = [(part, lock) for part, lock in locks if lock is not None and not part.is_finished()]  # by now
+        if not ours:
+            sys.exit(LOCKED if any(lock is None for _, lock in locks) else 0)
+        for _, lock in ours:
+            os.set_inheritable(lock, True)  # by a command that takes this process's place
+        if isinstance(job, Bundle):
+            job = ours[0][0] if len(ours) == 1 else job.of({part.folder for part, _ in ours})
         _print_to(job.log)
-        print(f"{PROMPT}{shlex.join(job.command)}", flush=True)
+        if not isinstance(job, Bundle):  # several say so themselves, each in its own log
+            print(f"{PROMPT}{shlex.join(job.command)}", flush=True)
         if not may_fork():
             os.execv(job.command[0], job.command)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         sys.exit(job.work())
+
+
+def parts_of(job: Job) -> Sequence[Job]:
+    """The runs of a job, each in a folder of its own."""
+    return job.parts if isinstance(job, Bundle) else [job]
 
 
 def _print_to(log: Path) -> None:
@@ -226,13 +236,14 @@ def run_here(todo: Sequence[Job], at_once: int, gpus: Sequence[str], progress: P
                     continue
                 del running[slot]
                 slots.append(slot)
-                if status == LOCKED:  # another process was faster
-                    progress.postponed(job)
-                    waiting.append(job)
-                    continue
-                line = failure(job, status)
-                failed += [line] if line else []
-                progress.ended(job, line)
+                for part in parts_of(job):
+                    if status == LOCKED or (part is not job and not part.is_finished() and _is_locked(part)):
+                        progress.postponed(part)  # another process was faster
+                        waiting.append(part)
+                        continue
+                    line = failure(part, status)
+                    failed += [line] if line else []
+                    progress.ended(part, line)
             for job in list(waiting):
                 if not slots:
                     break
@@ -240,10 +251,12 @@ def run_here(todo: Sequence[Job], at_once: int, gpus: Sequence[str], progress: P
                     continue
                 waiting.remove(job)
                 if job.is_finished():
-                    progress.ended(job)
+                    for part in parts_of(job):
+                        progress.ended(part)
                     continue
                 slot = slots.pop(0)
-                progress.started(job)
+                for part in parts_of(job):
+                    progress.started(part)
                 with uninterrupted():
                     running[slot] = job, start(job, _environment(gpus, slot))
             if waiting and not running and not told:
@@ -258,8 +271,12 @@ def run_here(todo: Sequence[Job], at_once: int, gpus: Sequence[str], progress: P
 
 
 def _is_locked(job: Job) -> bool:
-    with locked(job.folder) as lock:
-        return lock is None
+    """Whether other processes do all of it."""
+    for part in parts_of(job):
+        with locked(part.folder) as lock:
+            if lock is not None:
+                return False
+    return True
 
 
 def _environment(gpus: Sequence[str], slot: int) -> dict[str, str]:

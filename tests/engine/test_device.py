@@ -163,6 +163,7 @@ def test_a_gpu_says_what_it_computes_with(
         "tf32": "all",
         "deterministic": False,
         "compile": "auto",
+        "together": 1,
     }
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from markupsafe import Markup
-
 from oodprompt.errors import UserError
 from oodprompt.log import logger
+from oodprompt.reports.pages import inline, template
 from oodprompt.reports.pictures import SIDES, Pictures, is_small
 from oodprompt.reports.style import count, listing, number, signed, whole_percent
 
@@ -57,39 +55,27 @@ def _render(content: dict[str, Any], pictures: Pictures | None, level: int) -> s
         rest=proposals[_SHOWN:],
         vocabulary=content["vocabulary"],
         picture=lambda row: _picture(row, pictures, level),
-        style=Markup("".join(_style(name) for name in ("discovery.css", "audit.css"))),
+        style=inline("discovery.css", "audit.css"),
     )
     return page.lstrip()  # the template's macros leave blank lines behind
-
-
-def _style(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
 def _template() -> Template:
     """The template. It escapes everything that it is given, except the style, which is marked as markup."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("oodprompt.reports", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return template(
+        "audit.html.j2",
+        {
+            "listing": listing,
+            "number": number,
+            "percent": whole_percent,
+            "quantity": count,
+            "quoted": "“{}”".format,
+            "signed": signed,
+            "small_p": _p,
+            "thousands": "{:,}".format,
+        },
     )
-    environment.filters |= {
-        "listing": listing,
-        "number": number,
-        "percent": whole_percent,
-        "quantity": count,
-        "quoted": "“{}”".format,
-        "signed": signed,
-        "small_p": _p,
-        "thousands": "{:,}".format,
-    }
-    return environment.get_template("audit.html.j2")
 
 
 def _p(value: float) -> str:

@@ -6,12 +6,10 @@ import base64
 import hashlib
 import math
 from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from oodprompt.reports.comparison_runs import MEASURES
+from oodprompt.reports.pages import inline, template
 from oodprompt.reports.style import count, listing
 
 if TYPE_CHECKING:
@@ -23,13 +21,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 352.0, 10.0, 168.0  # of a chart in its box
 
 def comparison_page(content: dict[str, Any]) -> str:
     """The page of ``comparison``'s content. Its policy allows its own script alone, which sorts the table."""
-    script = _text("comparison.js")
+    script = inline("comparison.js")
     page = _template().render(
         content=content,
         measures=MEASURES,
         charts=[chart(curve) for curve in content["curves"]],
-        style=Markup(_text("discovery.css") + _text("comparison.css")),
-        script=Markup(script),
+        style=inline("discovery.css", "comparison.css"),
+        script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     return page.lstrip()
@@ -72,10 +70,6 @@ def chart(curve: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
 def _tenths(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
@@ -95,21 +89,13 @@ def _minutes(seconds: float | None) -> str:
 @cache
 def _template() -> Template:
     """The template. It escapes everything that it is given, except style and script, which are marked as markup."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("oodprompt.reports", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return template(
+        "comparison.html.j2",
+        {
+            "hue": lambda number: f"r{(number - 1) % COLOURS}" + (" again" if number > COLOURS else ""),
+            "listing": listing,
+            "minutes": _minutes,
+            "quantity": count,
+            "tenths": _tenths,
+        },
     )
-    environment.filters |= {
-        "hue": lambda number: f"r{(number - 1) % COLOURS}" + (" again" if number > COLOURS else ""),
-        "listing": listing,
-        "minutes": _minutes,
-        "quantity": count,
-        "tenths": _tenths,
-    }
-    return environment.get_template("comparison.html.j2")

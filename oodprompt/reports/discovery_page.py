@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
-
-from markupsafe import Markup
 
 from oodprompt.reports.discovery_text import (
     NEAREST,
@@ -23,6 +20,7 @@ from oodprompt.reports.discovery_text import (
     survivors,
     verdict,
 )
+from oodprompt.reports.pages import inline, template
 from oodprompt.reports.pictures import SIDES, Pictures, is_small
 from oodprompt.reports.style import count, listing, number, signed, whole_percent
 
@@ -62,7 +60,7 @@ def _render(content: dict[str, Any], pictures: Pictures, level: int) -> str:
         silhouettes=_silhouettes(content["clustering"]),
         facts=how_it_was_made(content),
         picture=lambda row, strip: _picture(row, pictures, level, strip),
-        style=Markup(files(__package__).joinpath("discovery.css").read_text(encoding="utf-8")),
+        style=inline("discovery.css"),
     )
     return page.lstrip()  # the template's macros leave blank lines behind
 
@@ -70,30 +68,23 @@ def _render(content: dict[str, Any], pictures: Pictures, level: int) -> str:
 @cache
 def _template() -> Template:
     """The template. It escapes everything that it is given, except the style, which is marked as markup."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("oodprompt.reports", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return template(
+        "discovery.html.j2",
+        {
+            "frequencies": lambda names: listing([f"“{name}” ({times:,})" for name, times in names.items()]),
+            "listing": listing,
+            "number": number,
+            "percent": whole_percent,
+            "quantity": count,
+            "quoted": "“{}”".format,
+            "short": "{:.4g}".format,
+            "signed": signed,
+            "tenths": "{:.1f}".format,
+            "thousands": "{:,}".format,
+        },
+        largest_gaps=largest_gaps,
+        row_of_class=row_of_class,
     )
-    environment.filters |= {
-        "frequencies": lambda names: listing([f"“{name}” ({times:,})" for name, times in names.items()]),
-        "listing": listing,
-        "number": number,
-        "percent": whole_percent,
-        "quantity": count,
-        "quoted": "“{}”".format,
-        "short": "{:.4g}".format,
-        "signed": signed,
-        "tenths": "{:.1f}".format,
-        "thousands": "{:,}".format,
-    }
-    environment.globals |= {"largest_gaps": largest_gaps, "row_of_class": row_of_class}
-    return environment.get_template("discovery.html.j2")
 
 
 @dataclass(frozen=True)

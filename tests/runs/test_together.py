@@ -321,9 +321,9 @@ def test_grid_trains_together_and_says_so(
     line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with no_pictures():
-        assert main(line("CoOp", "CoOpOOD", out="off", more=["--together", "off"])) == 0
+        assert main(line("CoOp", "CoOpOOD", out="off")) == 0
         assert "train together" not in capsys.readouterr().out
-        assert main(line("CoOp", "CoOpOOD", out="auto")) == 0
+        assert main(line("CoOp", "CoOpOOD", out="auto", more=["--together", "auto"])) == 0
     out = capsys.readouterr().out
     assert "4 runs train together in 1 process of 4 (--together)" in out
     assert "Training CoOpOOD-CoOp, seed 2 (4 of 4)" in out or "Training CoOpOOD, seed 2 (4 of 4)" in out

@@ -192,6 +192,7 @@ def test_results_have_the_keys_that_scripts_rely_on(ran: dict[str, Done], folder
             "tf32": "",
             "deterministic": True,
             "compile": "",
+            "together": 1,
         },
         "checkpoint": "",
     }

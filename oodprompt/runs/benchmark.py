@@ -80,8 +80,7 @@ def build_parser() -> Parser:
         "--together",
         default="off",
         metavar="auto|N|off",
-        help="runs that share backbone, classes and prompt shape train in one process on the CPU, up to N (auto: 16); "
-        "default: off",
+        help="up to N runs in one process (default: off)",
     )
     parser.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="each run sees one of them")
     parser.add_argument("--slurm", default="", metavar="PARTITION", help="submit to Slurm (needs submitit)")

@@ -173,7 +173,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     names = [n for n in open_clip.list_models() if not args.words or any(word in n for word in args.words)]
-    logging.disable(logging.WARNING)
     rows, equals = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(names, 1):
@@ -191,4 +190,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     sys.exit(main())

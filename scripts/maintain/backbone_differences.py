@@ -163,7 +163,6 @@ def main() -> int:
     )
     parser.add_argument("--limit", type=float, default=1e-5, help="exit status 1 above it (default %(default)g)")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
     found: dict[str, list[dict[str, float]]] = {}
     for kind, name, compute in cases(args.words):
         values = compute()
@@ -180,4 +179,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     sys.exit(main())

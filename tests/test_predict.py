@@ -53,7 +53,7 @@ def test_what_is_wrong_is_said(run: Run, tmp_path: Path) -> None:
     assert problem(tmp_path / "nothing.png") == f"there is no file or folder {tmp_path / 'nothing.png'}"
     assert f"no image in {tmp_path}; images end in .jpg" in problem(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "fine.png")
-    assert "give the output folder of a run of train.py" in problem(tmp_path / "fine.png")
+    assert "give the output folder of a run" in problem(tmp_path / "fine.png")
     assert not (tmp_path / "out.csv").exists()
 
 

@@ -200,7 +200,6 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.disable(logging.WARNING)
     torch.manual_seed(0)
     for pair in (paths, lengths):
         for row in time_pair(pair(args.layers), args.classes, args.n_ctx, args.repeats):
@@ -208,4 +207,5 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     sys.exit(exit_status(run))

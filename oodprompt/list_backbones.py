@@ -76,7 +76,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         "Licences of weights are not listed, as OpenCLIP's package does not hold them: see the page of their repository."
     )
     if not any(row[0].startswith(open_clip_models.PREFIX) for row in found) and not args.name:
-        print("OpenCLIP's are not listed, as open_clip_torch is not installed: pip install oodprompt[open_clip]")
+        print("OpenCLIP's are not listed, as open_clip_torch is not installed: pip install 'oodprompt[open_clip]'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,4 +29,4 @@ def test_without_open_clip(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "open_clip", None)
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert "ViT-B/16" in out and "pip install oodprompt[open_clip]" in out
+    assert "ViT-B/16" in out and "pip install 'oodprompt[open_clip]'" in out

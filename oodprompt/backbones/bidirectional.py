@@ -27,11 +27,6 @@ class BidirectionalCLIP(CLIP):
         """Token ids [n, context_length] -> [n, embed_dim], not normalised."""
         return self.encode_embedded(tokens, self.token_embedding(tokens))
 
-    def encode_prompts(
-        self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor] = ()
-    ) -> Tensor:
-        raise NotImplementedError("this text encoder takes whole prompts: encode_embedded")
-
     def _encode_embedded(self, tokens: Tensor, embeddings: Tensor, deep: Sequence[Tensor]) -> Tensor:
         length = tokens.shape[1]
         x = embeddings.to(self.dtype) + self.positional_embedding[:length]

@@ -137,7 +137,7 @@ class MixedCLIP(CLIP):
 
 
 class GeneralCLIP(MixedCLIP):
-    """``towers`` under the face of ``CLIP``. Prompts are encoded one by one, and the image tower takes none."""
+    """``towers`` under the face of ``CLIP``. Its text encoder gets each prompt as a whole."""
 
     shares_prefixes = False
 
@@ -183,12 +183,6 @@ class GeneralCLIP(MixedCLIP):
         if looked_up != [tuple(tokens.shape)]:
             raise RuntimeError(f"the text encoder of {towers.name} looked up its embeddings at {looked_up}, not once")
         return features
-
-    def encode_prompts(
-        self, prefix: Tensor, suffix: Tensor, lengths: tuple[int, ...], deep: Sequence[Tensor] = ()
-    ) -> Tensor:
-        name = self.__dict__["towers"].name
-        raise NotImplementedError(f"the text encoder of {name} takes whole prompts: encode_embedded")
 
     def cut(self, tokens: Tensor) -> Tensor:
         """Without the columns that are padding in every row, where these play no part."""

@@ -26,11 +26,12 @@ from oodprompt.errors import UserError
 from oodprompt.log import logger
 
 PREFIX = "hf:"
-_MISSING = "{name} needs the package transformers, which is not installed: pip install oodprompt[transformers]"
+_MISSING = "{name} needs the package transformers, which is not installed: pip install 'oodprompt[transformers]'"
 _UNREACHABLE = (
     "cannot get the {what} of {name} ({reason}). Transformers keeps them in the cache of Hugging Face (HF_HOME): download them "
     "where there is a network, or give the folder of a model that was saved by save_pretrained"
 )
+_LONGEST = 512  # tokens of a text, where neither model nor tokenizer says less
 _OF_ANY_SIZE = ("align", "clipseg")  # model types
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessors have them
 
@@ -58,7 +59,10 @@ def _of_library(name: str, what: str, load: Any) -> Any:
 @quiet("transformers")
 def check_hugging_face(name: str) -> Preprocessing:
     """What the image encoder was trained on, without its weights. ``UserError`` as ``load_hugging_face``, as far as known."""
-    config, facts = _settings(name)
+    return _preprocessing(*_settings(name))
+
+
+def _preprocessing(config: Any, facts: dict[str, Any]) -> Preprocessing:
     size, interpolation = _size(config, facts), _RESAMPLE.get(facts.get("resample", 3), "bicubic")
     mean, std = facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3
     return Preprocessing((size, size), tuple(mean), tuple(std), interpolation, _resize_mode(facts))
@@ -117,8 +121,9 @@ def load_hugging_face(name: str) -> CLIP:
     ``UserError`` where transformers is not installed, the files cannot be had or lack weights, or the model has no two
     encoders.
     """
-    preprocessing, transformers = check_hugging_face(name), _transformers(name)
-    _note_cut(name, _settings(name)[1], preprocessing.size[0])
+    (config, facts), transformers = _settings(name), _transformers(name)
+    preprocessing = _preprocessing(config, facts)
+    _note_cut(name, facts, preprocessing.size[0])
 
     def load(place: str) -> tuple[Any, dict[str, Any]]:
         return transformers.AutoModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
@@ -149,7 +154,7 @@ def adapt(module: Any, own: Any, preprocessing: Preprocessing, name: str) -> CLI
 
 def _tokenizer(module: Any, own: Any) -> Tokenizer:
     text = module.config.text_config
-    length = int(min(text.max_position_embeddings, own.model_max_length))
+    length = int(min(getattr(text, "max_position_embeddings", _LONGEST), own.model_max_length, _LONGEST))
 
     def call(texts: Sequence[str], context_length: int) -> Tensor:
         batch = own(list(texts), padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")

@@ -613,7 +613,8 @@ class CLIP(nn.Module):
     @property
     def tokens_at_once(self) -> int:
         """Tokens whose activations the text tower may keep for the backward pass, within ``activation_limit``."""
-        return max(1, self.activation_limit // (BYTES_PER_TOKEN * self.shape.text_width * self.shape.text_layers))
+        per_token = BYTES_PER_TOKEN * self.shape.text_width * max(1, self.shape.text_layers)  # 0: not known
+        return max(1, self.activation_limit // per_token)
 
     @property
     def image_tower(self) -> str:
@@ -703,15 +704,17 @@ class CLIP(nn.Module):
 
         ``prefix`` [P, e] are the first tokens, which all prompts share (P may be 0), or [B, P, e] when they depend on
         the image; ``suffix`` [C, S, e] the rest of each prompt, of which the first ``lengths[c]`` tokens count, the
-        last one being the end of text; all without positions. ``deep`` prompts [M, e] replace tokens 1 to M ahead of
-        blocks 1, 2, ...; they must lie in the prefix.
+        last one being the end of text; all without positions. ``deep`` prompts [M, e] replace M tokens, from the first that
+        is not special, ahead of blocks 1, 2, ...; they must lie in the prefix.
 
         Returns [C, embed_dim] or [B, C, embed_dim], not normalised. The prefix is computed once, see
         ``oodprompt.backbones.packing``. Where the activations of all tokens would take more than
         ``activation_limit`` bytes, prompts are encoded in parts, whose activations are computed again in the backward
         pass.
         """
-        if any(1 + len(prompts) > prefix.shape[-2] for prompts in deep):
+        if not self.shares_prefixes:
+            raise NotImplementedError("this text encoder takes whole prompts: encode_embedded")
+        if any(self.tokenizer.before + len(prompts) > prefix.shape[-2] for prompts in deep):
             raise ValueError("deep prompts must lie in the prefix")
         by_image = prefix.ndim == 3
         company = COMPANY.get()
@@ -766,7 +769,7 @@ class CLIP(nn.Module):
             own = suffix[packing.suffix_places]
         x = torch.cat([prefix, own.to(prefix.dtype).expand(prefix.shape[0], -1, -1)], dim=1).to(self.dtype)
         x = x + self.positional_embedding[packing.positions]
-        x = self.transformer(x, packing.attend, deep, deep_at=1, rows=packing.ends)
+        x = self.transformer(x, packing.attend, deep, deep_at=self.tokenizer.before, rows=packing.ends)
         x = self.ln_final(x)
         if way == "buckets":  # the others keep the classes in their order
             x = x.index_select(1, packing.class_order)
@@ -779,8 +782,7 @@ class CLIP(nn.Module):
         not special, ahead of blocks 1, 2, .... Where the activations would take more than ``activation_limit`` bytes, prompts
         are encoded in parts, whose activations are computed again in the backward pass.
         """
-        token = BYTES_PER_TOKEN * self.shape.text_width * max(1, self.shape.text_layers)
-        at_once = max(1, self.activation_limit // (token * tokens.shape[1]))
+        at_once = max(1, self.tokens_at_once // tokens.shape[1])
         if tokens.shape[0] <= at_once:
             return self._encode_embedded(tokens, embeddings, deep)
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (embeddings, *deep))

@@ -32,7 +32,7 @@ _UNREACHABLE = (
     "cannot get the {what} of {name} ({reason}); open_clip keeps them in the cache of Hugging Face (HF_HOME). Download them "
     "where there is a network, or give a folder of open_clip's files, or an architecture with MODEL.BACKBONE.PATH"
 )
-_MISSING = "{name} needs the package open_clip_torch, which is not installed: pip install oodprompt[open_clip]"
+_MISSING = "{name} needs the package open_clip_torch, which is not installed: pip install 'oodprompt[open_clip]'"
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from oodprompt.errors import UserError
 class BackboneSource:
     """What ``@BACKBONE_REGISTRY.register()`` takes: MODEL.BACKBONE.NAME is the name of the class.
 
-    ``preprocessing`` says what the image encoder takes; the keys of INPUT that nobody gave become it.
+    ``preprocessing`` says what the image encoder takes; the keys of INPUT that nobody gave become it. None: not known.
     """
 
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None = None
 
     def load(self, path: str) -> CLIP:
         """The backbone, in fp32 on the CPU: mostly ``GeneralCLIP(Towers(...))``. ``path`` is MODEL.BACKBONE.PATH, which may be empty.
@@ -36,7 +36,7 @@ def load_registered(name: str, path: str) -> CLIP:
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: its load() gave a {type(clip).__name__}, not a CLIP such as GeneralCLIP"
         )
-    clip.preprocessing = source.preprocessing
+    clip.preprocessing = source.preprocessing or clip.preprocessing
     return clip.eval().requires_grad_(False)
 
 

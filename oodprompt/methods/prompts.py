@@ -161,17 +161,18 @@ class ContextPrompts:
     def _share(self, tokens: Tensor, order: Tensor, context: Tensor, position: str) -> None:
         """What the prompts have in common, and what each has of its own."""
         classes, n_ctx, device = len(tokens), context.shape[-2], self.clip.logit_scale.device
+        first, behind = self.clip.tokenizer.before, self.clip.tokenizer.before + n_ctx
         # What stands at each place: a context vector (negative) or a frozen token; equal columns are shared.
         content = tokens.gather(1, order)
         own = torch.arange(classes).unsqueeze(1) * (n_ctx + 1) if context.ndim == 3 else 0
-        content = torch.where((order >= 1) & (order <= n_ctx), -(order + own), content)
+        content = torch.where((order >= first) & (order < behind), -1 - (order + own), content)
         differs = (content != content[0]).any(dim=0)
         ends = self.clip.tokenizer.ends(tokens)
         self.shared = min(int(ends.min()), int(differs.int().argmax()) if differs.any() else tokens.shape[1])
         self.lengths = tuple((ends + 1 - self.shared).tolist())
         self.prefix_order = order[0, : self.shared].to(device)
         self.suffix_order = order[:, self.shared : int(ends.max()) + 1].to(device)
-        self.suffix_is_frozen = position == "end" and self.shared > n_ctx
+        self.suffix_is_frozen = position == "end" and self.shared >= behind
 
     def text_features(self, ctx: Tensor | None = None, deep: Sequence[Tensor] = ()) -> Tensor:
         """L2-normalised text features [C, d]; [B, C, d] for contexts ``ctx`` [B, M, e] that depend on the image.
@@ -189,7 +190,7 @@ class ContextPrompts:
         sos, rest = (t[0].expand(*lead, -1, -1) for t in (holder.token_prefix, holder.token_suffix))
         prefix = torch.cat([sos, first, rest], dim=-2).index_select(-2, self.prefix_order)
         if self.suffix_is_frozen:
-            suffix = holder.token_suffix[:, self.shared - 1 - n_ctx :]
+            suffix = holder.token_suffix[:, self.shared - holder.token_prefix.shape[1] - n_ctx :]
         else:
             everyone = ctx if ctx.ndim == 3 else ctx.expand(len(self.lengths), -1, -1)
             embeddings = torch.cat([holder.token_prefix, everyone, holder.token_suffix], dim=1)

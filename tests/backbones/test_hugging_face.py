@@ -120,7 +120,7 @@ def test_files_that_lack_weights(tmp_path: Path) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install oodprompt\[transformers\]"):
+    with pytest.raises(UserError, match=r"pip install 'oodprompt\[transformers\]'"):
         load_backbone("hf:openai/clip-vit-base-patch32")
 
 

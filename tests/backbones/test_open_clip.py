@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from oodprompt.backbones.open_clip_models import (
 from oodprompt.backbones.tokenizer import OpenAITokenizer
 from oodprompt.errors import UserError
 from oodprompt.methods.prompts import ContextPrompts, class_text_features, initial_context
-from tests.helpers.architectures import as_trained
+from tests.helpers.architectures import VOCABULARY, WordTokenizer, as_trained
 from tests.helpers.hugging_face import off
 from tests.helpers.open_clip_small import NAMES, small, tokenizer_of
 from tests.helpers.tiny_written import as_open_clip
@@ -108,6 +108,31 @@ def test_prompts_of_the_same_words_have_the_same_features(name: str, build: Call
     front = ContextPrompts(nn.Module(), clip, NAMES, words, context, "front").text_features()
     moved = class_text_features(clip, NAMES, ["{} a photo of a."])
     assert (front - moved).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_prompts_behind_other_numbers_of_special_tokens(
+    before: int, position: str, build: Callable[[str], Any]
+) -> None:
+    """A causal text encoder whose tokenizer puts none or two of them ahead of a text."""
+
+    class Other(WordTokenizer):
+        def __call__(self, texts: Sequence[str], truncate: bool = False) -> Tensor:
+            rows = super().__call__(texts, truncate)
+            start = rows[:, :1].expand(-1, before)
+            return torch.cat([start, rows[:, 1:]], dim=1)[:, : self.context_length]
+
+    Other.before = before
+    module = build("ViT-B-32")
+    clip = adapt(module, Other(module.context_length, VOCABULARY), as_trained(module), "this")
+    assert clip.shares_prefixes
+    words, context = initial_context(clip, "key", 4, "a photo of a")
+    template = {"end": "a photo of a {}.", "middle": "a photo {} of a.", "front": "{} a photo of a."}[position]
+    expected = class_text_features(clip, NAMES, [template])
+    for own in (context, context.expand(len(NAMES), -1, -1)):
+        features = ContextPrompts(nn.Module(), clip, NAMES, words, own.clone(), position).text_features()
+        assert (features - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -284,5 +309,5 @@ def test_weights_of_another_architecture(folder: Path) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(UserError, match=r"pip install oodprompt\[open_clip\]"):
+    with pytest.raises(UserError, match=r"pip install 'oodprompt\[open_clip\]'"):
         load_backbone("open_clip:ViT-B-32/openai")

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from oodprompt.config.free_keys import FREE_KEYS
 from oodprompt.errors import UserError
 from oodprompt.log import logger, show_messages
 from oodprompt.reports.comparison_runs import MEASURES, ComparedRun, comparison
 from oodprompt.reports.comparison_text import comparison_markdown, write_comparison
-from oodprompt.reports.results import RESULTS, finished_results
+from oodprompt.reports.results import RESULTS, finished_results, keys_of
 from oodprompt.terminal import Parser, exit_status
 
 if TYPE_CHECKING:
@@ -58,7 +55,8 @@ def compare(folders: Sequence[str | Path], output: str | Path | None = None) -> 
     """
     if isinstance(folders, str | Path):
         folders = [folders]
-    runs = [_read(folder) for folder in dict.fromkeys(run for folder in folders for run in _runs_in(Path(folder)))]
+    found = {place: results for folder in folders for place, results in _runs_in(Path(folder))}
+    runs = [ComparedRun(place, results, _history(place), keys_of(place)) for place, results in found.items()]
     if not runs:
         raise UserError("compare: no run is named; give the output folders of two runs or more")
     place = Path.cwd() if output is None else Path(output)
@@ -66,17 +64,17 @@ def compare(folders: Sequence[str | Path], output: str | Path | None = None) -> 
     return Comparison(content, tuple(write_comparison(content, place)) if output is not None else ())
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    """``folder`` if it is a finished run, else the finished runs below it."""
+def _runs_in(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """``folder`` if it is a finished run, else the finished runs below it, with their results."""
     if not folder.is_dir():
         raise UserError(f"compare: there is no folder {folder}; give the output folder of a run")
-    if finished_results(folder) is not None:
-        return [folder]
-    found, unfinished = [], []
+    if (results := finished_results(folder)) is not None:
+        return [(folder, results)]
+    found, unfinished = list[tuple[Path, dict[str, Any]]](), []
     for at, inside, files in os.walk(folder):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-        if RESULTS in files and finished_results(Path(at)) is not None:
-            found.append(Path(at))
+        if RESULTS in files and (results := finished_results(Path(at))) is not None:
+            found.append((Path(at), results))
         elif "config.yaml" in files:
             unfinished.append(at)
     if not found:
@@ -84,12 +82,6 @@ def _runs_in(folder: Path) -> list[Path]:
     for place in unfinished:
         logger.warning(f"Note: {place} has no whole {RESULTS} and is left out")
     return found
-
-
-def _read(folder: Path) -> ComparedRun:
-    results = finished_results(folder)
-    assert results is not None, "it was found by its results"
-    return ComparedRun(folder, results, _history(folder), _keys(folder))
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -103,23 +95,6 @@ def _history(folder: Path) -> list[dict[str, Any]]:
             if rows := content.get("oodprompt", {}).get("history"):
                 return list(rows)
     return []
-
-
-def _keys(folder: Path) -> dict[str, Any]:
-    """The run's keys by their dotted names, but for those that do not change what is computed."""
-    file = folder / "config.yaml"
-    found: dict[str, Any] = {}
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            elif f"{prefix}{key}" not in FREE_KEYS:
-                found[f"{prefix}{key}"] = value
-
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
-        walk(yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "")
-    return found
 
 
 def build_parser() -> Parser:

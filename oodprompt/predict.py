@@ -17,7 +17,7 @@ from oodprompt.engine.trainer import load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 from oodprompt.log import progress, show_messages
-from oodprompt.serving.classifier import Classifier
+from oodprompt.serving.classifier import AT_ONCE, Classifier
 from oodprompt.terminal import Parser, exit_status, program
 
 DESCRIPTION = """Classify images with a trained model: oodprompt predict --model-dir RUN --output predictions.csv IMAGE_OR_FOLDER ....
@@ -119,6 +119,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     extensions.add(args.imports)
     paths = images_of(args.images)
 
+    if args.backbone_path and args.model_file is None:
+        raise UserError("--backbone-path goes with --model-file; a run names its backbone in its config.yaml")
     if args.model_file is not None:
         names, batches = _by_file(args, paths)
     else:
@@ -138,9 +140,10 @@ def _by_file(args: argparse.Namespace, paths: Sequence[Path]) -> tuple[list[str]
     unused = {"--root": args.root, "--load-epoch": args.load_epoch}
     if given := [flag for flag, value in unused.items() if value is not None]:
         raise UserError(f"{given[0]} goes with --model-dir; a model file has no data set and one epoch")
+    size = AT_ONCE if args.batch_size is None else args.batch_size
     classifier = Classifier.load(args.model_file, args.backbone_path or "")
-    batches = classifier.by_batch(paths, args.batch_size or 64)
-    total = -(-len(paths) // (args.batch_size or 64))
+    batches = classifier.by_batch(paths, size)
+    total = -(-len(paths) // max(size, 1))
     return classifier.classnames, progress.over(batches, "Images", "batch", total)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import http.client
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,11 +146,16 @@ def digest(module: nn.Module) -> str:
         sha256.update(f"{module.pool}\n".encode())
     if not isinstance(module, VisionTransformer | ModifiedResNet):  # equal weights may be computed with otherwise
         sha256.update(f"{module}\n".encode())
-    for name, value in [*module.named_parameters(), *module.named_buffers()]:
-        value = value.detach().cpu().contiguous()
-        sha256.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    add_tensors(sha256, [*module.named_parameters(), *module.named_buffers()])
     return sha256.hexdigest()
+
+
+def add_tensors(hashed: Any, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Add name, shape, dtype and bytes of tensors to what is ``hashed`` (of hashlib)."""
+    for name, value in named:
+        value = value.detach().cpu().contiguous()
+        hashed.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _sha256(file: Path) -> str:

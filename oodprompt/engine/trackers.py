@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config.keys import leaves
 from oodprompt.errors import UserError
+from oodprompt.files import write_atomically
 from oodprompt.log import optional
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Trackers:
         if folder is not None:
             for name in dict.fromkeys(cfg.TRAIN.TRACKERS):
                 own = name == "tensorboard"
-                self._all.append(_TensorBoard(folder, purge_step) if own else _OfAccelerate(name, cfg, folder))
+                kind = _TensorBoard(folder, purge_step) if own else _OfAccelerate(name, cfg, folder, purge_step)
+                self._all.append(kind)
 
     def write(self, tag: str, value: float, step: int) -> None:
         """Add a value to the curve ``tag``."""
@@ -99,7 +101,7 @@ def _no_traceback(failed: threading.ExceptHookArgs) -> None:
 class _TensorBoard(_Tracker):
     """The file of TensorBoard in the folder tensorboard of the run.
 
-    It is written by torch's own writer: that of accelerate leaves out nothing that a resumed run writes a second time.
+    torch's own writer is used, because accelerate's keeps steps that a resumed run writes a second time.
     """
 
     title = "TensorBoard's file"
@@ -125,8 +127,9 @@ class _TensorBoard(_Tracker):
 class _OfAccelerate(_Tracker):
     """A tracker of accelerate, by its name. It is told the run's keys; its project is called oodprompt."""
 
-    def __init__(self, name: str, cfg: CfgNode, folder: Path) -> None:
+    def __init__(self, name: str, cfg: CfgNode, folder: Path, purge_step: int | None) -> None:
         super().__init__()
+        self._is_resumed = purge_step is not None
         self.title, self._name, self._cfg, self._folder = f"the record of {name}", name, cfg, folder
 
     def _options(self) -> dict[str, Any]:
@@ -135,11 +138,20 @@ class _OfAccelerate(_Tracker):
         known: dict[str, Callable[[], dict[str, Any]]] = {
             "wandb": lambda: {
                 **{"run_name": _PROJECT, "name": str(self._folder), "dir": place, "resume": "allow"},
-                "id": hashlib.sha256(place.encode()).hexdigest()[:16],
+                "id": self._identity(),
             },
             "mlflow": lambda: {"experiment_name": _PROJECT, "run_name": str(self._folder)},
         }
         return known[self._name]()
+
+    def _identity(self) -> str:
+        """Drawn for a new run, and kept in its folder for those that resume it."""
+        file = self._folder / "wandb.id"
+        if self._is_resumed and file.is_file():
+            return file.read_text(encoding="utf-8").strip()
+        drawn = secrets.token_hex(8)  # of no seed: two runs of one seed are two runs
+        write_atomically(file, f"{drawn}\n")
+        return drawn
 
     def start(self) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS

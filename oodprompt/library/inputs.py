@@ -17,6 +17,7 @@ from oodprompt.data.datum import Datum
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import evaluating
 from oodprompt.predict import images_of
+from oodprompt.serving.classifier import of_array, of_pillow
 
 if TYPE_CHECKING:
     from oodprompt.engine.trainer import PromptTrainer
@@ -60,7 +61,7 @@ class Inputs:
             paths = images_of([Path(item).expanduser() for item in items])
             return cls(list(map(str, paths)), paths=paths)
         if all(isinstance(item, (Image.Image, np.ndarray)) for item in items):
-            pictures = [_picture(item) for item in items]
+            pictures = [of_array(item) if isinstance(item, np.ndarray) else of_pillow(item) for item in items]
             return cls(_numbers(len(pictures)), pictures=pictures)
         kinds = sorted({type(item).__name__ for item in items})
         raise UserError(f"predict: a list of {', '.join(kinds)} is none of images; {_TAKES}")
@@ -82,7 +83,7 @@ class Inputs:
                 raise UserError(f"predict: {trainer.base_name} changes how images are encoded; give it the images")
             return cls(_numbers(len(z)), z=F.normalize(z, dim=1))
         if array.dtype == np.uint8 and array.ndim in (3, 4) and array.shape[-1] == 3:
-            pictures = [Image.fromarray(one) for one in (array if array.ndim == 4 else array[None])]
+            pictures = [of_array(one) for one in (array if array.ndim == 4 else array[None])]
             return cls(_numbers(len(pictures)), pictures=pictures)
         raise UserError(f"predict: an array of {array.dtype} {list(array.shape)} is no image; {_TAKES}")
 
@@ -120,18 +121,6 @@ class Inputs:
             for start in range(0, len(pictures), size):
                 pixels = [encoder.data.transform_test(picture) for picture in pictures[start : start + size]]
                 yield {"img": torch.stack(pixels)}
-
-
-def _picture(image: Image.Image | np.ndarray) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise UserError(f"predict: an array of {image.dtype} {list(image.shape)} is no image; {_TAKES}")
-        return Image.fromarray(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise UserError(
-            f"predict: a PIL image of mode {image.mode} has more than 8 bits; give its path, or convert it to RGB first"
-        )
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
 def _numbers(count: int) -> list[str]:

@@ -16,6 +16,7 @@ from oodprompt.errors import UserError
 from oodprompt.library.inputs import Inputs
 from oodprompt.library.results import Results
 from oodprompt.library.state import Processes, call
+from oodprompt.serving.classifier import table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,20 +82,10 @@ class Run:
         ``images``: paths or folders, PIL images, pixels uint8 [N, H, W, 3] or [H, W, 3] in RGB, or image features
         [N, d] (floats, by the frozen backbone), one of them or a list; or a DataFrame with a column image. ``UserError`` for what cannot be read.
         """
-        import pandas as pd
-
         with self._call():
             given = Inputs.of(images, self.trainer)
-            probability = torch.cat([torch.empty(0, len(self.classes)), *given.probabilities(self.trainer)]).numpy()
-        best = probability.argmax(axis=1)
-        names = self.classes
-        table = {
-            "image": given.names,
-            "prediction": [names[i] for i in best],
-            "probability": probability.max(axis=1),
-        }
-        classes = pd.DataFrame(probability, columns=pd.Index(names))
-        return pd.concat([pd.DataFrame(table), classes], axis=1)
+            probabilities = torch.cat([torch.empty(0, len(self.classes)), *given.probabilities(self.trainer)])
+        return table_of(given.names, probabilities, self.classes)
 
     def features(self, images: Images) -> np.ndarray:
         """Image features of this model, L2-normalised, float32 [N, d]; ``images`` as in ``predict``."""

@@ -36,13 +36,13 @@ def comparison_page(content: dict[str, Any]) -> str:
 def chart(curve: dict[str, Any]) -> dict[str, Any]:
     """A curve in units of its box: ``lines`` with ``points`` for a polyline, marks along both axes.
 
-    Positive values of which the largest is more than 30 times the smallest have a logarithmic axis.
+    Positive values of which the largest is more than 30 times the smallest have a logarithmic axis, unless they are per cent.
     """
     finite = {line["number"]: [point for point in line["points"] if math.isfinite(point[1])] for line in curve["lines"]}
     points = [point for line in finite.values() for point in line]
     epochs, values = [point[0] for point in points] or [0], [point[1] for point in points] or [0.0]
     first, last, low, high = min(epochs), max(epochs), min(values), max(values)
-    is_log = low > 0 and high > 30 * low
+    is_log = not curve["percent"] and low > 0 and high > 30 * low
     if curve["percent"]:
         low, high = math.floor(low / 10) * 10, math.ceil(high / 10) * 10
     high = high if high > low else low + 1

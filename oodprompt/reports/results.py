@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from oodprompt.config.free_keys import FREE_KEYS
 from oodprompt.files import write_atomically
 from oodprompt.log import optional
 from oodprompt.reports.style import BLUE, GREY, RED, bar_axis, draw, literal, markdown_table, new_figure, percent
@@ -162,3 +166,22 @@ def finished_results(folder: Path) -> dict[str, Any] | None:
     values = [content[key] for key in FRACTIONS if content.get(key) is not None]
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     return content if numbers and all(map(math.isfinite, values)) else None
+
+
+def keys_of(folder: Path) -> dict[str, Any]:
+    """The keys of a run of ours that say what it computes, by their dotted names; none where they cannot be read."""
+    file = folder / "config.yaml"
+    found: dict[str, Any] = {}
+    if not file.is_file():
+        return found
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            elif f"{prefix}{key}" not in FREE_KEYS:
+                found[f"{prefix}{key}"] = value
+
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
+        walk(yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "")
+    return found

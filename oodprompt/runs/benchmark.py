@@ -190,7 +190,9 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 def _jobs(args: argparse.Namespace, todo: Sequence[TrainingRun], at_once: int) -> Sequence[TrainingRun | Bundle]:
     """What is done in a process each, and a line that says how runs go together or why not."""
-    size, asked = size_of(args.together), args.together not in ("auto", "off")
+    size = size_of(args.together)
+    if size == 1:
+        return todo
     why = (
         "Slurm gives each run a process of its own"
         if args.slurm
@@ -198,9 +200,9 @@ def _jobs(args: argparse.Namespace, todo: Sequence[TrainingRun], at_once: int) -
         if args.gpus or on_gpu()
         else ""
     )
-    if why and asked and size > 1:
+    if why and args.together != "auto":
         print(f"Note: --together {args.together} is for the CPU of this machine: {why}; runs train alone", flush=True)
-    if why or size == 1:
+    if why:
         return todo
     jobs = bundled(todo, size, at_once)
     if line := saying(jobs):

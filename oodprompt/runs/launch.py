@@ -241,7 +241,8 @@ def run_here(todo: Sequence[Job], at_once: int, gpus: Sequence[str], progress: P
                         progress.postponed(part)  # another process was faster
                         waiting.append(part)
                         continue
-                    line = failure(part, status)
+                    # Of runs together, the status is that of the one that fared worst.
+                    line = None if part is not job and part.is_finished() else failure(part, status)
                     failed += [line] if line else []
                     progress.ended(part, line)
             for job in list(waiting):

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from oodprompt.config.free_keys import FREE_KEYS
 from oodprompt.config.keys import get_cfg_default, leaves, merge_file
 from oodprompt.engine.arguments import build_parser, setup_cfg
 from oodprompt.errors import UserError
-from oodprompt.reports.results import FRACTIONS, RESULTS, finished_results
+from oodprompt.reports.results import FRACTIONS, RESULTS, finished_results, keys_of
 
 LOG = "log.txt"
 # upstream's name of a metric -> ours
@@ -102,25 +100,6 @@ class Run:
     keys: dict[str, Any] = field(default_factory=dict)
 
 
-def _keys_of(folder: Path) -> dict[str, Any]:
-    """The keys of a run of ours that say what it computes, but for its seed; none where they cannot be read."""
-    file = folder / "config.yaml"
-    found: dict[str, Any] = {}
-    if not file.is_file():
-        return found
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            elif f"{prefix}{key}" not in (*FREE_KEYS, "SEED"):
-                found[f"{prefix}{key}"] = value
-
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):
-        walk(yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "")
-    return found
-
-
 def unlike(runs: Iterable[Run]) -> list[str]:
     """A line for each row whose runs have other keys than its first."""
     first: dict[tuple[str, ...], Run] = {}
@@ -188,5 +167,6 @@ def read_runs(root: Path, evaluation: bool = False) -> tuple[list[Run], list[str
             problems.append(f"{folder}: {error}")
             continue
         problems += [note] if note else []
-        runs.append(Run(*seed_of(parts), metrics, dataset, _keys_of(folder)))
+        keys = {key: value for key, value in keys_of(folder).items() if key != "SEED"}
+        runs.append(Run(*seed_of(parts), metrics, dataset, keys))
     return runs, problems

@@ -32,7 +32,6 @@ from torch.autograd.function import once_differentiable
 from oodprompt.backbones import CLIP
 from oodprompt.backbones.casts import autocast_dtype
 from oodprompt.backbones.company import COMPANY
-from oodprompt.memory import ran_out
 
 
 @dataclass(frozen=True)
@@ -285,10 +284,8 @@ class _Company:
     def _encode(self, members: Sequence[_Member], asked: Sequence[_Prompts]) -> None:
         try:
             call = _Call(asked)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            return  # each by itself takes less
+        except (RuntimeError, MemoryError):
+            return  # each by itself takes less memory, or says in its own words what is wrong
         for row, member in enumerate(members):
             member.answer = call, row
 
@@ -296,8 +293,6 @@ class _Company:
         try:
             found = call.gradients(gradients)
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
             for member in members.values():  # each says so in its own words
                 member.answer = type(error)(*error.args)
             return

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from oodprompt.data.dataset import told_apart
-from oodprompt.data.folders import images_below
+from oodprompt.data.folders import IMAGE_ENDINGS, images_below
 from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import Transform
 from oodprompt.errors import UserError
@@ -24,18 +24,18 @@ from oodprompt.serving.deployed import Deployed
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_AT_ONCE = 64  # images
+AT_ONCE = 64  # images
 
 
 class Classifier:
     """A trained model from a file: ``Classifier.load("model.safetensors").predict(["a.jpg", "b.jpg"])``.
 
-    ``classnames`` are the names of the classes, each once; ``model`` maps uint8 pixels [B, 3, R, R] to probabilities.
+    ``classnames`` are the names of the classes, each once. ``model``, on ``device``, maps uint8 pixels [B, 3, R, R] to
+    probabilities.
     """
 
     def __init__(self, card: files.Card, model: Deployed, device: torch.device | str = "cpu") -> None:
-        self.card, self.device = card, torch.device(device)
-        self.model = model.to(self.device)
+        self.card, self.device, self.model = card, torch.device(device), model
         self.classnames = told_apart(card.classnames)
         cfg = files.config_of(card)
         self._rules, self._transform = PixelRules.of(cfg), Transform(cfg, is_train=False, in_bytes=True)
@@ -48,36 +48,31 @@ class Classifier:
         ``UserError`` where the file is no such file, and where the backbone is not the one of the model.
         """
         card, tensors = files.read(file)
-        model = files.build(card, tensors, file, backbone_path)
-        return cls(card, model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(card, files.build(card, tensors, file, backbone_path, device), device)
 
-    def predict(self, images: Any, batch_size: int = _AT_ONCE) -> DataFrame:
+    def predict(self, images: Any, batch_size: int = AT_ONCE) -> DataFrame:
         """A table with a row per image: image, prediction, probability, and the probability of every class.
 
         ``images``: paths or folders, PIL images, or pixels uint8 [N, H, W, 3], [H, W, 3] or [H, W] in RGB, one or a list.
         The column image has the paths, or the numbers of the images. ``UserError`` for an image that cannot be read.
         """
-        import pandas
-
         items = listed(images)
-        p = self.probabilities(items, batch_size).numpy()
-        best = p.argmax(axis=1) if len(p) else np.zeros(0, dtype=int)
-        table = pandas.DataFrame(p, columns=pandas.Index(self.classnames))
-        table.insert(0, "probability", p.max(axis=1) if len(p) else p[:, 0])
-        table.insert(0, "prediction", [self.classnames[i] for i in best])
-        table.insert(0, "image", [_name(item, i) for i, item in enumerate(items)])
-        return table
+        names = [_name(item, i) for i, item in enumerate(items)]
+        return table_of(names, self.probabilities(items, batch_size), self.classnames)
 
-    def probabilities(self, images: Any, batch_size: int = _AT_ONCE) -> Tensor:
+    def probabilities(self, images: Any, batch_size: int = AT_ONCE) -> Tensor:
         """Probabilities [N, C] of the classes on the CPU; ``images`` as in ``predict``."""
         items = listed(images)
         parts = [part for _, part, _ in self.by_batch(items, batch_size, skip_unreadable=False)]
         return torch.cat(parts) if parts else torch.empty(0, len(self.classnames))
 
     def by_batch(
-        self, items: Sequence[Any], batch_size: int = _AT_ONCE, skip_unreadable: bool = True
+        self, items: Sequence[Any], batch_size: int = AT_ONCE, skip_unreadable: bool = True
     ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
         """Batch by batch: places in ``items``, probabilities [n, C], and what ails unreadable images by place."""
+        if batch_size < 1:
+            raise UserError(f"a batch of {batch_size} images is not possible; give 1 or more")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(items), batch_size):
                 some = range(start, min(start + batch_size, len(items)))
@@ -102,9 +97,9 @@ class Classifier:
         if isinstance(item, str | os.PathLike):
             image = read_image(os.fspath(item), self._rules)
         elif isinstance(item, Image.Image):
-            image = _of_pillow(item)
+            image = of_pillow(item)
         else:
-            image = _of_array(np.asarray(item))
+            image = of_array(np.asarray(item))
         return self._transform(image)
 
     def _try(self, item: Any) -> Tensor | UserError:
@@ -112,6 +107,16 @@ class Classifier:
             return self.pixels_of(item)
         except UserError as error:
             return error
+
+
+def table_of(names: Sequence[str], probabilities: Tensor, classnames: Sequence[str]) -> DataFrame:
+    """A row per image: image, prediction, probability, and those of all classes, ``probabilities`` [N, C]."""
+    import pandas
+
+    p = probabilities.numpy()
+    best = p.argmax(axis=1)
+    first = {"image": names, "prediction": [classnames[i] for i in best], "probability": p[np.arange(len(p)), best]}
+    return pandas.concat([pandas.DataFrame(first), pandas.DataFrame(p, columns=pandas.Index(classnames))], axis=1)
 
 
 def listed(images: Any) -> list[Any]:
@@ -125,13 +130,16 @@ def listed(images: Any) -> list[Any]:
     found: list[Any] = []
     for item in images:
         if isinstance(item, str | os.PathLike) and Path(item).is_dir():
-            found += map(str, images_below(Path(item)))
+            inside = images_below(Path(item))
+            if not inside:
+                raise UserError(f"no image in {item}; {IMAGE_ENDINGS}")
+            found += map(str, inside)
         else:
             found.append(item)
     return found
 
 
-def _of_pillow(image: Image.Image) -> Image.Image:
+def of_pillow(image: Image.Image) -> Image.Image:
     """In RGB; ``UserError`` for more than 8 bits, whose meaning only the file tells."""
     if image.mode == "F" or image.mode.startswith("I"):
         raise UserError(
@@ -140,7 +148,7 @@ def _of_pillow(image: Image.Image) -> Image.Image:
     return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
 
 
-def _of_array(values: np.ndarray) -> Image.Image:
+def of_array(values: np.ndarray) -> Image.Image:
     """The image of an array; ``UserError`` for any but uint8 [H, W, 3] or [H, W]."""
     fits = values.dtype == np.uint8 and (values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3))
     if not fits:

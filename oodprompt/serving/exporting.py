@@ -31,6 +31,7 @@ from oodprompt.serving.deployed import Deployed
 
 LIMIT = 1e-4  # of a difference between probabilities
 IMAGES = 64  # that a file is checked on
+_AT_ONCE = 16  # of them
 _ONNX_BYTES = 2**31 - 2**20  # protobuf's limit of one file
 
 
@@ -88,22 +89,31 @@ def export(
             drafts = [stack.enter_context(temporary_folder(place.parent)) / place.name for place in places]
             drafts[0].write_bytes(files.content(card, tensors))
             classifier = Classifier.load(drafts[0], trainer.cfg.MODEL.BACKBONE.PATH, device="cpu")
-            file_difference = _difference(classifier.probabilities(paths), expected, output)
+            pixels = torch.stack([classifier.pixels_of(path) for path in paths])
+            found = torch.cat([classifier.classify(part) for part in pixels.split(_AT_ONCE)])
+            file_difference = _difference(found, expected, output)
             if onnx_path is not None:
                 write_onnx(classifier, drafts[1])
-                difference = _check_onnx(classifier, paths, drafts[1], onnx_path)
-            sizes = [_put(draft, place) for draft, place in zip(drafts, places, strict=True)]
+                difference = _check_onnx(pixels, found, drafts[1], onnx_path)
+            sizes = [_put(draft, place) for draft, place in reversed([*zip(drafts, places, strict=True)])]
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
-    return Report(output, sizes[0], file_difference, onnx_path, sizes[-1], difference, len(paths))
+        place = error.filename or output
+        raise UserError(
+            f"cannot write {place}: {error.strerror or error}; choose another --output or --onnx"
+        ) from error
+    return Report(output, sizes[-1], file_difference, onnx_path, sizes[0], difference, len(paths))
 
 
 def _trainer_of(run: Any, epoch: int | None, root: str | None) -> PromptTrainer:
     """The trained model in fp32: that of a ``Run`` as it stands, or loaded from a folder."""
     trainer = getattr(run, "trainer", None)
-    if isinstance(trainer, PromptTrainer) and trainer.precision == "fp32" and epoch is None and root is None:
-        return trainer
-    return load_run(getattr(run, "folder", run), epoch, ["TRAINER.PREC", "fp32"], root=root)
+    if isinstance(trainer, PromptTrainer) and epoch is None and root is None:
+        if trainer.precision == "fp32" and (trainer.device.type == "cpu" or trainer.cfg.TRAIN.TF32 == "none"):
+            return trainer
+        number = Path(trainer.evaluated_checkpoint).name.rpartition("tar-")[2]  # none of the best
+        epoch, root = int(number) if number.isdigit() else None, trainer.cfg.DATASET.ROOT
+    keys = ["TRAINER.PREC", "fp32", "TRAIN.TF32", "none"]
+    return load_run(getattr(run, "folder", run), epoch, keys, root=root)
 
 
 def _put(draft: Path, place: Path) -> int:
@@ -262,15 +272,14 @@ def _quiet() -> Any:
             logging.disable(before)
 
 
-def _check_onnx(classifier: Classifier, paths: Sequence[str], file: Path, place: Path) -> float:
-    """The largest difference between onnxruntime and PyTorch on real images, in batches of several sizes."""
+def _check_onnx(pixels: Tensor, expected: Tensor, file: Path, place: Path) -> float:
+    """The largest difference of onnxruntime to the ``expected`` probabilities of ``pixels``, in batches of several sizes."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    pixels = torch.stack([classifier.pixels_of(path) for path in paths])
     parts = [part for part in (pixels[:1], pixels[1:8], pixels[8:]) if len(part)]
     found = [torch.from_numpy(session.run(None, {"pixels": part.numpy()})[0]) for part in parts]
-    return _difference(torch.cat(found), classifier.classify(pixels), place)
+    return _difference(torch.cat(found), expected, place)
 
 
 def _size(count: int) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from oodprompt.backbones import CLIP, CLIPShape, load_backbone
+from oodprompt.backbones.state_dicts import brief
 from oodprompt.backbones.tokenizer import OpenAITokenizer
-from oodprompt.backbones.weights import digest
+from oodprompt.backbones.weights import add_tensors, digest
 from oodprompt.config.keys import get_cfg_default, leaves
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.errors import UserError
@@ -68,11 +69,7 @@ def activation_of(clip: nn.Module) -> str:
 def text_digest(clip: CLIP) -> str:
     """SHA256 over the parameters and buffers of all but the image tower."""
     sha256 = hashlib.sha256()
-    for name, value in clip.state_dict().items():
-        if not name.startswith("visual."):
-            value = value.detach().cpu().contiguous()
-            sha256.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            sha256.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    add_tensors(sha256, ((name, value) for name, value in clip.state_dict().items() if not name.startswith("visual.")))
     return sha256.hexdigest()
 
 
@@ -95,14 +92,25 @@ def read(file: str | Path) -> tuple[Card, dict[str, Tensor]]:
         raise UserError(f"cannot read {path}: {error}; it should be a file of `oodprompt export`") from error
     if not text:
         raise UserError(f"{path} holds no trained model: give a file that `oodprompt export` wrote")
-    values = json.loads(text)
-    if values.get("format") != FORMAT:
-        raise UserError(f"{path} has format {values.get('format')}, and this version reads {FORMAT}; update oodprompt")
-    return Card(**values), tensors
+    try:
+        values = json.loads(text)
+        if values.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {values.get('format')}, and this version reads {FORMAT}; update oodprompt"
+            )
+        return Card(**values), tensors
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: it is damaged ({brief(error)}); export the run again") from error
 
 
-def build(card: Card, tensors: dict[str, Tensor], file: str | Path, backbone_path: str | Path = "") -> Deployed:
-    """The model of a file, on the CPU. ``backbone_path``: the checkpoint of the backbone, where it is not as in the card.
+def build(
+    card: Card,
+    tensors: dict[str, Tensor],
+    file: str | Path,
+    backbone_path: str | Path = "",
+    device: torch.device | str = "cpu",
+) -> Deployed:
+    """The model of a file. ``backbone_path``: the checkpoint of the backbone, where it is not as in the card.
 
     ``UserError`` where the backbone is not the one that the model was trained on.
     """
@@ -111,7 +119,8 @@ def build(card: Card, tensors: dict[str, Tensor], file: str | Path, backbone_pat
         part, rest = name.split(".", 1)
         parts.setdefault(part, {})[rest] = value
     clip = _clip_of(card, parts, file, backbone_path)
-    learner = _learner_of(card, parts.get("learner", {}), clip, file) if card.learner else None
+    # A learner keeps places of tokens where its CLIP is when it is built.
+    learner = _learner_of(card, parts.get("learner", {}), clip.to(device), file) if card.learner else None
     prompts = parts.get("prompts", {})
     deep = [prompts[f"deep.{i}"] for i in range(len(prompts) - 1)]
     normalises = "normalize" in card.input["TRANSFORMS"] and not card.input["NO_TRANSFORM"]
@@ -124,7 +133,7 @@ def build(card: Card, tensors: dict[str, Tensor], file: str | Path, backbone_pat
         "instance_norm" in card.input["TRANSFORMS"] and not card.input["NO_TRANSFORM"],
         learner,
     )
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def config_of(card: Card, sections: Iterable[str] = ("INPUT",)) -> CfgNode:
@@ -194,7 +203,8 @@ def _from_shape(keys: dict[str, Any], tower: dict[str, Tensor], text: dict[str, 
 def _learner_of(card: Card, state: dict[str, Tensor], clip: CLIP, file: str | Path) -> PromptLearner:
     """The prompt learner whose text depends on the image."""
     name = card.learner["trainer"]
+    cfg = config_of(card, ("INPUT", "TRAINER"))  # which registers the learners
     learner_class = TRAINER_REGISTRY.get(name, f"{file}").learner_class
-    learner = learner_class(config_of(card, ("INPUT", "TRAINER")), card.classnames, card.template, clip)
+    learner = learner_class(cfg, card.classnames, card.template, clip)
     learner.load_state_dict(state)
     return learner

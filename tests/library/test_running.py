@@ -159,7 +159,7 @@ def test_predictions_are_those_of_the_command(run: Run, images: list[str], tmp_p
         (np.zeros((2, 128), np.float32), "zero or not finite"),
         (np.zeros((4, 4), np.uint8), r"an array of uint8 \[4, 4\] is no image"),
         (np.zeros((2, 3, 8, 8), np.float32), r"an array of float32 \[2, 3, 8, 8\] is no image"),
-        ([np.zeros((4, 4))], r"an array of float64 \[4, 4\] is no image"),
+        ([np.zeros((4, 4))], r"an array of type float64 and shape \(4, 4\) is no image"),
         (Image.new("I;16", (4, 4)), "mode I;16 has more than 8 bits"),
     ],
 )

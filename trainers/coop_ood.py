@@ -6,8 +6,16 @@ Two linear layers look at the frozen image feature z; w_c are the text features 
     L = L_ce^u + alpha L_s + beta L_c        predict argmax_c <z_u, w_c>
 
     L_ce^u = CE(s z_u w^T, y)                          pull the text to the invariant feature
-    L_s    = KL(Uniform || softmax(s z_s w^T))         push the text from the spurious feature
-    L_c    = mean over classes of dep(z_u, z_s | y)    keep the two features independent within a class
+    L_s    = KL(Uniform || softmax(s z_s w^T))         push the text from the spurious feature (L_S uniform), or
+             log(1 + exp(s z_s w_y))                   push the text of the class alone (L_S repel)
+
+L_c couples the branches. The authors' figure feeds it with the two rows of similarities u = s z_u w^T, v = s z_s w^T [C]:
+
+    contrast       log(1 + exp(v_y - u_y))             the text of the class is closer to z_u than to z_s
+    contrast_rows  -log(exp u_y / (sum_c exp u_c + sum_c exp v_c))
+    mi_rows        mean over classes of the mutual information of softmax(u) and softmax(v) within the class
+    hsic_rows      mean over classes of HSIC(u, v) within the class
+    hsic, xcov, club    mean over classes of dep(z_u, z_s | y): these act on the features, and send no gradient to the text
 
 **Anchored** (our extension; ``ANCHOR: attributes``): nothing above says *which* branch is the spurious one. Names of
 the spurious attribute's values, no labels, settle it. t_a are the text features of the attribute's prompts:
@@ -51,6 +59,7 @@ from oodprompt.methods.dependence import (
     eraser,
     explained_share,
     hsic,
+    mutual_information,
     standardise_within,
     within_class_moments,
     within_classes,
@@ -64,8 +73,15 @@ declare(
         "BETA": Key(1.0, "Weight of L_c of the plain method. [open]", at_least=0),
         "L_C": Key(
             "hsic",
-            "dep of L_c; hsic is biased, with a median-heuristic RBF. [open]",
-            choices=("hsic", "xcov", "club", "contrast", "none"),
+            "L_c of the plain method (above): on the rows of similarities, as in the authors' figure (contrast, contrast_rows, "
+            "mi_rows, hsic_rows), or on the features, which the figure excludes (hsic, xcov, club). [open]",
+            choices=("contrast", "contrast_rows", "mi_rows", "hsic_rows", "hsic", "xcov", "club", "none"),
+        ),
+        "L_S": Key(
+            "uniform",
+            "L_s of the plain method (above): classes equally likely by z_s (uniform), or the text of the class far from z_s "
+            "(repel). [open]",
+            choices=("uniform", "repel"),
         ),
         "MIN_PER_CLASS": Key(
             4,
@@ -274,7 +290,8 @@ class DecoupledProjections(Debiaser):
         keys = self.keys
         if self.alternating:  # the branch whose turn it is not is held fixed
             z_u, z_s = (z_u.detach(), z_s) if self.spurious_turn else (z_u, z_s.detach())
-        L_s = uniformity_loss(alignment.compare(z_s.detach() if keys.DETACH_HS else z_s))
+        spurious = alignment.compare(z_s.detach() if keys.DETACH_HS else z_s)
+        L_s = uniformity_loss(spurious) if keys.L_S == "uniform" else F.softplus(_of_class(spurious, y))
         L_c = self._coupling(alignment, y, z_u, z_s) if keys.BETA else None
         log = {"L_s": L_s.mean()} | ({"L_c": L_c} if L_c is not None else {})
         penalty = keys.BETA * L_c if L_c is not None else None
@@ -287,15 +304,26 @@ class DecoupledProjections(Debiaser):
 
     def _coupling(self, alignment: Alignment, y: Tensor, z_u: Tensor, z_s: Tensor) -> Tensor | None:
         """L_c of the plain method."""
-        if self.keys.L_C == "none":
+        name = self.keys.L_C
+        if name == "none":
             return None
-        if self.keys.L_C == "contrast":
-            gap = alignment.compare(z_s) - alignment.compare(z_u)
-            return F.softplus(gap.gather(1, y.unsqueeze(1))).mean()
-        measures = {"hsic": hsic, "xcov": cross_covariance, "club": self.club}
-        dependence = measures[self.keys.L_C]
+        if name.startswith("contrast"):
+            return (contrast if name == "contrast" else contrast_rows)(
+                alignment.compare(z_u), alignment.compare(z_s), y
+            )
+        x, x_s = (alignment.compare(z_u), alignment.compare(z_s)) if name.endswith("_rows") else (z_u, z_s)
+        if name == "mi_rows":
+            x, x_s = F.softmax(x, dim=1), F.softmax(x_s, dim=1)
+        measures = {
+            "hsic": hsic,
+            "hsic_rows": hsic,
+            "mi_rows": mutual_information,
+            "xcov": cross_covariance,
+            "club": self.club,
+        }
+        dependence = measures[name]
         assert dependence is not None, "CLUB is made where L_C asks for it"
-        return within_classes(dependence, z_u, z_s, y, self.keys.MIN_PER_CLASS)
+        return within_classes(dependence, x, x_s, y, self.keys.MIN_PER_CLASS)
 
     def _anchored(self, step: Step, z_u: Tensor, z_s: Tensor) -> Contribution:
         keys = self.keys
@@ -328,6 +356,20 @@ def uniformity_loss(logits: Tensor) -> Tensor:
     Equals -mean_c log p_c - log C.
     """
     return -F.log_softmax(logits, dim=1).mean(dim=1) - math.log(logits.shape[1])
+
+
+def _of_class(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def contrast(u: Tensor, v: Tensor, y: Tensor) -> Tensor:
+    """mean_i -log sigma(u_iy - v_iy) of rows u, v [B, C]: the class's text against the two features of an image."""
+    return F.softplus(_of_class(v - u, y)).mean()
+
+
+def contrast_rows(u: Tensor, v: Tensor, y: Tensor) -> Tensor:
+    """mean_i -log( exp u_iy / (sum_c exp u_ic + sum_c exp v_ic) ) of rows u, v [B, C]: InfoNCE with both rows below."""
+    return F.cross_entropy(torch.cat([u, v], dim=1), y)
 
 
 @TRAINER_REGISTRY.register()

@@ -234,6 +234,25 @@ def hsic(x: Tensor, y: Tensor, classes: Classes | None = None) -> Tensor:
     return classes.weight @ (classes.mean * k * l.T).sum(dim=1)
 
 
+def mutual_information(p: Tensor, q: Tensor, classes: Classes | None = None) -> Tensor:
+    """Mutual information in nats of two labels, drawn for each image from p [n, C] and q [n, C], a scalar.
+
+    I = sum_ab P_ab log(P_ab / (P_a. P_.b)) with the joint distribution P = mean_i p_i q_i^T. With ``classes`` the mean over
+    them of I within each. P is computed for as many classes as can have enough images, at most n / 2: [n / 2, C, C].
+
+    Source: as in Ji et al., "Invariant Information Clustering", ICCV 2019, which maximises it.
+    """
+    classes = classes or Classes.one(p)
+    n = len(p)
+    first = ~(classes.same.tril(-1).any(dim=1)) & (classes.weight > 0)  # an image for each class that counts
+    counts, rows = first.to(p.dtype).topk(max(n // 2, 1))
+    joint = torch.einsum("kn,na,nb->kab", classes.mean[rows], p, q)
+    independent = joint.sum(dim=2, keepdim=True) * joint.sum(dim=1, keepdim=True)
+    tiny = torch.finfo(p.dtype).tiny
+    information = (joint * (joint.clamp(min=tiny).log() - independent.clamp(min=tiny).log())).sum(dim=(1, 2))
+    return (counts * information).sum() / counts.sum().clamp(min=1)
+
+
 def _squared_distances(x: Tensor) -> Tensor:
     """|x_i - x_j|^2 of x [..., n, p], [..., n, n]."""
     products = x @ x.transpose(-1, -2)

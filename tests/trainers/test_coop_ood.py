@@ -22,6 +22,7 @@ from oodprompt.methods.dependence import (
     eraser,
     explained_share,
     hsic,
+    mutual_information,
     standardise_within,
     within_class_moments,
     within_classes,
@@ -74,6 +75,54 @@ def test_total_loss_is_the_formula(build: Build) -> None:
     torch.testing.assert_close(loss, L_ce + 0.7 * L_s + 0.3 * torch.stack(L_c).mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["contrast", "contrast_rows", "mi_rows", "hsic_rows"])
+def test_coupling_of_rows_is_its_formula(build: Build, name: str) -> None:
+    keys = ["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", name]
+    trainer = build("CoOpOOD", *JOINT, *keys)
+    batch = first_batch(trainer)
+    z, y, w, s = batch["image_features"], batch["label"], *_text(trainer)
+    u, v = (s * F.normalize(h(z), dim=1) @ w.T for h in (trainer.debiasers[0].h_u, trainer.debiasers[0].h_s))
+    image = torch.arange(len(y))
+    if name == "contrast":
+        expected = -F.logsigmoid(u[image, y] - v[image, y]).mean()
+    elif name == "contrast_rows":
+        expected = -(u[image, y].exp() / (u.exp().sum(1) + v.exp().sum(1))).log().mean()
+    elif name == "hsic_rows":
+        expected = torch.stack([hsic(u[y == c], v[y == c]) for c in (0, 1)]).mean()
+    else:
+        each = []
+        for c in (0, 1):
+            P = F.softmax(u[y == c], 1).T @ F.softmax(v[y == c], 1) / (y == c).sum()
+            each.append(sum(P[a, b] * (P[a, b] / (P[a].sum() * P[:, b].sum())).log() for a in (0, 1) for b in (0, 1)))
+        expected = torch.stack(each).mean()
+    loss, _ = trainer.objective(trainer.encoder.align(batch), batch)
+    torch.testing.assert_close(loss - F.cross_entropy(u, y), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_repelling_is_its_formula(build: Build) -> None:
+    keys = ["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.L_S", "repel"]
+    trainer = build("CoOpOOD", *JOINT, *keys)
+    batch = first_batch(trainer)
+    z, y, w, s = batch["image_features"], batch["label"], *_text(trainer)
+    u, v = (s * F.normalize(h(z), dim=1) @ w.T for h in (trainer.debiasers[0].h_u, trainer.debiasers[0].h_s))
+    expected = F.cross_entropy(u, y) + (1 + v[torch.arange(len(y)), y].exp()).log().mean()
+    torch.testing.assert_close(
+        trainer.objective(trainer.encoder.align(batch), batch)[0], expected, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_mutual_information_is_zero_for_independent_labels_and_entropy_for_equal_ones() -> None:
+    sides = F.one_hot(torch.arange(16) % 4, 4).float()
+    assert math.isclose(mutual_information(sides, sides).item(), math.log(4), rel_tol=1e-5)
+    others = F.one_hot(torch.arange(16) // 4, 4).float()
+    assert abs(mutual_information(sides, others).item()) < 1e-6
+    label = torch.tensor([0] * 16 + [1] * 3 + [2] * 16)  # class 1 has too few images
+    value = within_classes(
+        mutual_information, torch.cat([sides, sides[:3], sides]), torch.cat([sides, sides[:3], others]), label
+    )
+    assert math.isclose(value.item(), math.log(4) / 2, rel_tol=1e-5)
+
+
 def _text(trainer: PromptTrainer) -> tuple[Tensor, Tensor]:
     alignment = trainer.learner(torch.zeros(1, trainer.clip.shape.embed_dim))
     return alignment.text_features, alignment.logit_scale
@@ -97,6 +146,10 @@ def test_uniformity_loss_is_kl_from_uniform_with_minimum_zero() -> None:
         (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "xcov"], {"h_u", "h_s"}),
         (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "club"], {"h_u", "h_s"}),
         (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "contrast"], {"ctx", "h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "contrast_rows"], {"ctx", "h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "mi_rows"], {"ctx", "h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "hsic_rows"], {"ctx", "h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.L_S", "repel"], {"ctx", "h_s"}),
         (["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", 1,
           "TRAINER.COOPOOD.ANCHOR_BETA", 0, "TRAINER.COOPOOD.ANCHOR_GAMMA", 0], {"ctx"}),
         (["TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", 0,

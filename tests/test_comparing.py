@@ -80,6 +80,8 @@ def test_values_of_a_curve_stand_where_the_axis_says() -> None:
     steep = [(1, 100.0), (2, 1.0), (3, 0.01), (4, float("nan"))]
     drawn = chart({"title": "loss", "percent": False, "lines": [{"number": 1, "points": steep}]})
     assert drawn["lines"][0]["points"] == "44.0,10.0 198.0,89.0 352.0,168.0" and drawn["title"] == "loss, logarithmic"
+    drawn = chart({"title": "accuracy", "percent": True, "lines": [{"number": 1, "points": [(1, 2.0), (2, 90.0)]}]})
+    assert drawn["title"] == "accuracy" and [level for level, _ in drawn["levels"]] == ["0", "22.5", "45", "67.5", "90"]
 
 
 def test_tables_and_picture_say_the_same(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Many runs in one process, in step: the prompts of all are encoded by one call of the text tower.
 
 Each run executes its own command line in a thread of its own, with its own folder, log, random numbers, schedule,
-checkpoints and errors. One thread runs at a time. A run that is about to encode its prompts in a training step stops
-there. When all have stopped, the prompts of R runs are encoded at once, and each run goes on with its own features:
+checkpoints and errors. One thread runs at a time. A run stops in each training step when
+its prompts are to be encoded. When all have stopped, the prompts of R runs are encoded at once. Each run then goes on with
+its own features:
 
     encode([p_1; ...; p_R]) = [encode(p_1); ...; encode(p_R)]
 

@@ -2,8 +2,8 @@
 
     python scripts/maintain/export_table.py FOLDER
 
-trains each prompt learner, alone and under CoOpOOD, for three epochs on the embedded CLIP, and exports it with and without
-the backbone and as an ONNX model. What is there is not trained again.
+trains each prompt learner for three epochs on the embedded CLIP, alone and under CoOpOOD. Each run is exported with the
+backbone, without it, and as an ONNX model. A run that is in FOLDER already is not trained again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def main() -> None:
             sizes = (found.size / 1e3, whole.size / 1e3, found.onnx_size / 1e3)
             rows.append((name, *(f"{d:.1e}" for d in differences), *(f"{s:,.0f} kB" for s in sizes)))
             print(*rows[-1], flush=True)
-    header = ("method", "`Classifier`", "with the backbone", "onnxruntime", "file", "with the backbone", "ONNX")
+    header = (
+        *("method", "difference: file", "difference: file with backbone", "difference: ONNX"),
+        *("size: file", "size: file with backbone", "size: ONNX"),
+    )
     print(markdown_table(header, rows))
 
 

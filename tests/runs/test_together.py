@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from oodprompt import cli
 from oodprompt.backbones import CLIP, load_backbone
@@ -29,7 +30,7 @@ from oodprompt.runs.bundles import Bundle, bundled, saying, size_of
 from oodprompt.runs.grid import TrainingRun
 from oodprompt.runs.together import Part, run_together
 from tests.helpers.jobs import Line, in_fork, results, wait_for
-from tests.helpers.runs import CONFIG, METRICS, command_line, no_pictures
+from tests.helpers.runs import CONFIG, METRICS, SMALL, command_line, no_pictures
 
 ANCHORED = ("CoOpOOD", "TRAINER.COOPOOD.ANCHOR", "attributes", "TRAINER.COOPOOD.ANCHOR_ALPHA", "0.1")
 ONE = ("OPTIM.MAX_EPOCH", "1")
@@ -317,9 +318,7 @@ def test_size_is_checked() -> None:
         size_of("0")
 
 
-def test_grid_trains_together_and_says_so(
-    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grid_trains_together_and_says_so(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with no_pictures():
         assert main(line("CoOp", "CoOpOOD", out="off")) == 0
         assert "train together" not in capsys.readouterr().out
@@ -333,6 +332,33 @@ def test_grid_trains_together_and_says_so(
         text = log.read_text()
         assert text.startswith("$ ") and text.count("Finish training") == 1
         assert str(log.parent) in text.splitlines()[0]
+
+
+def test_a_run_that_fails_among_others_is_the_only_failure(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "grid.yaml"
+    common = " ".join(map(str, [*SMALL, "TRAIN.VAL_FREQ", "0", *EPOCHS]))
+    methods = {"CoOp": "--trainer CoOp", "too fast": "--trainer CoOp OPTIM.LR 1e38"}
+    file.write_text(yaml.safe_dump({"config": CONFIG, "common": common, "methods": methods}))
+    words = [
+        "--seeds",
+        "1",
+        "2",
+        "--root",
+        str(data_root),
+        "--out",
+        str(tmp_path / "out"),
+        "--jobs",
+        "1",
+        "--together",
+        "auto",
+    ]
+    with no_pictures():
+        assert main([str(file), *words]) == 1
+    out = capsys.readouterr().out
+    assert "4 runs train together in 1 process" in out and out.count("Failed: too fast") == out.count("Failed") == 2
+    assert len(results(tmp_path / "out")) == 2
 
 
 def test_slurm_leaves_runs_alone(

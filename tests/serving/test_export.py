@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ def test_a_run_becomes_a_file_and_an_onnx_model(
     out, graph, photos = tmp_path / "made" / "model.safetensors", tmp_path / "model.onnx", tmp_path / "photos"
     assert command.main(["--model-dir", str(tmp_path / "run"), "--output", str(out), "--onnx", str(graph)]) == 0
     said = capsys.readouterr().out
-    assert "largest difference between PyTorch and onnxruntime" in said and not list(tmp_path.glob("*.part"))
+    assert "largest difference between PyTorch and onnxruntime" in said and not list(tmp_path.rglob("*.part"))
     shutil.copytree(Path(images(load_run(tmp_path / "run"))[0]).parent, photos)
     (photos / "broken.png").write_bytes(b"no image")
 
@@ -163,11 +165,15 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other")
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "later", {"oodprompt": '{"format": 99}'})
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "cut", {"oodprompt": '{"format": 1, "lear'})
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "partly", {"oodprompt": '{"format": 1}'})
     for name, message in (
         ("none", "there is no file"),
         ("text", "cannot read"),
         ("other", "holds no trained model"),
         ("later", "has format 99"),
+        ("cut", "it is damaged"),
+        ("partly", "it is damaged"),
     ):
         with pytest.raises(UserError, match=message):
             Classifier.load(tmp_path / name)
@@ -191,3 +197,29 @@ def test_a_run_from_python_exports_itself(run: Run, tmp_path: Path) -> None:
     expected = oodprompt.load(tmp_path / "run").predict(paths)
     table = oodprompt.Classifier.load(tmp_path / "model.safetensors").predict(paths)
     assert table.equals(expected)
+
+
+def test_a_file_with_a_learner_loads_in_a_fresh_process(run: Run, tmp_path: Path) -> None:
+    run("CoCoOp", "run")
+    exporting.export(tmp_path / "run", tmp_path / "model.safetensors")
+    program = "import sys; from oodprompt import Classifier; print(Classifier.load(sys.argv[1]).classnames)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("["), done.stderr
+
+
+def test_a_run_in_half_precision_is_exported_by_the_epoch_that_it_has(run: Run, tmp_path: Path) -> None:
+    run("CoOp", "run", "OPTIM.MAX_EPOCH", "2", "TRAIN.CHECKPOINT_FREQ", "1", "TRAINER.PREC", "bf16")
+    paths = images(load_run(tmp_path / "run"))
+    tables = {}
+    for epoch in (1, 2):
+        loaded = oodprompt.load(tmp_path / "run", epoch=epoch)
+        loaded.export(tmp_path / f"{epoch}.safetensors")
+        tables[epoch] = oodprompt.Classifier.load(tmp_path / f"{epoch}.safetensors").probabilities(paths)
+        trainer = load_run(tmp_path / "run", epoch, ["TRAINER.PREC", "fp32"])
+        assert (tables[epoch] - trainer.classify(paths)).abs().max() < 1e-6
+    assert not torch.equal(tables[1], tables[2])

@@ -72,6 +72,7 @@ class LastLayer(Debiaser):
 
     model_name = "dfr"
     predicts = True
+    has_own_text = True
     fitted: Tensor
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:

@@ -70,6 +70,7 @@ class GroupPrompts(Debiaser):
 
     model_name = "groupcoop"
     predicts = True
+    has_own_text = True
     not_loaded = ("token_prefix", "token_suffix")
 
     @classmethod

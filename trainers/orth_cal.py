@@ -63,7 +63,7 @@ class ProjectedText(Debiaser):
     """
 
     model_name = "orthcal"
-    predicts = True
+    aligns = True
     P: Tensor
 
     @classmethod
@@ -112,8 +112,8 @@ class ProjectedText(Debiaser):
             count += len(prompts)
         return prompt_features(context.clip, [prompt for prompts in lists for prompt in prompts]), S
 
-    def predict(self, alignment: Alignment) -> Tensor:
-        return replace(alignment, text_features=F.normalize(alignment.text_features @ self.P.T, dim=-1)).logits
+    def align(self, alignment: Alignment) -> Alignment:
+        return replace(alignment, text_features=F.normalize(alignment.text_features @ self.P.T, dim=-1))
 
     def head(self, head: Head) -> Head:
         return head.with_text_map(self.P)

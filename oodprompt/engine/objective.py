@@ -37,6 +37,12 @@ class Objective:
         predicting = {n: d for n, d in self._named() if d.predicts}
         ordering = {n: d for n, d in self._named() if d.epoch_order is not None}
         self.predictor = _only_one(predicting, "replace the prediction")
+        aligning = [n for n, d in self._named() if d.aligns]
+        if aligning and self.predictor is not None and self.predictor.has_own_text:
+            raise UserError(
+                f"TRAINER.STACK: {aligning[0]} changes the text features of the base, and {next(iter(predicting))} compares "
+                "with its own; leave one out"
+            )
         chooser = _only_one(ordering, "choose the images of an epoch")
         self.epoch_order: EpochOrder | None = chooser.epoch_order if chooser is not None else None
         self._refuse_two_corrections()
@@ -63,7 +69,7 @@ class Objective:
 
     def note_what_does_nothing(self) -> None:
         """Say so where nothing is trained and debiasers only change training."""
-        names = [name for name, debiaser in self._named() if not debiaser.predicts]
+        names = [name for name, debiaser in self._named() if not (debiaser.predicts or debiaser.aligns)]
         if names:
             logger.info(f"Note: nothing is trained over {self.base_name}, so {', '.join(names)} changes nothing")
 
@@ -89,15 +95,25 @@ class Objective:
         """What debiasers draw by epoch: name of a quantity -> name of a group -> its value."""
         return {name: values for debiaser in self.debiasers for name, values in debiaser.by_group().items()}
 
+    def align(self, alignment: Alignment) -> Alignment:
+        """The alignment of which the prediction and the debiasers' terms are made: the learner's, changed in turn."""
+        for debiaser in self.debiasers:
+            alignment = debiaser.align(alignment) if debiaser.aligns else alignment
+        return alignment
+
     def predict(self, alignment: Alignment) -> Tensor:
-        """Logits [B, C]: the predicting debiaser's, else the alignment's."""
+        """Logits [B, C] of the learner's alignment: the predicting debiaser's, else those of the changed alignment."""
+        return self._predict(self.align(alignment))
+
+    def _predict(self, alignment: Alignment) -> Tensor:
         return self.predictor.predict(alignment) if self.predictor else alignment.logits
 
     def predictions(self, alignment: Alignment) -> dict[str, Tensor]:
         """Logits [B, C] by name: the prediction under "", and what debiasers predict otherwise."""
-        found = {"": self.predict(alignment)}
+        aligned = self.align(alignment)
+        found = {"": self._predict(aligned)}
         for debiaser in self.debiasers:
-            found.update(debiaser.other_predictions(alignment))
+            found.update(debiaser.other_predictions(alignment if debiaser.aligns else aligned))
         return found
 
     def __call__(
@@ -107,8 +123,9 @@ class Objective:
         for debiaser in self.debiasers:
             debiaser.before_step()
         label, attribute, index = numbers_of_all(batch, alignment.image_features.device)
-        logits = self.predict(alignment)
-        step = Step(alignment, logits, label, attribute, index, regions)
+        aligned = self.align(alignment)
+        logits = self._predict(aligned)
+        step = Step(aligned, logits, label, attribute, index, regions)
         per_sample = F.cross_entropy(logits, label, reduction="none")
         if self.learner.ce_weight != 1:
             per_sample = self.learner.ce_weight * per_sample

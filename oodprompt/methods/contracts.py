@@ -237,7 +237,8 @@ class Debiaser(nn.Module):
     """Base of debiasers. Its parameters (trained with their own rate) and buffers are in its checkpoint.
 
     Attributes: ``model_name``, the folder of its checkpoints; ``predicts``, whether ``predict`` replaces the learner's
-    prediction; ``takes_regions``, whether steps carry the regions of the images; ``group_correction``, what makes up
+    prediction; ``aligns``, whether ``align`` changes the alignment of which the prediction and all debiasers are made; ``has_own_text``, whether
+    ``predict`` compares with class vectors of its own; ``takes_regions``, whether steps carry the regions of the images; ``group_correction``, what makes up
     for the sizes of groups: ``"size"`` (weights by the groups' sizes in training), ``"batch"`` (weights by their sizes
     in the batch), ``"sampler"`` (all groups are drawn equally often) or ``""`` (nothing); ``epoch_order``, None or a
     function that takes the place of the sampler. It maps (epoch, random numbers) to the indices of the training images
@@ -247,6 +248,8 @@ class Debiaser(nn.Module):
 
     model_name = "debiaser"
     predicts = False
+    aligns = False
+    has_own_text = False
     takes_regions = False
     group_correction = ""
     epoch_order: EpochOrder | None = None
@@ -283,16 +286,20 @@ class Debiaser(nn.Module):
     def before_step(self) -> None:
         """Called before each step's prediction; may say which parameters the step leaves alone (requires_grad)."""
 
+    def align(self, alignment: Alignment) -> Alignment:
+        """The alignment for the prediction and for the other debiasers; used when ``aligns``. Such debiasers come in order."""
+        return alignment
+
     def predict(self, alignment: Alignment) -> Tensor:
         """Logits [B, C]; used when ``predicts``."""
         return alignment.logits
 
     def head(self, head: Head) -> Head:
-        """``predict`` in tensors alone, for export: ``head``, the learner's own prediction, changed as ``predict`` does.
+        """``align`` and ``predict`` in tensors alone, for export: ``head``, the prediction so far, changed as they do.
 
         ``UserError`` where that is not possible.
         """
-        if self.predicts:
+        if self.predicts or self.aligns:
             raise UserError(f"{self.model_name} cannot be exported: it predicts in its own way, and defines no `head`")
         return head
 

@@ -189,8 +189,9 @@ def head_of(trainer: PromptTrainer) -> Head:
     alignment = trainer.learner(z)
     text = alignment.text_features
     head = Head(alignment.logit_scale.float(), text.float() if text.ndim == 2 else None)
-    predictor = trainer.objective.predictor
-    return predictor.head(head) if predictor is not None else head
+    for debiaser in trainer.debiasers:
+        head = debiaser.head(head)
+    return head
 
 
 def _some_images(trainer: PromptTrainer) -> list[str]:

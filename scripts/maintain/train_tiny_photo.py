@@ -131,7 +131,10 @@ def cut_out(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pairs(Dataset):
-    """Batch ``step`` of the training: pictures, token ids, classes, and the truth of captions [B pictures, B captions]."""
+    """Batch ``step`` of the training: pictures, token ids, classes, and the truth of captions [B pictures, B / 2 captions].
+
+    The captions are those of the first half of the pictures.
+    """
 
     photos: np.ndarray
     words: Words
@@ -146,7 +149,7 @@ class Pairs(Dataset):
         rng, words = np.random.default_rng([self.seed, step]), self.words
         classes = rng.integers(len(words.wnids), size=self.batch)
         has = np.zeros((self.batch, len(words.words)), bool)
-        asks = np.zeros_like(has)
+        asks = np.zeros((self.batch // 2, len(words.words)), bool)
         images = np.empty((self.batch, SIZE, SIZE, 3), np.uint8)
         captions = []
         for row, c in enumerate(classes):
@@ -165,10 +168,11 @@ class Pairs(Dataset):
                 image[top : top + small, left : left + small] = mask * thing + (1 - mask) * part
                 has[row, words.of_class[place]] = True
             images[row] = image
-            ids, said = words.caption(rng, int(c), place)
-            captions.append(ids)
-            asks[row, said] = True
-        tokens = np.zeros((self.batch, max(map(len, captions))), np.int64)
+            if row < self.batch // 2:
+                ids, said = words.caption(rng, int(c), place)
+                captions.append(ids)
+                asks[row, said] = True
+        tokens = np.zeros((len(captions), max(map(len, captions))), np.int64)
         for row, ids in enumerate(captions):
             tokens[row, : len(ids)] = ids
         true = torch.from_numpy(~has).float() @ torch.from_numpy(asks).float().T == 0
@@ -202,9 +206,13 @@ def image_features(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
-    """CLIP's loss, [B pictures, B captions], with targets uniform over the true pairs, in both directions."""
+    """CLIP's loss, [pictures, captions], with targets uniform over the true pairs, in both directions.
+
+    Pictures of which no caption is true are left out of the direction from pictures to captions.
+    """
     true = true.float()
-    by_image = -(F.log_softmax(logits, 1) * true).sum(1) / true.sum(1)
+    known = true.any(dim=1)
+    by_image = -(F.log_softmax(logits[known], 1) * true[known]).sum(1) / true[known].sum(1)
     by_text = -(F.log_softmax(logits, 0) * true).sum(0) / true.sum(0)
     return (by_image.mean() + by_text.mean()) / 2
 
@@ -278,11 +286,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data/tiny-imagenet-200"))
     parser.add_argument("--work-dir", type=Path, default=Path("output/tiny_photo"))
     parser.add_argument("--out", type=Path, default=Path("oodprompt/backbones/tiny-photo.pt.gz"))
-    parser.add_argument("--samples", type=int, default=1_000_000, help="pictures with captions in all")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--samples", type=int, default=1_200_000, help="pictures with captions in all")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=400, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--workers", type=int, default=1, help="processes that read photographs")
     args = parser.parse_args()
 

@@ -26,7 +26,7 @@ from tests.helpers.runs import Build, Run
 NAMES = ("DATASET.ATTRIBUTE_NAMES", "('water', 'land')")
 register_all()
 LEARNERS = [name for name, t in TRAINER_REGISTRY.items() if t.learner_class]
-PREDICTING = [name for name, t in TRAINER_REGISTRY.items() if t.debiaser_class and t.debiaser_class.predicts]
+PREDICTING = [name for name, t in TRAINER_REGISTRY.items() if (d := t.debiaser_class) and (d.predicts or d.aligns)]
 
 
 def of_file(trainer: PromptTrainer, with_backbone: bool = False) -> tuple[Classifier, file.Card, dict[str, Any]]:
@@ -41,10 +41,12 @@ def images(trainer: PromptTrainer, number: int = 4) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "trainer, base", [(name, "") for name in LEARNERS] + [(d, b) for d in PREDICTING for b in ("CoCoOp", "MaPLe")]
+    "trainer, base",
+    [(name, "") for name in LEARNERS] + [(d, b) for d in [*PREDICTING, "OrthCal+CoOpOOD"] for b in ("CoCoOp", "MaPLe")],
 )
 def test_every_method_predicts_from_its_file_as_in_its_run(build: Build, trainer: str, base: str) -> None:
-    built = build(trainer, *(("--base", base) if base else ()), *NAMES)
+    first, *stack = trainer.split("+")
+    built = build(first, *(("--base", base) if base else ()), *NAMES, "TRAINER.STACK", str(stack))
     torch.manual_seed(0)
     with torch.no_grad():
         for model in built.models():

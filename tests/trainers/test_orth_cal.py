@@ -209,9 +209,11 @@ def test_impossible_keys_are_refused(build: Build, key: str, value: Any) -> None
         build("OrthCal", f"TRAINER.ORTHCAL.{key}", value)
 
 
-@pytest.mark.parametrize("other", ["CoOpOOD", "RoboShot", "GroupCoOp"])
-def test_two_predictions_do_not_stack(build: Build, other: str) -> None:
-    with pytest.raises(UserError, match=r"OrthCal and \w+ each replace the prediction"):
+@pytest.mark.parametrize("other", ["DFR", "GroupCoOp"])
+def test_text_of_its_own_does_not_stack(build: Build, other: str) -> None:
+    with pytest.raises(
+        UserError, match=f"OrthCal changes the text features of the base, and {other} compares with its own"
+    ):
         build("OrthCal", "TRAINER.STACK", f"('{other}',)")
 
 
@@ -226,3 +228,24 @@ def test_goes_with_weights_of_groups(build: Build) -> None:
     logits = replace(alignment, text_features=text).logits
     expected = (weights * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_changes_the_text_that_a_stacked_debiaser_compares_with(build: Build) -> None:
+    stack = ["--base", "CoOp", "TRAINER.STACK", "['CoOpOOD']", "TRAINER.COOPOOD.PHASES", "joint"]
+    keys = ["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.L_C", "contrast", "TRAINER.COOPOOD.BETA", 1]
+    trainer = build("OrthCal", *stack, *keys)
+    projected, projections = trainer.debiasers
+    batch = next(iter(trainer.encoder.batches("train")))
+    alignment, y = trainer.encoder.align(batch), batch["label"]
+    w = F.normalize(alignment.text_features @ projected.P.T, dim=-1)
+    u, v = (
+        alignment.logit_scale * F.normalize(h(alignment.image_features), dim=-1) @ w.T
+        for h in (projections.h_u, projections.h_s)
+    )
+    torch.testing.assert_close(trainer.objective.predict(alignment), u, rtol=1e-5, atol=1e-5)
+    gap = (v - u)[torch.arange(len(y)), y]
+    loss, _ = trainer.objective(alignment, batch)
+    torch.testing.assert_close(loss, F.cross_entropy(u, y) + F.softplus(gap).mean(), rtol=1e-5, atol=1e-6)
+    found = trainer.objective.predictions(alignment)
+    torch.testing.assert_close(found["without projection"], alignment.logits)
+    torch.testing.assert_close(found["through raw z"], replace(alignment, text_features=w).logits)

@@ -111,7 +111,8 @@ def propose(
     ranked = sorted((a for a in found if a.v > 0), key=lambda a: (-round(a.v, 4), -round(a.split.clarity, 4), a.word))
     looked = ranked[:_LOOKED_AT]
     presence = np.stack([_present(features, words, a) for a in looked]) if looked else np.zeros((0, len(label)), bool)
-    groups = [_led(looked, *group) for group in _merged(looked, presence, words.direction)][:most]
+    everything = [_led(looked, *group) for group in _merged(looked, presence, words.direction)]
+    groups = everything[:most]
     inside, level = Within(features, label, classes), LEVEL / max(len(found), 1)
     afters: list[tuple[float, float]] = []
     part, strong = np.zeros(len(label), dtype=np.int64), list[int]()  # images alike in the strong proposals so far
@@ -127,7 +128,7 @@ def propose(
     proposals = []
     for (same, opposite), after in zip(groups, afters, strict=True):
         best = looked[same[0]]
-        others = [looked[i].word for (i, *_), _ in groups if looked[i].strong and looked[i] is not best]
+        others = [looked[i].word for (i, *_), _ in everything if looked[i].strong and looked[i] is not best]
         names, agreement = namer.names(best, presence[same[0]], [looked[i].word for i in opposite], others)
         of_same, of_opposite = (tuple(looked[i] for i in side) for side in (same[1:], opposite))
         goes, rarely = int(best.lift.argmax()), int(best.lift.argmin())

@@ -56,7 +56,8 @@ def test_names_are_in_the_order_of_classes() -> None:
     assert proposed((0.95, 0.05))[0].proposals[0].names[0] in ("sea", "lake")
 
 
-def test_an_attribute_of_three_values_gets_three_names() -> None:
+def of_three_scenes(most: int) -> Proposals:
+    """Sea, meadow and snow, each with one of three classes."""
     rng, n = np.random.default_rng(0), 900
     label = np.repeat([0, 1, 2], n // 3)
     scene = np.where(rng.random(n) < 0.9, label, rng.integers(0, 3, n))
@@ -65,8 +66,15 @@ def test_an_attribute_of_three_values_gets_three_names() -> None:
     direction = torch.cat([axes[:3], axes[:3].sum(dim=0, keepdim=True), axes[6:7]])
     words = Words(("sea", "meadow", "snow", "scene", "lamp"), ("",) * 5, direction, F.normalize(direction, dim=-1))
     vocabulary = Vocabulary(words.words, words.sections, "a test")
-    found = propose(words, vocabulary, F.normalize(z, dim=-1), label, axes[3:6], show=False)
-    assert found.proposals[0].names == ("sea", "meadow", "snow")
+    return propose(words, vocabulary, F.normalize(z, dim=-1), label, axes[3:6], most, show=False)
+
+
+def test_an_attribute_of_three_values_gets_three_names() -> None:
+    assert of_three_scenes(12).proposals[0].names == ("sea", "meadow", "snow")
+
+
+def test_names_are_the_same_however_many_proposals_are_asked_for() -> None:
+    assert of_three_scenes(1).proposals[0].names == ("sea", "meadow", "snow")
 
 
 def test_the_same_data_give_the_same_proposals() -> None:

@@ -104,6 +104,11 @@ class ProposedNames:
                 f"DATASET.ATTRIBUTE_NAMES auto: none of {found.tested} words goes with the label; give the names"
             )
         first = found.proposals[0]
+        if not first.names:
+            raise UserError(
+                f"DATASET.ATTRIBUTE_NAMES auto: “{found.word(first.best)}” goes with the label, but no other word names the "
+                "images without it; give the names"
+            )
         strength = "a strong suspect" if first.strong else "no strong suspect"
         return first.names, f"“{found.word(first.best)}”, V {first.best.v:.2f}, {strength}"
 

@@ -41,17 +41,17 @@ class Proposal:
     """A suspected shortcut: the word ``best`` and the words that say ``same``, or the ``opposite``, by falling V.
 
     ``names`` are the names of the attribute to train against, in the order of the classes that they go with. They split
-    the training images as ``best`` does with the correlation ``agreement``. ``goes_with`` is the class that has the word
-    most often beyond the other classes, and ``rarely_with`` the one that has it least. ``after`` are the limits of V where
-    the images are compared among those alike in the strong proposals before it. ``strong``: the word is, and still is
-    after those.
+    the training images as ``best`` does with the correlation ``agreement``. Where no other word tells images with the word
+    from the rest, there are no names, and ``agreement`` is None. ``goes_with`` is the class that has the word most often
+    beyond the other classes, and ``rarely_with`` the one that has it least. ``after`` are the limits of V where the images
+    are compared among those alike in the strong proposals before it. ``strong``: the word is, and still is after those.
     """
 
     best: Association
     same: tuple[Association, ...]
     opposite: tuple[Association, ...]
     names: tuple[str, ...]
-    agreement: float
+    agreement: float | None
     goes_with: int
     rarely_with: int
     after: tuple[float, float]
@@ -111,7 +111,7 @@ def propose(
     ranked = sorted((a for a in found if a.v > 0), key=lambda a: (-round(a.v, 4), -round(a.split.clarity, 4), a.word))
     looked = ranked[:_LOOKED_AT]
     presence = np.stack([_present(features, words, a) for a in looked]) if looked else np.zeros((0, len(label)), bool)
-    everything = [_led(looked, *group) for group in _merged(looked, presence, words.direction)]
+    everything = sorted(_led(looked, *group) for group in _merged(looked, presence, words.direction))  # by what leads
     groups = everything[:most]
     inside, level = Within(features, label, classes), LEVEL / max(len(found), 1)
     afters: list[tuple[float, float]] = []
@@ -180,16 +180,19 @@ class _Namer:
 
     def names(
         self, best: Association, present: Flags, opposite: Sequence[int], others: Sequence[int]
-    ) -> tuple[tuple[str, ...], float]:
-        """(names, how the split by the first two of them correlates with ``present``).
+    ) -> tuple[tuple[str, ...], float | None]:
+        """(names, how their split into images of the best word and others correlates with ``present``).
 
         The first name is the best word, the second the one with which it splits best. A word from ``opposite`` or, after
         these, from ``others`` is preferred, if one is nearly as good. Of ``others``, the best words of other proposals with
-        a large V, those follow that raise the chi^2 of split and label much.
+        a large V, those follow that raise the chi^2 of split and label much. Without a word that splits the images there are no
+        names.
         """
         agreement = _correlations(self.fit[:, [best.word]] > self.fit, present)
         agreement[best.word] = -1
         second = int(agreement.argmax())
+        if agreement[second] <= -1:
+            return (), None
         for preferred in (opposite, others):
             nearest = max(preferred, key=lambda i: (round(float(agreement[i]), 4), -i), default=None)
             if nearest is not None and agreement[nearest] >= _OPPOSITE * agreement[second]:
@@ -210,7 +213,7 @@ class _Namer:
         split = self.fit[:, chosen].argmax(axis=1)
         names = [self.words.words[i] for i in chosen]
         order = sorted(range(len(chosen)), key=lambda a: (self._class_of(split == a), a))
-        return tuple(names[a] for a in order), float(agreement[second])
+        return tuple(names[a] for a in order), float(_correlations((split == 0)[:, None], present)[0])
 
     def _chi_squared(self, chosen: Sequence[int]) -> float:
         split = self.fit[:, list(chosen)].argmax(axis=1)

@@ -88,7 +88,7 @@ class AttributeSources:
         return Groups(torch.where(attribute < 0, -1, split.label * values + attribute), names)
 
     def num_groups(self) -> int:
-        """G = C A of the training split; asks for features as ``check_groups``, which says the ``UserError``, too."""
+        """G = C A of the training split. It raises ``UserError`` and asks for image features as ``check_groups`` does."""
         return len(self.data.classnames) * self.source.num_values(self.data.train)
 
     def check_groups(self, split: Split) -> None:

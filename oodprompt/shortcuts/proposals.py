@@ -17,6 +17,7 @@ from oodprompt.shortcuts.association import (
     STRONG,
     Association,
     Flags,
+    Numbers,
     Within,
     associations,
     chi_squared,
@@ -79,10 +80,9 @@ class Proposals:
     def strong(self) -> tuple[Proposal, ...]:
         return tuple(proposal for proposal in self.proposals if proposal.strong)
 
-    def present(self, proposal: Proposal, features: Tensor) -> tuple[NDArray[np.float64], Flags]:
+    def present(self, proposal: Proposal, features: Tensor) -> tuple[Numbers, Flags]:
         """The score of the proposal's best word above its threshold [N], and whether it is present, for ``features`` [N, d]."""
-        score = (features.cpu().float() @ self.words.direction[proposal.best.word]).double().numpy()
-        score = score - proposal.best.split.threshold
+        score = _above(features.cpu().float(), self.words, proposal.best)
         return score, score > 0
 
     def word(self, association: Association) -> str:
@@ -110,7 +110,7 @@ def propose(
     found = associations(features, label, words.direction, classes, show)
     ranked = sorted((a for a in found if a.v > 0), key=lambda a: (-round(a.v, 4), -round(a.split.clarity, 4), a.word))
     looked = ranked[:_LOOKED_AT]
-    presence = np.stack([_present(features, words, a) for a in looked]) if looked else np.zeros((0, len(label)), bool)
+    presence = np.stack([_above(features, words, a) > 0 for a in looked]) if looked else np.zeros((0, len(label)), bool)
     everything = sorted(_led(looked, *group) for group in _merged(looked, presence, words.direction))  # by what leads
     groups = everything[:most]
     inside, level = Within(features, label, classes), LEVEL / max(len(found), 1)
@@ -137,8 +137,9 @@ def propose(
     return Proposals(tuple(proposals), words, vocabulary, len(found), len(words.words) - len(found), further)
 
 
-def _present(features: Tensor, words: Words, a: Association) -> Flags:
-    return (features @ words.direction[a.word]).double().numpy() > a.split.threshold
+def _above(features: Tensor, words: Words, a: Association) -> Numbers:
+    """By how much the score of a word is above its threshold, [N]: the word is present where that is more than 0."""
+    return (features @ words.direction[a.word]).double().numpy() - a.split.threshold
 
 
 def _merged(looked: Sequence[Association], presence: Flags, direction: Tensor) -> list[tuple[list[int], list[int]]]:
@@ -226,7 +227,7 @@ class _Namer:
         return int((table[:, 1] / np.maximum(table.sum(axis=1), 1)).argmax())
 
 
-def _correlations(splits: Flags, present: Flags) -> NDArray[np.float64]:
+def _correlations(splits: Flags, present: Flags) -> Numbers:
     """phi of every column of ``splits`` [N, W] with ``present`` [N]; -1 for columns that split nothing."""
     n, share, own = len(present), splits.mean(axis=0), present.mean()
     both = present.astype(np.float64) @ splits / n

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images, Texts
+from oodprompt.data.dataset import prompts_of_names
 from oodprompt.data.tables import missing, normalised, portable, read_rows
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import inside
@@ -177,7 +178,7 @@ class CSV(FilesDataset):
         label, names = _classes(rows, split, tuple(keys.CLASSNAMES))
         called = rows.attributes(cfg.DATASET.ATTRIBUTE_NAMES)
         value_of, self.attribute_names = number_attributes(cfg, path, {*called.values()} - {""})
-        self.attribute_prompts = [(f"a photo of {name}.",) for name in self.attribute_names]
+        self.attribute_prompts = prompts_of_names(self.attribute_names)
         attribute = rows.attribute.mapped({values: value_of.get(name, -1) for values, name in called.items()})
         images = Images(
             rows.images, np.arange(len(label)), label, attribute, attribute, label, names, captions=rows.captions

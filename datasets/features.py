@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images, Texts
+from oodprompt.data.dataset import prompts_of_names
 from oodprompt.data.feature_files import ENDINGS, FEATURES, FeatureFile, is_feature_file, read_feature_file
 from oodprompt.data.tables import missing
 from oodprompt.data.vectors import Vectors
@@ -112,7 +113,7 @@ class Features(FilesDataset):
         self.attribute_names = tuple(wanted or known)
         is_whole = bool(prompts) and len(prompts) == len(known) and self.attribute_names == tuple(known)
         texts = [tuple(entry.split("|")) for entry in prompts] if is_whole else []
-        self.attribute_prompts = texts or [(f"a photo of {name}.",) for name in self.attribute_names]
+        self.attribute_prompts = texts or prompts_of_names(self.attribute_names)
         number_of = {name: number for number, name in enumerate(order)}
         if not named:
             meaning = np.array([*(number_of[name] for name in known), -1], dtype=np.int32)  # the last is -1

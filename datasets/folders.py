@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images
+from oodprompt.data.dataset import prompts_of_names
 from oodprompt.data.datum import Datum
 from oodprompt.data.folders import IMAGE_ENDINGS, as_words, check_spelling, image_names, note_passed_over, subfolders
 from oodprompt.errors import UserError, nearest
@@ -52,7 +53,7 @@ class Folders(FilesDataset):
             raise self.missing(f"no image in {(root / 'train').absolute()}")
         values = {attribute for images in found.values() for _, attribute, _ in images} - {""}
         value_of, self.attribute_names = number_attributes(cfg, root, values)
-        self.attribute_prompts = [(f"a photo of {name}.",) for name in self.attribute_names]
+        self.attribute_prompts = prompts_of_names(self.attribute_names)
         label_of = {name: label for label, name in enumerate(classes)}
         splits: dict[str, list[Datum]] = {"train": [], "val": [], "test": []}
         for split, images in found.items():

@@ -54,6 +54,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     with logged(cfg.OUTPUT_DIR, int(os.environ.get("RANK", "0"))):
         from oodprompt.data.distributed import leave_together  # here: they take PyTorch, for which --help does not wait
         from oodprompt.engine.check import check_run
+        from oodprompt.engine.proposed_names import names_of_model
         from oodprompt.engine.trainer import build_trainer
 
         for note in notes:
@@ -63,7 +64,8 @@ def run(argv: Sequence[str] | None = None) -> None:
             random_seed = args.seed is not None and args.seed < 0
             again = f" (drawn at random; to go on: --output-dir {cfg.OUTPUT_DIR})" if random_seed else ""
             print(f"** Output: {cfg.OUTPUT_DIR} (all keys in config.yaml), seed {cfg.SEED}{again}")
-        trainer = build_trainer(cfg)
+        with names_of_model(args.model_dir if args.eval_only else None):
+            trainer = build_trainer(cfg)
         if args.eval_only:
             trainer.save_config()
             trainer.load_model(args.model_dir, epoch=args.load_epoch)

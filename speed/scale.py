@@ -7,6 +7,7 @@ a million of them take little space; the csv file is made once and used again. `
     start        train.py until its first step, then it is stopped; nothing but the list is new
     list         the csv file read and its files looked for, in this process
     evaluation   metrics of kept features of 1,000 classes, at a tenth of the images and at all of them
+    audit        the statistics of an audit: features of images and of as many words as the built-in ones, all random
 
 ``--checkout`` names another checkout of the project whose train.py is run, to compare two states of it.
 """
@@ -188,13 +189,41 @@ def evaluation(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     file.unlink()
 
 
+def audit(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """From features of images and words, as wide as those of ViT-B/16, to the proposals of an audit."""
+    import torch
+    import torch.nn.functional as F
+
+    from oodprompt.shortcuts.proposals import propose
+    from oodprompt.shortcuts.vocabulary import read_vocabulary
+    from oodprompt.shortcuts.words import Words
+
+    vocabulary, draw = read_vocabulary(), torch.Generator().manual_seed(0)
+    features, direction, classes = (
+        F.normalize(torch.randn(count, 512, generator=draw), dim=-1)
+        for count in (arguments.images, len(vocabulary.words), arguments.classes)
+    )
+    words = Words(vocabulary.words, vocabulary.sections, direction, direction)
+    began, cpu = time.monotonic(), time.process_time()
+    found = propose(words, vocabulary, features, np.arange(arguments.images) % arguments.classes, classes, show=False)
+    yield {
+        "part": "audit",
+        "classes": arguments.classes,
+        "words": found.tested,
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
 def private() -> int:
     """KiB of memory of this process that is no mapped file."""
     with open("/proc/self/status") as status:
         return int(next(line.split()[1] for line in status if line.startswith("RssAnon")))
 
 
-PARTS = {"run": whole_runs, "start": starts, "list": list_alone, "evaluation": evaluation}
+PARTS = {"run": whole_runs, "start": starts, "list": list_alone, "evaluation": evaluation, "audit": audit}
+OF_FEATURES = {"evaluation", "audit"}  # parts that read no image
 
 
 def main() -> None:
@@ -208,8 +237,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     arguments = parser.parse_args()
     arguments.folder, arguments.checkout = arguments.folder.resolve(), arguments.checkout.resolve()
-    make_images(arguments.folder, arguments.images, arguments.classes)
-    for part in arguments.part or ["run"]:
+    parts = arguments.part or ["run"]
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if not set(parts) <= OF_FEATURES:
+        make_images(arguments.folder, arguments.images, arguments.classes)
+    for part in parts:
         for row in PARTS[part](arguments):
             print(json.dumps({"name": arguments.name, "images": arguments.images, "load": os.getloadavg()[0]} | row))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oodprompt.config import extensions
-from oodprompt.config.keys import get_cfg_default, merge_file
+from oodprompt.config.keys import get_cfg_default, merge_file, pairs_of
 from oodprompt.errors import UserError
 from oodprompt.log import show_messages
 from oodprompt.terminal import Parser, exit_status, logged, program
@@ -48,23 +48,25 @@ def run(argv: Sequence[str] | None = None) -> None:
     show_messages()
     args = build_parser().parse_intermixed_args(argv)
     extensions.add(args.imports)
-    if len(args.opts) % 2:
-        raise UserError(f"command line: KEY VALUE pairs expected, but {args.opts[-1]!r} stands alone")
-    keys: dict[str, Any] = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
-    if args.model_dir and (args.backbone or args.config_file or args.dataset_config_file):
-        raise UserError("--model-dir: the run has its own backbone and config; leave out --backbone and config files")
-    if args.model_dir and not Path(args.model_dir).is_dir():
-        raise UserError(f"--model-dir: there is no folder {args.model_dir}; give the output folder of a run")
-    folder = Path(args.output_dir or (Path(args.model_dir) / "audit" if args.model_dir else "audit"))
-    with logged(str(folder), 0):
-        from oodprompt.auditing.run import Options, audit_data, audit_run  # here: they take PyTorch
+    keys: dict[str, Any] = dict(pairs_of(args.opts))
+    files = (args.config_file, args.dataset_config_file)
+    from oodprompt.auditing.run import (  # here: they take PyTorch
+        Options,
+        audit_data,
+        audit_run,
+        check_model_dir,
+        folder_of,
+    )
 
-        options = Options(args.vocabulary, args.sensitive, args.split)
+    if args.model_dir:
+        check_model_dir(args.model_dir, args.backbone, files)
+    folder = folder_of(args.output_dir, args.model_dir)
+    options = Options(args.vocabulary, args.sensitive, args.split, args.regions)
+    with logged(str(folder), 0):
         if args.model_dir:
-            audit_run(args.model_dir, args.load_epoch, keys, args.root, folder, options, args.regions)
+            audit_run(args.model_dir, args.load_epoch, keys, args.root, folder, options)
         else:
-            files = (args.config_file, args.dataset_config_file)
-            audit_data(_of_root(args.root, keys, files) | keys, args.backbone, files, folder, options, args.regions)
+            audit_data(_of_root(args.root, keys, files) | keys, args.backbone, files, folder, options)
 
 
 def _of_root(root: str | None, keys: dict[str, Any], files: Sequence[str | None]) -> dict[str, Any]:

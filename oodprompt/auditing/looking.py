@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 
 from oodprompt.auditing.readable import ReadableImages
 from oodprompt.data.columns import Images
-from oodprompt.data.dataset import attribute_name, attribute_values, told_apart
+from oodprompt.data.dataset import told_apart
+from oodprompt.engine.evaluation import group_metrics
 from oodprompt.engine.trainer import PromptTrainer
-from oodprompt.errors import UserError
+from oodprompt.errors import UserError, nearest
 from oodprompt.features.encoder import evaluating
+from oodprompt.reports.json_values import json_value
 from oodprompt.shortcuts.association import LEVEL, STRONG, Association, Flags, Numbers
 from oodprompt.shortcuts.effects import Cell, Effect, effect_of
 from oodprompt.shortcuts.finding import find_proposals
@@ -25,6 +26,7 @@ from oodprompt.shortcuts.vocabulary import read_vocabulary
 from oodprompt.shortcuts.words import Words
 
 FORMAT, VERSION = "oodprompt audit", 1
+SPLITS = ("train", "val", "test")
 _EXAMPLES = 6
 _UNREADABLE = 100  # named in the content
 
@@ -33,13 +35,19 @@ _UNREADABLE = 100  # named in the content
 class Options:
     """What an audit looks for: ``vocabulary`` as for ``read_vocabulary``, whether ``sensitive`` words are among it.
 
-    ``split`` is where accuracies are measured ("": val, or test without one), ``most`` how many proposals are shown.
+    ``split`` is where accuracies are measured ("": val, or test without one), ``regions`` whether discovery runs, too, and
+    ``most`` how many proposals are shown. ``UserError`` for a split that there is not.
     """
 
     vocabulary: str = ""
     sensitive: bool = False
     split: str = ""
+    regions: bool = False
     most: int = 12
+
+    def __post_init__(self) -> None:
+        if self.split not in ("", *SPLITS):
+            raise UserError(f"--split: unknown split {self.split!r}: {nearest(self.split, SPLITS)}")
 
 
 @dataclass
@@ -80,7 +88,8 @@ def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
     if not len(readable.encoder.data_of(split)):
         raise UserError(f"--split {split}: the data set has no such images; take another split")
     trained_on = "train" if len(dataset.train_x) and not dataset.test_only else split
-    readable.compute(list(dict.fromkeys((trained_on, split))))
+    of_regions = _splits_of_regions(trainer) if options.regions else []
+    readable.compute(list(dict.fromkeys((trained_on, split, *of_regions))))
     encoder = readable.encoder
     with evaluating(trainer.learner, *trainer.debiasers):
         logits = encoder.outputs(split, trainer.learner, trainer.objective.predict)[1]
@@ -93,7 +102,7 @@ def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
         encoder.frozen_features_of(split).cpu().float(),
         told_apart(dataset.classnames),
     )
-    captions = [train[i].caption for i in range(len(train))] if options.vocabulary == "captions" else []
+    captions = [image.caption for image in train] if options.vocabulary == "captions" else []
     vocabulary = read_vocabulary(options.vocabulary, options.sensitive, captions)
     found = find_proposals(
         trainer.clip,
@@ -105,6 +114,11 @@ def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
         options.most,
         encoder.show_progress,
     )
+    metrics = group_metrics(
+        *(torch.from_numpy(column).long() for column in (evaluated.predicted, images.label, images.attribute)),
+        train,
+        dataset,
+    )
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -112,10 +126,10 @@ def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
         "trained_on": trained_on,
         "num_train": len(train),
         "num_images": len(images),
-        "accuracy": float(evaluated.right.mean()),
+        "accuracy": metrics["accuracy"],
         "classnames": evaluated.names,
-        "classes": _by_class(evaluated),
-        "groups": _by_group(evaluated, trainer),
+        "classes": metrics["classes"],
+        "groups": metrics["groups"],
         "num_unreadable": len(readable.unreadable),
         "unreadable": dict(list(readable.unreadable.items())[:_UNREADABLE]),
         "vocabulary": _vocabulary(found),
@@ -124,39 +138,16 @@ def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
         "keywords": _keywords(found.words, evaluated),
         "regions": None,
     }
-    return Looked(_plain(content), images, found.words, readable)
+    return Looked(json_value(content), images, found.words, readable)
 
 
-def _by_class(e: _Evaluated) -> list[dict[str, Any]]:
-    rows = []
-    for number, name in enumerate(e.names):
-        own = e.label == number
-        rows.append(
-            {
-                "class": name,
-                "number": int(own.sum()),
-                "right": int(e.right[own].sum()),
-                "accuracy": float(e.right[own].mean()) if own.any() else None,
-            }
-        )
-    return rows
-
-
-def _by_group(e: _Evaluated, trainer: PromptTrainer) -> list[dict[str, Any]]:
-    """Accuracy by (class, attribute), where the data set has attribute labels."""
-    rows, attribute = [], e.images.attribute
-    if not (attribute >= 0).any():
-        return []
-    for number, name in enumerate(e.names):
-        for value in range(attribute_values(trainer.dataset)):
-            own = (e.label == number) & (attribute == value)
-            if own.any():
-                group = {"class": name, "attribute": attribute_name(trainer.dataset, value)}
-                rows.append(
-                    group
-                    | {"number": int(own.sum()), "right": int(e.right[own].sum()), "accuracy": e.right[own].mean()}
-                )
-    return rows
+def _splits_of_regions(trainer: PromptTrainer) -> list[str]:
+    """The splits that discovery looks at. ``UserError`` ahead of all work where it cannot run."""
+    trainer.dataset.need_pixels("--regions looks at regions of images")
+    own, encoder = trainer.cfg.DISCOVERY.SPLIT, trainer.encoder
+    if not len(encoder.data_of(own)):
+        raise UserError(f"--regions: the data set has no {own} images; give DISCOVERY.SPLIT another split")
+    return [own, *(split for split in ("train", "val") if len(encoder.data_of(split)))]
 
 
 def _vocabulary(found: Proposals) -> dict[str, Any]:
@@ -241,22 +232,11 @@ def _images(word: str, proposal: Proposal, score: Numbers, present: Flags, e: _E
 
 
 def _keywords(words: Words, e: _Evaluated) -> list[dict[str, Any]]:
-    captions = [e.images[i].caption for i in range(len(e.images))] if e.images.captions is not None else None
-    found = keywords(words, e.features, e.label, e.right, len(e.names), captions)
+    captions = [image.caption for image in e.images] if e.images.captions is not None else []
+    found = keywords(words, e.features, e.label, e.right, len(e.names), captions if any(captions) else None)
     wrong = [int((~e.right & (e.label == number)).sum()) for number in range(len(e.names))]
     return [
         {"class": name, "wrong": count, "words": [{"word": k.word, "score": k.score} for k in of_class]}
         for name, count, of_class in zip(e.names, wrong, found, strict=True)
         if of_class
     ]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: no numbers of NumPy's own, null for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,7 @@ def region_suspects(trainer: PromptTrainer, looked: Looked, title: str, folder: 
     """Discovery in the model of ``trainer``, on DISCOVERY.SPLIT; its own files go to ``folder``.
 
     The words of a cluster are those whose direction, less the mean direction of all words, has the largest cosine with
-    the mean feature of the cluster's regions less that of all regions. ``UserError`` where the split has no images.
+    the mean feature of the cluster's regions less that of all regions.
     """
     cfg, encoder = trainer.cfg, looked.readable.encoder
     region_features = RegionFeatures(cfg, encoder)

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from yacs.config import CfgNode
 
-from oodprompt.auditing.looking import Looked, Options, look_for_shortcuts
+from oodprompt.auditing.looking import Options, look_for_shortcuts
 from oodprompt.auditing.regions import region_suspects
 from oodprompt.config import extensions
 from oodprompt.config.keys import get_cfg_default, leaves, set_key
+from oodprompt.data.columns import Images
+from oodprompt.data.dataset import names_are_auto
 from oodprompt.data.images import PixelRules, read_image
-from oodprompt.datasets.file_lists import FilesDataset
 from oodprompt.engine import device
 from oodprompt.engine.arguments import build_parser, setup_cfg
+from oodprompt.engine.discovery import as_seen
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -43,7 +45,7 @@ def audit(
     data: str | Path | pd.DataFrame | Mapping[str, Any] | None = None,
     *,
     backbone: str | None = None,
-    output: str | Path = "audit",
+    output: str | Path | None = None,
     model_dir: str | Path | None = None,
     epoch: int | None = None,
     root: str | Path | None = None,
@@ -59,26 +61,39 @@ def audit(
 ) -> dict[str, Any]:
     """Look for shortcuts by name in a data set, or in the model in ``model_dir``; returns the content of audit.json.
 
-    ``data`` is what ``oodprompt.train`` takes; a run in ``model_dir`` has its own. ``output`` is the folder of audit.html,
-    audit.json and train.yaml. ``vocabulary`` is a file of words, "captions", or "" for the built-in words; ``sensitive``
-    adds those that describe people by group. Accuracies are measured on ``split`` ("": val, else test). ``regions`` runs
-    discovery, too. Raises ``UserError`` for what the caller can mend.
+    ``data`` is what ``oodprompt.train`` takes. A run in ``model_dir`` has its own data, backbone and config. ``output`` is
+    the folder of audit.html, audit.json and train.yaml: by default "audit", or "audit" in the run's folder.
+    ``vocabulary`` is a file of words, "captions", or "" for the built-in words. ``sensitive`` adds those that describe
+    people by group. Accuracies are measured on ``split`` ("": val, else test). ``regions`` runs discovery, too. Raises
+    ``UserError`` for what the caller can mend.
     """
     processes = Processes()
     with call(processes, verbose):
         extensions.add([str(name) for name in imports])
         own = {key: plain(value) for key, value in (keys or {}).items()}
-        options = Options(str(vocabulary), sensitive, split)
+        options = Options(str(vocabulary), sensitive, split, regions)
+        folder, files = folder_of(output, model_dir), (config_file, dataset_config_file)
         if model_dir is not None:
-            if data is not None or backbone is not None:
-                raise UserError(
-                    "audit: a run has its own data and backbone; give either model_dir= or data=, backbone="
-                )
-            return audit_run(model_dir, epoch, own, root, Path(output), options, regions)
-        files = (config_file, dataset_config_file)
-        with written_data(data, Path(output)) as written:
+            if data is not None:
+                raise UserError("audit: a run has its own data; give either model_dir= or data=")
+            check_model_dir(model_dir, backbone, files)
+            return audit_run(model_dir, epoch, own, root, folder, options)
+        with written_data(data, folder) as written:
             given = keys_of_data(data, root) | written | own
-            return audit_data(given, backbone, files, Path(output), options, regions)
+            return audit_data(given, backbone, files, folder, options)
+
+
+def folder_of(output: str | Path | None, model_dir: str | Path | None) -> Path:
+    """Where an audit writes: ``output``, else "audit", which is in the folder of a run that is audited."""
+    return Path(output) if output is not None else Path(model_dir or "") / "audit"
+
+
+def check_model_dir(model_dir: str | Path, backbone: str | None, files: Sequence[str | Path | None]) -> None:
+    """``UserError`` where there is no folder ``model_dir``, or what a run has of its own is given beside it."""
+    if backbone or any(files):
+        raise UserError("--model-dir: the run has its own backbone and config; leave out --backbone and config files")
+    if not Path(model_dir).is_dir():
+        raise UserError(f"--model-dir: there is no folder {model_dir}; give the output folder of a run")
 
 
 def audit_data(
@@ -87,11 +102,10 @@ def audit_data(
     files: tuple[str | Path | None, str | Path | None],
     folder: Path,
     options: Options,
-    regions: bool = False,
 ) -> dict[str, Any]:
     """The audit of zero-shot CLIP; ``files`` are the config files of the method and of the data set."""
     cfg = zero_shot_config(given, backbone, files, folder)
-    return write_audit(build_trainer(cfg), folder, options, regions)
+    return write_audit(build_trainer(cfg), folder, options)
 
 
 def audit_run(
@@ -101,12 +115,11 @@ def audit_run(
     root: str | Path | None,
     folder: Path,
     options: Options,
-    regions: bool = False,
 ) -> dict[str, Any]:
     """The audit of the model in the folder of a run."""
     words: list[Any] = [word for pair in keys.items() for word in pair]
     given = {"root": str(root) if root is not None else None, "output_dir": str(folder)}
-    return write_audit(load_run(directory, epoch, words, **given), folder, options, regions)
+    return write_audit(load_run(directory, epoch, words, **given), folder, options)
 
 
 def zero_shot_config(
@@ -125,8 +138,11 @@ def zero_shot_config(
     return setup_cfg(args)
 
 
-def write_audit(trainer: PromptTrainer, folder: Path, options: Options, regions: bool) -> dict[str, Any]:
-    """Audit the model of ``trainer``, write audit.json, train.yaml and audit.html, and say what was found."""
+def write_audit(trainer: PromptTrainer, folder: Path, options: Options) -> dict[str, Any]:
+    """Audit the model of ``trainer``, write audit.json, train.yaml and audit.html, and say what was found.
+
+    They are there before regions are looked at, which takes longer, and are written again with what these show.
+    """
     device.set_torch(trainer.cfg, trainer.device)
     looked = look_for_shortcuts(trainer, options)
     content, cfg = looked.content, trainer.cfg
@@ -137,17 +153,23 @@ def write_audit(trainer: PromptTrainer, folder: Path, options: Options, regions:
         "facts": _facts(trainer, content),
         "has_pictures": trainer.dataset.has_pixels,
     }
-    if regions:
-        content["regions"] = region_suspects(trainer, looked, model, folder)
+    for proposal in content["proposals"]:
+        proposal["command"] = next_command(trainer, folder, proposal["names"]) if proposal["names"] else None
     write_atomically(folder / NEXT, _next_config(trainer).dump())
-    for place, proposal in enumerate(content["proposals"]):
-        proposal["command"] = next_command(trainer, folder, proposal["names"], place == 0)
-    write_atomically(folder / CONTENT, json.dumps(content, indent=2) + "\n")
-    pictures = _pictures(trainer, looked) if trainer.dataset.has_pixels else None
-    write_atomically(folder / PAGE, audit_page(content, pictures))
+    pictures = _pictures(looked.images, cfg) if trainer.dataset.has_pixels else None
+    _write(folder, content, pictures)
+    if options.regions:
+        content["regions"] = region_suspects(trainer, looked, model, folder)
+        seen = looked.readable.encoder.data_of(cfg.DISCOVERY.SPLIT)
+        _write(folder, content, pictures, Pictures(as_seen(cfg, seen), list(seen.impaths)))
     logger.info(summary(content))
     logger.info(f"Wrote {folder / PAGE}, {folder / CONTENT}, {folder / NEXT}")
     return content
+
+
+def _write(folder: Path, content: dict[str, Any], *pictures: Pictures | None) -> None:
+    write_atomically(folder / CONTENT, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / PAGE, audit_page(content, *pictures))
 
 
 def _title_of(trainer: PromptTrainer) -> str:
@@ -171,28 +193,27 @@ def _facts(trainer: PromptTrainer, content: Mapping[str, Any]) -> dict[str, str]
 
 
 def _next_config(trainer: PromptTrainer) -> CfgNode:
-    """The config of a run on these data with this backbone, for any --trainer."""
+    """The config of a run on these data with this backbone, for any --trainer; without names that were proposed before."""
     cfg = get_cfg_default()
     for key, value in leaves(trainer.cfg).items():
         set_key(cfg, key, value, NEXT)
     cfg.OUTPUT_DIR = cfg.RESUME = ""
     cfg.TRAINER.NAME = cfg.TRAINER.BASE = ""
-    cfg.TRAINER.STACK = type(cfg.TRAINER.STACK)()
+    cfg.TRAINER.STACK = cfg.TRAINER.PSEUDO_NAMES = cfg.DATASET.ATTRIBUTE_PROMPTS = ()
+    if names_are_auto(cfg):
+        cfg.DATASET.ATTRIBUTE_NAMES = ()
     cfg.MODEL.INIT_WEIGHTS = ""
     return cfg
 
 
-def next_command(trainer: PromptTrainer, folder: Path, names: Sequence[str], is_first: bool) -> str:
-    """What trains against the attribute ``names``, as a line for a shell.
-
-    A data set whose files give attribute labels keeps its own names of them. ``auto`` takes the first proposal beside them.
-    """
+def next_command(trainer: PromptTrainer, folder: Path, names: Sequence[str]) -> str:
+    """What trains against the attribute ``names``, as a line for a shell. Attribute labels keep their own names."""
     words = ["oodprompt", "train", "--trainer", "CoOpOOD", "--config-file", str(folder / NEXT)]
+    words += [word for name in extensions.named() for word in ("--import", name)]
     if any(parameter.requires_grad for parameter in trainer.learner.parameters()):
         words += ["--base", trainer.base_name]
     words += ["--output-dir", str(folder / "trained"), "TRAINER.COOPOOD.ANCHOR", "attributes"]
-    own_names = is_first and trainer.dataset.has_attributes and isinstance(trainer.dataset, FilesDataset)
-    return " ".join(map(_quoted, [*words, "DATASET.ATTRIBUTE_NAMES", "auto" if own_names else repr(tuple(names))]))
+    return " ".join(map(_quoted, [*words, "TRAINER.PSEUDO_NAMES", repr(tuple(names))]))
 
 
 def _quoted(word: str) -> str:
@@ -201,13 +222,13 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if plain_inside else shlex.quote(word)
 
 
-def _pictures(trainer: PromptTrainer, looked: Looked) -> Pictures:
-    rules = PixelRules.of(trainer.cfg)
+def _pictures(images: Images, cfg: CfgNode) -> Pictures:
+    rules = PixelRules.of(cfg)
 
     def load(index: int) -> Image.Image:
-        return read_image(looked.images.impath(index), rules)
+        return read_image(images.impath(index), rules)
 
-    return Pictures(load, list(looked.images.impaths))
+    return Pictures(load, list(images.impaths))
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -225,8 +246,8 @@ def summary(content: Mapping[str, Any]) -> str:
         kind = "Strong suspect" if proposal["strong"] else "Weaker suspect"
         lines.append(
             f"{kind}: {word} goes with {proposal['goes_with']}, V {number(proposal['v'])} "
-            f"({number(proposal['low'])} to {number(proposal['high'])}); names {tuple(proposal['names'])}"
+            f"({number(proposal['low'])} to {number(proposal['high'])}); names {tuple(proposal['names']) or 'none'}"
         )
-    if strong:
+    if strong and strong[0]["command"]:
         lines.append(f"To train against the first: {strong[0]['command']}")
     return "\n".join(lines)

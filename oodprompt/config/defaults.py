@@ -367,6 +367,13 @@ declare(
             "has a region that discovery found in the base trained alone; neither labels nor names), or one of your own.",
             parse=lambda value: str(value).lower() if isinstance(value, bool) else value,
         ),
+        "PSEUDO_NAMES": Key(
+            (),
+            "Names of the values that pseudo-attributes have, where they are not those of the attribute labels, as an audit "
+            "proposes them; empty: DATASET.ATTRIBUTE_NAMES.",
+            test=lambda names: len(names) != 1 and all(isinstance(name, str) and name for name in names),
+            error="{key} are two names or more, not {value}",
+        ),
         "PSEUDO_NOISE": Key(
             0.0,
             "Share of images whose pseudo-attribute is moved to another value at random, to study wrong ones.",

@@ -49,7 +49,7 @@ def add(names: Sequence[str]) -> None:
     for name in names:
         if os.pathsep in name:
             raise UserError(f"--import {name}: a path with {os.pathsep!r} in it cannot be given; rename the folder")
-    os.environ[ENVIRONMENT] = os.pathsep.join(dict.fromkeys([*_named(), *map(_resolved, names)]))
+    os.environ[ENVIRONMENT] = os.pathsep.join(dict.fromkeys([*named(), *map(_resolved, names)]))
 
 
 def register_all() -> None:
@@ -69,7 +69,7 @@ def load() -> None:
             point.load()
         except Exception as error:  # a package that is not even wanted must not stop every run
             warnings.warn(f"the entry point {point.name} = {point.value} failed: {error!r}", stacklevel=2)
-    for name in _named():
+    for name in named():
         if name in _done:
             continue
         _done.add(name)  # first: a file may itself ask for the config
@@ -105,7 +105,8 @@ def _resolved(name: str) -> str:
     return str(Path(name).resolve()) if name.endswith(".py") else name
 
 
-def _named() -> list[str]:
+def named() -> list[str]:
+    """What is imported beside the package, as ``--import`` takes it: absolute paths of files, and names of modules."""
     return [_resolved(name) for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name]
 
 

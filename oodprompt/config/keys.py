@@ -263,7 +263,12 @@ def _walk(tree: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
     """Merge ``KEY VALUE KEY VALUE ...`` from the command line."""
+    for name, raw in pairs_of(opts):
+        set_key(cfg, name, raw, "command line")
+
+
+def pairs_of(opts: Sequence[str]) -> list[tuple[str, str]]:
+    """(KEY, VALUE) of the words ``KEY VALUE KEY VALUE ...``; ``UserError`` where one stands alone."""
     if len(opts) % 2:
         raise UserError(f"command line: KEY VALUE pairs expected, but {opts[-1]!r} stands alone")
-    for name, raw in zip(opts[::2], opts[1::2], strict=True):
-        set_key(cfg, name, raw, "command line")
+    return list(zip(opts[::2], opts[1::2], strict=True))

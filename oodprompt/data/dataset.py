@@ -5,6 +5,7 @@ Names and behaviour are Dassl's. One difference: ``Datum`` carries the (spurious
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import random
@@ -20,6 +21,8 @@ from oodprompt.data import seeding
 from oodprompt.data.columns import Images
 from oodprompt.data.datum import Datum as Datum  # its documented place, as in Dassl
 from oodprompt.errors import UserError
+
+NAME_TEMPLATE = "a photo of {}."  # what zero-shot CLIP is asked of an attribute value that has a name and no prompts
 
 
 class DatasetBase:
@@ -70,7 +73,7 @@ class DatasetBase:
         if any("" in entry for entry in prompts):
             raise UserError("DATASET.ATTRIBUTE_PROMPTS: an entry has an empty prompt; separate prompts by one '|'")
         if not prompts and cfg.DATASET.ATTRIBUTE_NAMES:
-            prompts = [(f"a photo of {name}.",) for name in self.attribute_names]
+            prompts = prompts_of_names(self.attribute_names)
         self.attribute_prompts = prompts or list(self.attribute_prompts)
         if len(self.attribute_names) != len(self.attribute_prompts):
             raise UserError(
@@ -169,12 +172,33 @@ def digest(root: str, *splits: Sequence[Datum]) -> str:
     return sha.hexdigest()[:16]
 
 
+def prompts_of_names(names: Sequence[str]) -> list[Sequence[str]]:
+    """The prompts of attribute values that have names and no prompts of their own, one each."""
+    return [(NAME_TEMPLATE.replace("{}", name),) for name in names]
+
+
+def with_names(dataset: DatasetBase, names: Sequence[str], prompts: Sequence[Sequence[str]]) -> DatasetBase:
+    """The data set, its attribute having the values ``names`` in place of its own."""
+    named = copy.copy(dataset)
+    named.attribute_names, named.attribute_prompts = names, prompts
+    return named
+
+
 def names_are_auto(cfg: CfgNode) -> bool:
-    """Whether DATASET.ATTRIBUTE_NAMES has the names of the attribute proposed; ``UserError`` for prompts beside it."""
+    """Whether DATASET.ATTRIBUTE_NAMES has the names of the attribute proposed.
+
+    ``UserError`` for prompts beside names that they are not of, and for TRAINER.PSEUDO_NAMES beside auto.
+    """
     auto = tuple(cfg.DATASET.ATTRIBUTE_NAMES) == ("auto",)
     if auto and cfg.DATASET.ATTRIBUTE_PROMPTS:
         raise UserError(
             "DATASET.ATTRIBUTE_PROMPTS: prompts belong to names; give DATASET.ATTRIBUTE_NAMES, too, not auto"
+        )
+    if cfg.TRAINER.PSEUDO_NAMES and auto:
+        raise UserError("TRAINER.PSEUDO_NAMES and DATASET.ATTRIBUTE_NAMES auto: give one of them")
+    if cfg.TRAINER.PSEUDO_NAMES and cfg.DATASET.ATTRIBUTE_PROMPTS:
+        raise UserError(
+            f"TRAINER.PSEUDO_NAMES: the prompts are '{NAME_TEMPLATE}' with each name; leave out DATASET.ATTRIBUTE_PROMPTS"
         )
     return auto
 

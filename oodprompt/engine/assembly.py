@@ -18,7 +18,7 @@ from oodprompt.backbones.model import ModifiedResNet
 from oodprompt.config.defaults import PRECISIONS
 from oodprompt.config.registry import BACKBONE_REGISTRY, GROUP_SOURCE_REGISTRY
 from oodprompt.data import seeding
-from oodprompt.data.dataset import DatasetBase, names_are_auto
+from oodprompt.data.dataset import DatasetBase, names_are_auto, prompts_of_names
 from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.engine import checkpoint
 from oodprompt.engine.discovery import RunDiscovery
@@ -179,14 +179,15 @@ def _attributes(
     writes: bool,
 ) -> AttributeSources:
     """The attributes of a run; ``find`` runs or reads discovery when it is asked for the first time."""
-    dataset = encoder.data.dataset
+    dataset, given = encoder.data.dataset, tuple(cfg.TRAINER.PSEUDO_NAMES)
     pseudo = PseudoAttributes(
         encoder.clip,
-        dataset.attribute_names,
-        dataset.attribute_prompts,
+        given or dataset.attribute_names,
+        prompts_of_names(given) or dataset.attribute_prompts,
         cfg.TRAINER.PSEUDO_NOISE,
         lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, _NUMBER_OF_SPLIT[split])),
         ProposedNames(cfg, encoder, writes).find if names_are_auto(cfg) else None,
+        of_labels=not given,
     )
     data = LabelledData(
         train=encoder.split("train"),

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from oodprompt.data.columns import Images
 from oodprompt.data.dataset import told_apart
 from oodprompt.data.images import PixelRules, read_image
 from oodprompt.data.transforms import build_transform
@@ -94,12 +95,6 @@ class RunDiscovery:
 
     def _write(self, found: DiscoveryRun, title: str, folder: Path, pictures: bool) -> None:
         cfg, data = self.cfg, self.encoder.data_of(found.split)
-        look = build_transform(_plain_pixels(cfg), is_train=False)
-
-        def load(index: int) -> Image.Image:
-            pixels = look(read_image(data.impath(index), PixelRules.of(cfg)))
-            return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
-
         files = write_discovery(
             found.discovery,
             found.regions,
@@ -107,7 +102,7 @@ class RunDiscovery:
             found.label,
             found.predicted,
             told_apart(self.encoder.learner.classnames),
-            load,
+            as_seen(cfg, data),
             folder,
             title=f"What {title} goes by on {cfg.DATASET.NAME}",
             facts=self._facts(found, title),
@@ -176,9 +171,18 @@ class RunDiscovery:
         return DiscoveredClusters(counted, assignment, owner, str(folder / FILE))
 
 
-def _plain_pixels(cfg: CfgNode) -> CfgNode:
-    """``cfg`` without the transforms that change pixel values."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.TRANSFORMS = ()
-    return cfg
+def as_seen(cfg: CfgNode, images: Images) -> Callable[[int], Image.Image]:
+    """A function that reads the ``i``-th of the ``images`` as the model sees it, but for changed pixel values.
+
+    Boxes of regions are in fractions of this view. The function raises ``UserError`` where an image cannot be read.
+    """
+    plain = cfg.clone()
+    plain.defrost()
+    plain.INPUT.TRANSFORMS = ()
+    look = build_transform(plain, is_train=False)
+
+    def load(index: int) -> Image.Image:
+        pixels = look(read_image(images.impath(index), PixelRules.of(cfg)))
+        return Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
+
+    return load

@@ -129,14 +129,16 @@ def report_other_predictions(metrics: dict[str, Any]) -> None:
 class Evaluation:
     """Metrics of every prediction on a split, batch by batch.
 
-    ``evaluator`` collects the prediction that counts; ``another()`` makes one of its kind. ``pseudo`` [N] are the
-    pseudo-attributes of the split's images, where accuracy by pseudo-group is wanted.
+    ``evaluator`` collects the prediction that counts; ``another()`` makes one of its kind. Where accuracy by pseudo-group
+    is wanted, ``by_pseudo_group`` is an evaluator of these, with the pseudo-attributes [N] of the split's images.
     """
 
-    def __init__(self, evaluator: Any, another: Callable[[], Any], pseudo: Tensor | None = None) -> None:
+    def __init__(
+        self, evaluator: Any, another: Callable[[], Any], by_pseudo_group: tuple[Any, Tensor] | None = None
+    ) -> None:
         evaluator.reset()
-        self._evaluators, self._another, self._pseudo = {"": evaluator}, another, pseudo
-        self._by_pseudo_group: Any = another() if pseudo is not None else None
+        self._evaluators, self._another = {"": evaluator}, another
+        self._by_pseudo_group, self._pseudo = by_pseudo_group or (None, None)
 
     def process(self, predictions: dict[str, Tensor], label: Tensor, attribute: Tensor, index: Tensor) -> None:
         """``predictions``: logits [B, C] by name, the one that counts under ""; label, attribute, index [B]."""
@@ -144,7 +146,7 @@ class Evaluation:
             if name not in self._evaluators:
                 self._evaluators[name] = self._another()
             self._evaluators[name].process(logits, label, attribute)
-        if self._pseudo is not None:
+        if self._by_pseudo_group is not None and self._pseudo is not None:
             self._by_pseudo_group.process(predictions[""], label, self._pseudo[index])
 
     def metrics(self, train: Sequence[Datum]) -> dict[str, Any]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from yacs.config import CfgNode
 
+from oodprompt.backbones.company import shared
+from oodprompt.backbones.weights import digest
+from oodprompt.data.dataset import digest as digest_of_data
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
 from oodprompt.files import write_atomically
@@ -16,30 +24,63 @@ from oodprompt.shortcuts.finding import find_proposals
 from oodprompt.shortcuts.vocabulary import read_vocabulary
 
 FILE = "attribute_names.json"
+_MODEL: ContextVar[Path | None] = ContextVar("folder of the model that is loaded", default=None)
+
+
+@contextlib.contextmanager
+def names_of_model(directory: str | Path | None) -> Iterator[None]:
+    """A trainer that is built in the block takes the names that the model in ``directory`` was trained with."""
+    token = _MODEL.set(Path(directory) if directory else None)
+    try:
+        yield
+    finally:
+        _MODEL.reset(token)
 
 
 class ProposedNames:
     """Finds the names in the training images of a run, once; they are kept in the run's folder by a process that ``writes``.
 
-    A run that is resumed or evaluated takes the names that are kept. Nothing is drawn at random, so that the same images
-    and the same backbone give the same names elsewhere, too.
+    The names that a model was trained with are taken wherever the model is loaded (``names_of_model``). A run that goes
+    on takes those that it keeps, if its images, classes and backbone are still the same. Nothing is drawn at random, so
+    the same images and the same backbone give the same names elsewhere.
     """
 
     def __init__(self, cfg: CfgNode, encoder: Encoder, writes: bool) -> None:
-        self.cfg, self.encoder, self.writes = cfg, encoder, writes
+        self.cfg, self.encoder, self.writes, self._model = cfg, encoder, writes, _MODEL.get()
 
     def find(self) -> tuple[str, ...]:
         """The names, which a line says. ``UserError`` where there are no training images, or no word goes with the label."""
-        folder = Path(self.cfg.OUTPUT_DIR)
-        for place in (folder, Path(self.cfg.RESUME or folder), folder.parent):  # an evaluation lies in the run's folder
-            if (kept := kept_names(place)) is not None:
-                logger.info(f"Attribute names: {kept}, of {place / FILE}")
-                return kept
+        if self._model is not None and (kept := _read(self._model)) is not None:
+            return _said(kept["names"], self._model)
+        facts, folder = self._facts(), Path(self.cfg.OUTPUT_DIR)
+        for place in dict.fromkeys((folder, Path(self.cfg.RESUME or folder))):
+            if (kept := _read(place)) is None:
+                continue
+            if kept.get("facts") == facts:
+                if place != folder:
+                    self._write(folder, kept)
+                return _said(kept["names"], place)
+            logger.info(
+                f"Note: {place / FILE} is of other images, classes or another backbone; names are proposed anew"
+            )
         names, why = self._propose()
         logger.info(f"Attribute names: {names}, proposed by an audit of the training images ({why})")
-        if self.writes:
-            write_atomically(folder / FILE, json.dumps({"names": names, "why": why}, indent=2) + "\n")
+        self._write(folder, {"names": names, "why": why, "facts": facts})
         return names
+
+    def _write(self, folder: Path, content: dict[str, Any]) -> None:
+        if self.writes:
+            write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+    def _facts(self) -> dict[str, str]:
+        """Digests of what the names follow from."""
+        dataset, tower = self.encoder.data.dataset, self.encoder.clip.visual
+        words = "\n".join([dataset.template, *dataset.classnames])
+        return {
+            "images": digest_of_data(self.cfg.DATASET.ROOT, dataset.train_x),
+            "classes": hashlib.sha256(words.encode()).hexdigest()[:16],
+            "backbone": shared(("digest", tower), lambda: digest(tower))[:16],
+        }
 
     def _propose(self) -> tuple[tuple[str, ...], str]:
         """The names of the first proposal, and in words how strong it is."""
@@ -63,31 +104,46 @@ class ProposedNames:
                 f"DATASET.ATTRIBUTE_NAMES auto: none of {found.tested} words goes with the label; give the names"
             )
         first = found.proposals[0]
+        if not first.names:
+            raise UserError(
+                f"DATASET.ATTRIBUTE_NAMES auto: “{found.word(first.best)}” goes with the label, but no other word names the "
+                "images without it; give the names"
+            )
         strength = "a strong suspect" if first.strong else "no strong suspect"
         return first.names, f"“{found.word(first.best)}”, V {first.best.v:.2f}, {strength}"
 
 
-def kept_names(folder: Path) -> tuple[str, ...] | None:
-    """The names that a run keeps in ``folder``; None without any. ``UserError`` where the file is damaged."""
+def _said(names: Sequence[str], folder: Path) -> tuple[str, ...]:
+    logger.info(f"Attribute names: {tuple(names)}, of {folder / FILE}")
+    return tuple(names)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What a run keeps in ``folder``; None without any. ``UserError`` where the file is damaged."""
     file = folder / FILE
     if not file.is_file():
         return None
     try:
-        names = tuple(json.loads(file.read_text(encoding="utf-8"))["names"])
-        if len(names) < 2 or not all(isinstance(name, str) for name in names):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if len(content["names"]) < 2 or not all(isinstance(name, str) for name in content["names"]):
             raise ValueError("it has no two names")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it to have names proposed anew") from error
-    return names
+    return content
 
 
-def check_kept_names(folder: str | Path, pseudo: PseudoAttributes) -> None:
-    """``UserError`` where the model in ``folder`` was trained with other proposed names than those in force."""
-    kept = kept_names(Path(folder)) if pseudo.are_proposed else None
-    if kept is not None and pseudo.is_found and tuple(pseudo.names) != kept:
+def take_names_of(folder: str | Path, pseudo: PseudoAttributes) -> None:
+    """Take the names that the model in ``folder`` was trained with; ``UserError`` where others are in force already."""
+    kept = _read(Path(folder)) if pseudo.are_proposed else None
+    if kept is None:
+        return
+    names = tuple(kept["names"])
+    if not pseudo.is_found:
+        pseudo.take(_said(names, Path(folder)))
+    elif tuple(pseudo.names) != names:
         raise UserError(
-            f"{folder} was trained with the attribute names {kept}, and DATASET.ATTRIBUTE_NAMES auto proposes "
-            f'{tuple(pseudo.names)} here; give DATASET.ATTRIBUTE_NAMES "{kept}"'
+            f"{folder} was trained with the attribute names {names}, and DATASET.ATTRIBUTE_NAMES auto proposes "
+            f'{tuple(pseudo.names)} here; give TRAINER.PSEUDO_NAMES "{names}"'
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 import oodprompt
+from oodprompt.data.dataset import with_names
 from oodprompt.engine.evaluation import attribute_metrics
 from oodprompt.engine.loop import RunState
 from oodprompt.errors import UserError
@@ -83,16 +82,6 @@ def refuse_new_start(cfg: CfgNode, base_name: str, folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Named:
-    """The classes of a data set, and names of an attribute that are not its own."""
-
-    num_classes: int
-    classnames: Sequence[str]
-    attribute_names: Sequence[str]
-    attribute_prompts: Sequence[Sequence[str]]
-
-
 class PseudoAttributeReport:
     """How far pseudo-attributes are right, where the data set knows: reported, drawn and kept for the results.
 
@@ -116,10 +105,8 @@ class PseudoAttributeReport:
             return
         if set(self.pseudo.splits) == set(self.accuracy):
             return
-        dataset: Any = self.encoder.data.dataset
-        own = not self.pseudo.are_proposed
-        if not own:  # labels are of the data set's own names
-            dataset = _Named(dataset.num_classes, dataset.classnames, self.pseudo.names, self.pseudo.prompts)
+        own = self.pseudo.of_labels
+        dataset = with_names(self.encoder.data.dataset, self.pseudo.names, self.pseudo.prompts)
         rows = {
             name: attribute_metrics(
                 self.pseudo.of(split),

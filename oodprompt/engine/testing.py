@@ -11,6 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.config.registry import EVALUATOR_REGISTRY
+from oodprompt.data.dataset import DatasetBase, with_names
 from oodprompt.engine import checkpoint
 from oodprompt.engine.evaluation import Evaluation, evaluate, report_other_predictions
 from oodprompt.engine.objective import Objective
@@ -40,9 +41,14 @@ class Testing:
         self.pseudo, self.selection = pseudo, selection
         self.evaluator = self._new_evaluator()
 
-    def _new_evaluator(self) -> Any:
+    def _new_evaluator(self, dataset: DatasetBase | None = None) -> Any:
         make = EVALUATOR_REGISTRY.get(self.cfg.TEST.EVALUATOR, "TEST.EVALUATOR")
-        return make(self.cfg, self.encoder.data.dataset)
+        return make(self.cfg, dataset or self.encoder.data.dataset)
+
+    def _by_pseudo_group(self, split: str) -> tuple[Any, Tensor]:
+        """An evaluator of pseudo-groups, and the pseudo-attributes of a split."""
+        dataset = with_names(self.encoder.data.dataset, self.pseudo.names, self.pseudo.prompts)
+        return self._new_evaluator(dataset), self.pseudo.of(self.encoder.split(split))
 
     @property
     def watches_pseudo_groups(self) -> bool:
@@ -53,14 +59,13 @@ class Testing:
     def evaluate(self, split: str) -> dict[str, Any]:
         """Metrics of a split; other predictions of the debiasers under ``other_predictions``."""
         self.trained.set_mode(training=False)
-        by_pseudo = split == "val" and self.watches_pseudo_groups
-        pseudo = self.pseudo.of(self.encoder.split(split)) if by_pseudo else None
+        by_pseudo = self._by_pseudo_group(split) if split == "val" and self.watches_pseudo_groups else None
         batches = self.encoder.batches_in_order(split)
         with memory_for(f"while evaluating the {split} split", self._less_memory):
             return evaluate(
                 progress.over(batches, f"Evaluation on {split} images", "batch", show=self.encoder.show_progress),
                 lambda batch: self.objective.predictions(self.encoder.align(batch)),
-                Evaluation(self.evaluator, self._new_evaluator, pseudo),
+                Evaluation(self.evaluator, self._new_evaluator, by_pseudo),
                 self.encoder.data_of("train"),
                 self.encoder.device,
             )

@@ -36,7 +36,7 @@ from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, me
 from oodprompt.engine.moved import find_moved_data
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.progress import Progress, announce
-from oodprompt.engine.proposed_names import check_kept_names, proposed_in_results
+from oodprompt.engine.proposed_names import names_of_model, proposed_in_results, take_names_of
 from oodprompt.engine.results import PseudoAttributeReport, refuse_new_start, results_of
 from oodprompt.engine.selection import Selection
 from oodprompt.engine.testing import Testing
@@ -304,7 +304,7 @@ class PromptTrainer(DasslNames):
         if not directory:
             logger.info("Note: no --model-dir is given, so the untrained model is evaluated")
             return
-        check_kept_names(directory, self.attributes.pseudo)
+        take_names_of(directory, self.attributes.pseudo)
         first = self.checkpoints.load_trained(directory, epoch, self.run, self.clip, self.cfg.TRAINER.NAME)
         self.evaluated_checkpoint = self.evaluated_checkpoint or first
 
@@ -361,8 +361,8 @@ def load_run(
 ) -> PromptTrainer:
     """The trained model of a run's output folder, with its data, ready to evaluate.
 
-    Its config.yaml with ``keys`` (KEY VALUE words) and ``values`` (root, output_dir; None: the run's) changed; the model
-    of ``epoch``, else the best, else the last. ``UserError`` where the folder is none of a run.
+    Its config.yaml with ``keys`` (KEY VALUE words) and ``values`` (root; output_dir, which is ``directory`` by default)
+    changed; the model of ``epoch``, else the best, else the last. ``UserError`` where the folder is none of a run.
     """
     config = Path(directory) / "config.yaml"
     if not config.is_file():
@@ -370,11 +370,13 @@ def load_run(
     cfg = get_cfg_default()
     merge_file(cfg, config)
     find_moved_data(cfg, Path(directory))
+    set_key(cfg, "OUTPUT_DIR", str(directory), "--model-dir")  # the run may have been moved
     merge_opts(cfg, keys)
     for name, key in {"root": "DATASET.ROOT", "output_dir": "OUTPUT_DIR"}.items():
         if values.get(name):
             set_key(cfg, key, values[name], f"--{name.replace('_', '-')}")
     cfg.freeze()
-    trainer = build_trainer(cfg)
+    with names_of_model(directory):
+        trainer = build_trainer(cfg)
     trainer.load_model(directory, epoch=epoch)
     return trainer

@@ -169,7 +169,7 @@ class Encoder:
             own = (
                 not self.has_pixels
                 or self.learner.encodes_as_clip
-                and (split in self._kept and self.views == 1 if split == "train" else self.keeps_evaluation)
+                and (self.views == 1 and self.keeps_frozen_features if split == "train" else self.keeps_evaluation)
             )
             if own:
                 values = self.batches(split).features

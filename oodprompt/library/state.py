@@ -29,6 +29,10 @@ _PARAMETERS = {
     "--load-epoch": "epoch=",
     "--model-dir": "the folder",
     "--import": "imports=",
+    "--split": "split=",
+    "--vocabulary": "vocabulary=",
+    "--sensitive": "sensitive=True",
+    "--regions": "regions=True",
 }
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oodprompt.backbones import CLIP
+from oodprompt.data.dataset import prompts_of_names
 from oodprompt.errors import UserError
 from oodprompt.methods.splits import Split
 
@@ -25,6 +26,7 @@ class PseudoAttributes:
     t_a = l2norm(mean over the prompts of value a of l2norm(text(prompt))). Computed once per split on the frozen
     features. ``noise`` is the share of images whose a_hat is moved to another value, at random by ``rng(split)``, to
     study methods under wrong pseudo-attributes. ``find`` proposes names in place of ``names``, at the first question.
+    ``of_labels``: whether the names are those of the attribute labels, to which a_hat can then be compared.
 
     Source: Jiang et al., "Debiased Prompt Tuning in Vision-Language Model without Annotations", arXiv 2503.08368.
     """
@@ -37,9 +39,10 @@ class PseudoAttributes:
         noise: float = 0.0,
         rng: Callable[[str], np.random.Generator] = lambda split: np.random.default_rng(0),
         find: Callable[[], Sequence[str]] | None = None,
+        of_labels: bool = True,
     ) -> None:
         self.clip, self._names, self._prompts, self.noise, self._rng = clip, tuple(names), prompts, noise, rng
-        self._find, self.is_found = find, find is None
+        self._find, self.is_found, self.of_labels = find, find is None, of_labels and find is None
         self._text: Tensor | None = None
         self._posterior: dict[str, Tensor] = {}
 
@@ -52,9 +55,13 @@ class PseudoAttributes:
     def names(self) -> tuple[str, ...]:
         """The names of the values."""
         if not self.is_found and self._find is not None:
-            self._names, self.is_found = tuple(self._find()), True
-            self._prompts = [(f"a photo of {name}.",) for name in self._names]
+            self.take(self._find())
         return self._names
+
+    def take(self, names: Sequence[str]) -> None:
+        """Have the values called ``names``, before anybody has asked for their names."""
+        self._names, self.is_found = tuple(names), True
+        self._prompts = prompts_of_names(self._names)
 
     @property
     def prompts(self) -> Sequence[Sequence[str]]:

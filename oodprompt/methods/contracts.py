@@ -222,7 +222,10 @@ class GroupSource:
         self.cfg, self.context = cfg, context
 
     def num_values(self, split: Split) -> int:
-        """A, the number of values. ``UserError`` where the source cannot tell them; must ask for no image features."""
+        """A, the number of values. ``UserError`` where the source cannot tell them.
+
+        It is asked before anything is computed, so it should ask for image features only where the values follow from them.
+        """
         return len(self.names)
 
     def of(self, split: Split) -> Tensor:

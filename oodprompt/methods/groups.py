@@ -45,7 +45,10 @@ class SourceOfGroups(Protocol):
     names: Sequence[str]
 
     def num_values(self, split: Split) -> int:
-        """A, the number of values. ``UserError`` where the source cannot tell them; asks for no image features."""
+        """A, the number of values. ``UserError`` where the source cannot tell them.
+
+        Asks for no image features, unless names are proposed from them (DATASET.ATTRIBUTE_NAMES auto).
+        """
 
     def of(self, split: Split) -> Tensor:
         """The value of every image of the split, [N], from 0 to A - 1; -1: unknown, which no training image may be."""
@@ -85,11 +88,14 @@ class AttributeSources:
         return Groups(torch.where(attribute < 0, -1, split.label * values + attribute), names)
 
     def num_groups(self) -> int:
-        """G = C A of the training split, without asking for image features. ``UserError`` as ``check_groups``."""
+        """G = C A of the training split. It raises ``UserError`` and asks for image features as ``check_groups`` does."""
         return len(self.data.classnames) * self.source.num_values(self.data.train)
 
     def check_groups(self, split: Split) -> None:
-        """``UserError`` where names or attribute labels are missing; asks for no features."""
+        """``UserError`` where names or attribute labels are missing.
+
+        Asks for no image features, unless names are proposed from them, once.
+        """
         self.source.num_values(split)
 
 

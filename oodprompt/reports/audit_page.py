@@ -5,48 +5,35 @@ The page is one file. It holds its style and its images, and its policy forbids 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.reports.pages import inline, template
-from oodprompt.reports.pictures import SIDES, Pictures, is_small
-from oodprompt.reports.style import count, listing, number, signed, whole_percent
+from oodprompt.reports.pictures import LARGEST_PAGE, SIDES, PagePicture, Pictures, page_picture
+from oodprompt.reports.style import count, listing, number, whole_percent
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-_LARGEST = 2_900_000  # page, in bytes
 _SHOWN = 6  # proposals that are shown in full; the others in short
 
 
-class _Picture(NamedTuple):
-    """An image for the page; ``outline`` is the path of its region in hundredths of its sides, "" without a region."""
-
-    address: str
-    width: int
-    height: int
-    small: bool
-    name: str
-    outline: str
-
-
-def audit_page(content: dict[str, Any], pictures: Pictures | None) -> str:
+def audit_page(content: dict[str, Any], pictures: Pictures | None, of_regions: Pictures | None = None) -> str:
     """The page with the largest thumbnails that keep it small enough to send; without ``pictures``, none.
 
-    ``content`` is that of audit.json. An image that cannot be read any more is left out.
+    ``content`` is that of audit.json. ``pictures`` are of the split that accuracy is measured on, and ``of_regions`` of
+    the split whose regions were looked at. An image that cannot be read any more is left out.
     """
     for level in range(len(SIDES)):
-        page = _render(content, pictures, level)
-        if pictures is None or len(page.encode()) <= _LARGEST:
+        page = _render(content, pictures, of_regions, level)
+        if pictures is None or len(page.encode()) <= LARGEST_PAGE:
             break
     return page
 
 
-def _render(content: dict[str, Any], pictures: Pictures | None, level: int) -> str:
+def _render(content: dict[str, Any], pictures: Pictures | None, of_regions: Pictures | None, level: int) -> str:
     proposals = content["proposals"]
     page = _template().render(
         content=content,
@@ -54,7 +41,7 @@ def _render(content: dict[str, Any], pictures: Pictures | None, level: int) -> s
         shown=proposals[:_SHOWN],
         rest=proposals[_SHOWN:],
         vocabulary=content["vocabulary"],
-        picture=lambda row: _picture(row, pictures, level),
+        picture=lambda row: _picture(row, of_regions if "box" in row else pictures, level),
         style=inline("discovery.css", "audit.css"),
     )
     return page.lstrip()  # the template's macros leave blank lines behind
@@ -71,33 +58,17 @@ def _template() -> Template:
             "percent": whole_percent,
             "quantity": count,
             "quoted": "“{}”".format,
-            "signed": signed,
-            "small_p": _p,
             "thousands": "{:,}".format,
         },
     )
 
 
-def _p(value: float) -> str:
-    return "below 0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
-def _picture(row: dict[str, Any], pictures: Pictures | None, level: int) -> _Picture | None:
+def _picture(row: dict[str, Any], pictures: Pictures | None, level: int) -> PagePicture | None:
     """The image of a row; None where there are no pictures, or it cannot be read any more."""
     if pictures is None:
         return None
     try:
-        image, address = pictures.image(row["index"]), pictures.data_uri(row["index"], level)
+        return page_picture(row, pictures, level)
     except UserError as error:
         logger.warning(f"Note: {error}; the page is without it")
         return None
-    return _Picture(
-        address, image.width, image.height, is_small(image), PurePath(row["image"]).name, _outline(row.get("box"))
-    )
-
-
-def _outline(box: Sequence[float] | None) -> str:
-    if not box:
-        return ""
-    left, top, right, bottom = (f"{100 * side:.4g}" for side in box)
-    return f"M{left} {top}H{right}V{bottom}H{left}Z"

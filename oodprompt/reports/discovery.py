@@ -6,7 +6,6 @@ The json is made first. The table, the page and the figure are drawn from it, so
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from oodprompt.regions.boxes import Regions
 from oodprompt.reports.discovery_figure import discovery_figure
 from oodprompt.reports.discovery_page import discovery_page
 from oodprompt.reports.discovery_text import dropped, how_it_was_made, row_of_class, survivors, verdict
+from oodprompt.reports.json_values import json_value
 from oodprompt.reports.pictures import Pictures
 from oodprompt.reports.style import draw, markdown_table, number, whole_percent
 
@@ -106,7 +106,7 @@ def _content(
 ) -> dict[str, Any]:
     """What ``discovery.json`` holds, see ``read_discovery``."""
     clustering = discovery.clustering
-    return _plain(
+    return json_value(
         {
             "format": _FORMAT,
             "version": _VERSION,
@@ -217,19 +217,6 @@ class _Clusters:
         wrong_ones, right_ones = np.flatnonzero(without & ~right), np.flatnonzero(without & right)
         spread = np.linspace(0, max(len(wrong_ones) - 1, 0), min(_EXAMPLES, len(wrong_ones))).astype(int)
         return [self.image(i) for i in [*wrong_ones[spread], *right_ones][:_EXAMPLES]]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: arrays as lists, what is not finite as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json(content: dict[str, Any]) -> str:

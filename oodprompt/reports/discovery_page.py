@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from oodprompt.reports.discovery_text import (
@@ -21,7 +20,7 @@ from oodprompt.reports.discovery_text import (
     verdict,
 )
 from oodprompt.reports.pages import inline, template
-from oodprompt.reports.pictures import SIDES, Pictures, is_small
+from oodprompt.reports.pictures import LARGEST_PAGE, SIDES, Pictures, page_picture
 from oodprompt.reports.style import count, listing, number, signed, whole_percent
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 _CARDS = 12  # clusters shown in full
 _LISTED = 20  # clusters with pictures among those that did not survive
 _CLASSES = 14  # classes in one chart
-_LARGEST = 2_900_000  # page, in bytes
 
 
 def discovery_page(content: dict[str, Any], pictures: Pictures) -> str:
@@ -40,7 +38,7 @@ def discovery_page(content: dict[str, Any], pictures: Pictures) -> str:
     """
     for level in range(len(SIDES)):
         page = _render(content, pictures, level)
-        if len(page.encode()) <= _LARGEST:
+        if len(page.encode()) <= LARGEST_PAGE:
             break
     return page
 
@@ -59,7 +57,7 @@ def _render(content: dict[str, Any], pictures: Pictures, level: int) -> str:
         classes=_CLASSES,
         silhouettes=_silhouettes(content["clustering"]),
         facts=how_it_was_made(content),
-        picture=lambda row, strip: _picture(row, pictures, level, strip),
+        picture=lambda row, strip: page_picture(row, pictures, level, strip),
         style=inline("discovery.css"),
     )
     return page.lstrip()  # the template's macros leave blank lines behind
@@ -85,27 +83,6 @@ def _template() -> Template:
         largest_gaps=largest_gaps,
         row_of_class=row_of_class,
     )
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """An image for the page; ``outline`` is the path of its region in hundredths of its sides, "" without a region."""
-
-    address: str
-    width: int
-    height: int
-    small: bool
-    name: str
-    outline: str
-
-
-def _picture(row: dict[str, Any], pictures: Pictures, level: int, strip: bool) -> _Picture:
-    image, address = pictures.image(row["index"]), pictures.data_uri(row["index"], level, strip)
-    outline = ""
-    if row.get("box"):
-        left, top, right, bottom = (f"{100 * side:.4g}" for side in row["box"])
-        outline = f"M{left} {top}H{right}V{bottom}H{left}Z"
-    return _Picture(address, image.width, image.height, is_small(image), PurePath(row["image"]).name, outline)
 
 
 @dataclass(frozen=True)

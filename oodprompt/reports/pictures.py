@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from oodprompt.errors import UserError
 
+LARGEST_PAGE = 2_900_000  # in bytes, so that it can be sent
 SIDES = (176, 136, 104)  # of thumbnails in pixels, by level: a smaller one where a page would be too large
 _STRIP = 96  # of thumbnails in a strip, in pixels
 _SMALL = 64  # images up to this side in pixels are not shrunk, and are enlarged pixel by pixel
@@ -56,6 +59,30 @@ class Pictures:
             )
             self._addresses[key] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
         return self._addresses[key]
+
+
+class PagePicture(NamedTuple):
+    """An image for a page; ``outline`` is the path of its region in hundredths of its sides, "" without a region."""
+
+    address: str
+    width: int
+    height: int
+    small: bool
+    name: str
+    outline: str
+
+
+def page_picture(row: Mapping[str, Any], pictures: Pictures, level: int, strip: bool = False) -> PagePicture:
+    """The image of a row, which has ``index`` and ``image`` (its path), and ``box`` where a region is shown.
+
+    ``level`` and ``strip`` are those of ``Pictures.data_uri``. ``UserError`` where the image cannot be read.
+    """
+    image, address = pictures.image(row["index"]), pictures.data_uri(row["index"], level, strip)
+    outline = ""
+    if row.get("box"):
+        left, top, right, bottom = (f"{100 * side:.4g}" for side in row["box"])
+        outline = f"M{left} {top}H{right}V{bottom}H{left}Z"
+    return PagePicture(address, image.width, image.height, is_small(image), PurePath(row["image"]).name, outline)
 
 
 def _small(image: Image.Image, level: int) -> tuple[str, bytes]:

@@ -55,11 +55,14 @@ def table_of(label: NDArray[np.integer], present: Flags, classes: int) -> Counts
 
 
 def chi_squared(table: NDArray[np.integer]) -> tuple[float, int]:
-    """(chi^2, degrees of freedom) of a table of counts [R, S]; rows and columns without images are left out."""
+    """(chi^2, degrees of freedom) of a table of counts [R, S]; rows and columns without images are left out.
+
+    Both are 0 where one row or column is left, which says nothing of an association.
+    """
     counts = np.asarray(table, dtype=np.float64)
     counts = counts[counts.sum(axis=1) > 0][:, counts.sum(axis=0) > 0]
     if min(counts.shape) < 2:
-        return 0.0, 1
+        return 0.0, 0
     expected = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / counts.sum()
     return float(((counts - expected) ** 2 / expected).sum()), (counts.shape[0] - 1) * (counts.shape[1] - 1)
 
@@ -85,13 +88,14 @@ def corrected_v(table: NDArray[np.integer]) -> float:
 def v_interval(tables: Sequence[NDArray[np.integer]], level: float) -> tuple[float, float]:
     """Limits of Cramer's V that hold with probability 1 - ``level``, from the noncentral chi^2 distribution.
 
-    ``tables`` [R, 2] are those of parts of the images, whose chi^2 and degrees of freedom add up; usually one. The limits
-    of the noncentrality l are those at which the observed chi^2 is the level / 2 quantile from either side; V = sqrt(l / n)
-    for n images in all. Source: Smithson, "Confidence Intervals", Sage 2003, chapter 4.
+    ``tables`` [R, 2] are those of parts of the images, whose chi^2 and degrees of freedom add up; usually one. Parts that
+    say nothing (``chi_squared``) are left out. The limits of the noncentrality l are those at which the observed chi^2 is
+    the level / 2 quantile from either side; V = sqrt(l / n) for the n images of the other parts. They are 0 and 1 where no
+    part says anything. Source: Smithson, "Confidence Intervals", Sage 2003, chapter 4.
     """
-    tests = [chi_squared(table) for table in tables]
-    value, freedom = sum(test[0] for test in tests), sum(test[1] for test in tests)
-    scale = sum(int(np.sum(table)) for table in tables)
+    tests = [(*chi_squared(table), int(np.sum(table))) for table in tables]
+    telling = [test for test in tests if test[1]]
+    value, freedom, scale = (sum(column) for column in zip(*telling, strict=True)) if telling else (0.0, 0, 0)
     if value <= 0:
         return 0.0, 1.0
 
@@ -167,9 +171,9 @@ def associations(
     ``features`` [N, d] of the training images with their ``label`` [N], ``direction`` [W, d] of the words and text features
     ``classes`` [C, d], all on the CPU. The score of word w in image i is s = <z_i, direction_w>; the word is present
     where s is above the threshold of ``otsu``. The evidence for the class is e = sum_c b_c <z_i, t_c>, b_c being the mean
-    of s over class c minus the mean of these. Within classes, s moves with e at the slope k (least squares, 0 at least).
-    A word that only follows the evidence for the class, as "hoop" for the class ring, goes with the label no more when
-    s - k e takes the place of s: that V counts, where it is the smaller one.
+    of s over class c minus the mean of these; classes without images are left out. Within classes, s moves with e at the
+    slope k (least squares, 0 at least). A word that only follows the evidence for the class, as "hoop" for the class ring,
+    goes with the label no more when s - k e takes the place of s: that V counts, where it is the smaller one.
     """
     number = len(classes)
     inside = Within(features, label, classes)
@@ -185,7 +189,7 @@ def associations(
                 raw.append((start + i, split, table, table_of(label, own > otsu(own).threshold, number)))
     ways = [left if corrected_v(left) < corrected_v(table) else table for _, _, table, left in raw]
     tests = [chi_squared(way) for way in ways]
-    adjusted = holm([float(stats.chi2.sf(*test)) for test in tests])
+    adjusted = holm([float(stats.chi2.sf(value, freedom)) if freedom else 1.0 for value, freedom in tests])
     found = []
     for (word, split, table, left), way, p in zip(raw, ways, adjusted, strict=True):
         v, whole, is_left = corrected_v(way), corrected_v(table), way is left
@@ -203,7 +207,8 @@ class Within:
 
     def __init__(self, features: Tensor, label: NDArray[np.integer], classes: Tensor) -> None:
         self.features, self.label = features, torch.from_numpy(np.asarray(label, dtype=np.int64))
-        self.count = torch.bincount(self.label, minlength=len(classes)).clamp(min=1).unsqueeze(1)
+        count = torch.bincount(self.label, minlength=len(classes)).unsqueeze(1)
+        self.count, self.has_images = count.clamp(min=1), count > 0
         self.evidence = features @ classes.T
         self.centred = self.evidence - self._means(self.evidence)[self.label]
 
@@ -220,7 +225,7 @@ class Within:
         """(scores, scores without the evidence), both [N, w]."""
         score = self.features @ direction.T
         means = self._means(score)
-        weight = means - means.mean(dim=0)
+        weight = torch.where(self.has_images, means - means[self.has_images[:, 0]].mean(dim=0), 0)
         inside, along = score - means[self.label], self.centred @ weight
         slope = ((inside * along).sum(dim=0) / (along**2).sum(dim=0).clamp(min=1e-20)).clamp(min=0)
         rest = score - slope * (self.evidence @ weight)

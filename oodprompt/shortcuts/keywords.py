@@ -1,10 +1,13 @@
 """Keywords of errors, after Bias-to-Text: words that fit the misclassified images of a class better than the others.
 
-    s(w) = mean over misclassified images <z, t_w>  -  mean over correct images <z, t_w>
+    s(w) = mean over misclassified images <z, t_w - t_0>  -  mean over correct images <z, t_w - t_0>
+
+t_w - t_0 is the direction of word w (``Words``), and the score is in cosines of images and words. t_0 moves the scores of
+all words of a class by the same number.
 
 Source: Kim et al., "Discovering and Mitigating Visual Biases through Keyword Explanation", CVPR 2024. There, keywords are
-extracted from captions that a captioner writes. Here the words are those of the captions of the class's misclassified
-images where images have captions, else those of the vocabulary.
+extracted from captions that a captioner writes, and t_w is the feature of the word alone. Here the words are those of the
+vocabulary. Where images have captions, they are only those that the captions of the class's misclassified images have.
 """
 
 from __future__ import annotations
@@ -44,11 +47,13 @@ def keywords(
     captions: Sequence[str] | None = None,
     most: int = 10,
 ) -> list[list[Keyword]]:
-    """The ``most`` keywords of every class, highest score first; none of a class with few errors or few right answers.
+    """The ``most`` keywords of every class with a score above 0, highest first.
 
-    ``features`` [N, d] of the images with ``label`` [N], ``right`` [N] where the model is right, ``captions`` [N].
+    A class with fewer than 5 errors or 5 right answers has none. ``features`` [N, d] of the images with ``label`` [N],
+    ``right`` [N] where the model is right. With ``captions`` [N], the words of a class are the 100 most frequent ones that
+    both the vocabulary and the captions of its misclassified images have.
     """
-    features, place = features.cpu().float(), {word: i for i, word in enumerate(words.words)}
+    features, place = features.cpu().float(), {word.lower(): i for i, word in enumerate(words.words)}
     found: list[list[Keyword]] = []
     for number in range(classes):
         own = label == number

@@ -17,6 +17,7 @@ from oodprompt.shortcuts.association import (
     STRONG,
     Association,
     Flags,
+    Numbers,
     Within,
     associations,
     chi_squared,
@@ -41,17 +42,17 @@ class Proposal:
     """A suspected shortcut: the word ``best`` and the words that say ``same``, or the ``opposite``, by falling V.
 
     ``names`` are the names of the attribute to train against, in the order of the classes that they go with. They split
-    the training images as ``best`` does with the correlation ``agreement``. ``goes_with`` is the class that has the word
-    most often beyond the other classes, and ``rarely_with`` the one that has it least. ``after`` are the limits of V where
-    the images are compared among those alike in the strong proposals before it. ``strong``: the word is, and still is
-    after those.
+    the training images as ``best`` does with the correlation ``agreement``. Where no other word tells images with the word
+    from the rest, there are no names, and ``agreement`` is None. ``goes_with`` is the class that has the word most often
+    beyond the other classes, and ``rarely_with`` the one that has it least. ``after`` are the limits of V where the images
+    are compared among those alike in the strong proposals before it. ``strong``: the word is, and still is after those.
     """
 
     best: Association
     same: tuple[Association, ...]
     opposite: tuple[Association, ...]
     names: tuple[str, ...]
-    agreement: float
+    agreement: float | None
     goes_with: int
     rarely_with: int
     after: tuple[float, float]
@@ -79,10 +80,9 @@ class Proposals:
     def strong(self) -> tuple[Proposal, ...]:
         return tuple(proposal for proposal in self.proposals if proposal.strong)
 
-    def present(self, proposal: Proposal, features: Tensor) -> tuple[NDArray[np.float64], Flags]:
+    def present(self, proposal: Proposal, features: Tensor) -> tuple[Numbers, Flags]:
         """The score of the proposal's best word above its threshold [N], and whether it is present, for ``features`` [N, d]."""
-        score = (features.cpu().float() @ self.words.direction[proposal.best.word]).double().numpy()
-        score = score - proposal.best.split.threshold
+        score = _above(features.cpu().float(), self.words, proposal.best)
         return score, score > 0
 
     def word(self, association: Association) -> str:
@@ -110,8 +110,9 @@ def propose(
     found = associations(features, label, words.direction, classes, show)
     ranked = sorted((a for a in found if a.v > 0), key=lambda a: (-round(a.v, 4), -round(a.split.clarity, 4), a.word))
     looked = ranked[:_LOOKED_AT]
-    presence = np.stack([_present(features, words, a) for a in looked]) if looked else np.zeros((0, len(label)), bool)
-    groups = [_led(looked, *group) for group in _merged(looked, presence, words.direction)][:most]
+    presence = np.stack([_above(features, words, a) > 0 for a in looked]) if looked else np.zeros((0, len(label)), bool)
+    everything = sorted(_led(looked, *group) for group in _merged(looked, presence, words.direction))  # by what leads
+    groups = everything[:most]
     inside, level = Within(features, label, classes), LEVEL / max(len(found), 1)
     afters: list[tuple[float, float]] = []
     part, strong = np.zeros(len(label), dtype=np.int64), list[int]()  # images alike in the strong proposals so far
@@ -127,7 +128,7 @@ def propose(
     proposals = []
     for (same, opposite), after in zip(groups, afters, strict=True):
         best = looked[same[0]]
-        others = [looked[i].word for (i, *_), _ in groups if looked[i].strong and looked[i] is not best]
+        others = [looked[i].word for (i, *_), _ in everything if looked[i].strong and looked[i] is not best]
         names, agreement = namer.names(best, presence[same[0]], [looked[i].word for i in opposite], others)
         of_same, of_opposite = (tuple(looked[i] for i in side) for side in (same[1:], opposite))
         goes, rarely = int(best.lift.argmax()), int(best.lift.argmin())
@@ -136,8 +137,9 @@ def propose(
     return Proposals(tuple(proposals), words, vocabulary, len(found), len(words.words) - len(found), further)
 
 
-def _present(features: Tensor, words: Words, a: Association) -> Flags:
-    return (features @ words.direction[a.word]).double().numpy() > a.split.threshold
+def _above(features: Tensor, words: Words, a: Association) -> Numbers:
+    """By how much the score of a word is above its threshold, [N]: the word is present where that is more than 0."""
+    return (features @ words.direction[a.word]).double().numpy() - a.split.threshold
 
 
 def _merged(looked: Sequence[Association], presence: Flags, direction: Tensor) -> list[tuple[list[int], list[int]]]:
@@ -179,16 +181,19 @@ class _Namer:
 
     def names(
         self, best: Association, present: Flags, opposite: Sequence[int], others: Sequence[int]
-    ) -> tuple[tuple[str, ...], float]:
-        """(names, how the split by the first two of them correlates with ``present``).
+    ) -> tuple[tuple[str, ...], float | None]:
+        """(names, how their split into images of the best word and others correlates with ``present``).
 
         The first name is the best word, the second the one with which it splits best. A word from ``opposite`` or, after
         these, from ``others`` is preferred, if one is nearly as good. Of ``others``, the best words of other proposals with
-        a large V, those follow that raise the chi^2 of split and label much.
+        a large V, those follow that raise the chi^2 of split and label much. Without a word that splits the images there are no
+        names.
         """
         agreement = _correlations(self.fit[:, [best.word]] > self.fit, present)
         agreement[best.word] = -1
         second = int(agreement.argmax())
+        if agreement[second] <= -1:
+            return (), None
         for preferred in (opposite, others):
             nearest = max(preferred, key=lambda i: (round(float(agreement[i]), 4), -i), default=None)
             if nearest is not None and agreement[nearest] >= _OPPOSITE * agreement[second]:
@@ -209,7 +214,7 @@ class _Namer:
         split = self.fit[:, chosen].argmax(axis=1)
         names = [self.words.words[i] for i in chosen]
         order = sorted(range(len(chosen)), key=lambda a: (self._class_of(split == a), a))
-        return tuple(names[a] for a in order), float(agreement[second])
+        return tuple(names[a] for a in order), float(_correlations((split == 0)[:, None], present)[0])
 
     def _chi_squared(self, chosen: Sequence[int]) -> float:
         split = self.fit[:, list(chosen)].argmax(axis=1)
@@ -222,7 +227,7 @@ class _Namer:
         return int((table[:, 1] / np.maximum(table.sum(axis=1), 1)).argmax())
 
 
-def _correlations(splits: Flags, present: Flags) -> NDArray[np.float64]:
+def _correlations(splits: Flags, present: Flags) -> Numbers:
     """phi of every column of ``splits`` [N, W] with ``present`` [N]; -1 for columns that split nothing."""
     n, share, own = len(present), splits.mean(axis=0), present.mean()
     both = present.astype(np.float64) @ splits / n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Vocabulary:
 def read_vocabulary(choice: str = "", sensitive: bool = False, captions: Iterable[str] = ()) -> Vocabulary:
     """The built-in words for "", the words of ``captions`` for "captions", else those of the file ``choice``.
 
-    Words of sections whose name begins with "sensitive" are there only where they are asked for; of captions, those that
+    Words of sections whose name begins with "sensitive", in any case, are there only where they are asked for; of captions, those that
     our own such sections hold are left out. ``UserError`` for a file that is missing, no text, or empty, and where no
     image has a caption.
     """
@@ -46,7 +46,7 @@ def read_vocabulary(choice: str = "", sensitive: bool = False, captions: Iterabl
         return _chosen(_built_in(), "the built-in words", sensitive)
     path = Path(choice).expanduser()
     try:
-        found = _parsed(path.read_text(encoding="utf-8"))
+        found = _parsed(path.read_text(encoding="utf-8-sig"))  # which may begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"--vocabulary: cannot read {path} ({reason}); give a text file with a word a line") from error
@@ -61,21 +61,28 @@ def _built_in() -> tuple[tuple[str, str], ...]:
 
 
 def _parsed(text: str) -> list[tuple[str, str]]:
-    """(word, section) of a text: ``[section]`` lines, ``#`` comments, words between commas and ends of lines."""
-    section, found = "", dict[str, str]()
+    """(word, section) of a text: ``[section]`` lines, ``#`` comments, words between commas and ends of lines.
+
+    Of words that differ in case alone the first is taken.
+    """
+    section, found = "", dict[str, tuple[str, str]]()
     for line in text.splitlines():
         line = line.strip()
         if line.startswith("[") and line.endswith("]"):
             section = line[1:-1].strip()
         elif not line.startswith("#"):
             for word in filter(None, (" ".join(part.split()) for part in line.split(","))):
-                found.setdefault(word, section)
-    return list(found.items())
+                found.setdefault(word.casefold(), (word, section))
+    return list(found.values())
+
+
+def _is_sensitive(section: str) -> bool:
+    return section.casefold().startswith(SENSITIVE)
 
 
 def _chosen(found: Iterable[tuple[str, str]], source: str, sensitive: bool) -> Vocabulary:
     pairs = list(found)
-    kept = [(word, section) for word, section in pairs if sensitive or not section.startswith(SENSITIVE)]
+    kept = [(word, section) for word, section in pairs if sensitive or not _is_sensitive(section)]
     if not kept:
         raise UserError(f"--vocabulary: all words of {source} are sensitive; add --sensitive to look for them")
     words, sections = zip(*kept, strict=True)
@@ -84,7 +91,21 @@ def _chosen(found: Iterable[tuple[str, str]], source: str, sensitive: bool) -> V
 
 def words_of_caption(caption: str) -> set[str]:
     """The different words of a caption in small letters, but for those that name nothing to see."""
-    return {word for word in re.findall(r"[a-z][a-z'-]+", caption.lower()) if word not in _FILLERS}
+    text = unicodedata.normalize("NFC", caption.lower()).translate(_LETTERS)
+    return {word for part in text.split() if len(word := part.strip("'-")) > 1 and word not in _FILLERS}
+
+
+class _Letters(dict[int, str]):
+    """For ``str.translate``: letters of any script, with their marks, apostrophes and hyphens; the rest are blanks."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        kept = character in "'-" or unicodedata.category(character)[0] in "LM"
+        self[code] = character if kept else "'" if character == "’" else " "
+        return self[code]
+
+
+_LETTERS = _Letters()
 
 
 def _of_captions(captions: Iterable[str], sensitive: bool) -> Vocabulary:
@@ -92,7 +113,7 @@ def _of_captions(captions: Iterable[str], sensitive: bool) -> Vocabulary:
     count: Counter[str] = Counter()
     for caption in captions:
         count.update(words_of_caption(caption))
-    withheld = set() if sensitive else {word for word, section in _built_in() if section.startswith(SENSITIVE)}
+    withheld = set() if sensitive else {word for word, section in _built_in() if _is_sensitive(section)}
     frequent = [word for word, times in sorted(count.items(), key=lambda item: (-item[1], item[0])) if times >= 5]
     words = [word for word in frequent if word not in withheld][:_MOST_OF_CAPTIONS]
     if not words:

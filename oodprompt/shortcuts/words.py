@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oodprompt.backbones import CLIP
+from oodprompt.data.dataset import NAME_TEMPLATE
 from oodprompt.errors import UserError
 from oodprompt.log import progress
 from oodprompt.methods.attributes import prompt_features
 from oodprompt.shortcuts.vocabulary import Vocabulary
 
-NAME_TEMPLATE = "a photo of {}."  # what zero-shot attributes are asked by, where the data set has no prompts for them
 TEMPLATES = (NAME_TEMPLATE, "{}", "a picture of {}.")
 NEUTRAL = ("thing", "object", "something")
 SYNONYM = 0.7  # centred cosine to a class name from which a word is taken to be that class

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def measured(trainer: PromptTrainer) -> Row:
         "rank_by_errors": by_errors,
         "proposals": len(found.proposals),
         "strong": len(found.strong),
+        "strong_words": [found.word(proposal.best) for proposal in found.strong],
         "first": found.word(first.best),
         "v": first.best.v,
         "low": first.best.low,
@@ -119,8 +121,8 @@ def table(rows: Sequence[Row], by: Sequence[str]) -> str:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
     lines = []
     for key, mine in groups.items():
-        strong = [row["strong"] for row in mine]
-        v = [row["v"] for row in mine]
+        strong, v, low = ([row[key] for row in mine] for key in ("strong", "v", "low"))
+        words = Counter(word for row in mine for word in row["strong_words"])
         lines.append(
             [
                 *(f"{value:.3g}" if isinstance(value, float) else value for value in key),
@@ -128,8 +130,11 @@ def table(rows: Sequence[Row], by: Sequence[str]) -> str:
                 f"{sum(row['strong_planted'] for row in mine)} of {len(mine)}",
                 f"{sum(row['rank_by_errors'] == 1 for row in mine)} of {len(mine)}",
                 f"{min(strong)} to {max(strong)}",
+                ", ".join(f"{word} ({times})" for word, times in words.most_common()) or "-",
                 f"{min(v):.2f} to {max(v):.2f}",
+                f"{min(low):.2f} to {max(low):.2f}",
                 ", ".join(sorted({row["first"] for row in mine})),
+                "; ".join(sorted({", ".join(row["names"]) for row in mine})),
             ]
         )
     return markdown_table(
@@ -139,8 +144,11 @@ def table(rows: Sequence[Row], by: Sequence[str]) -> str:
             "planted is strong",
             "first by B2T",
             "strong proposals",
+            "their words (settings)",
             "V of the first",
+            "its lower limit",
             "its word",
+            "names",
         ],
         lines,
     )
@@ -153,12 +161,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--digits", type=Path, help="folder of MNIST's files; default: without digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="render seeds of the first pair")
     parser.add_argument("--other-seeds", type=int, nargs="+", default=[1], help="render seeds of the other pairs")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        nargs="+",
+        default=range(1, len(PAIRS)),
+        choices=range(1, len(PAIRS)),
+        help="the other pairs",
+    )
     parser.add_argument("--digits-seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=("shapes", "other_shapes", "digits"), help="default: all")
     args = parser.parse_args(argv)
     work: dict[str, tuple[Iterator[Row], list[str]]] = {
         "shapes": (shapes(args.out, args.seeds, PAIRS[:1]), ["strength"]),
-        "other_shapes": (shapes(args.out, args.other_seeds, PAIRS[1:], 1000), ["setting", "strength"]),
+        "other_shapes": (
+            shapes(args.out, args.other_seeds, [PAIRS[i] for i in args.pairs], 1000),
+            ["setting", "strength"],
+        ),
     }
     if args.digits:
         work["digits"] = (digits(args.out, args.digits, args.digits_seed, (0.95, 0.0)), ["strength"])

@@ -7,27 +7,38 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import oodprompt
 from oodprompt import cli
-from oodprompt.auditing import command
+from oodprompt.auditing import command, looking
+from oodprompt.auditing import run as auditing
+from oodprompt.data.columns import Images
+from oodprompt.data.datum import Datum
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
 from oodprompt.reports.audit_page import audit_page
+from oodprompt.shortcuts.words import Words
 from tests.helpers.html_tree import Tree
 
 SHAPES = ["DATASET.NAME", "ShapesOnScenes", "DATASET.SHAPES.NUM_TRAIN", "240", "DATASET.SHAPES.NUM_VAL", "40"]
 SHAPES += ["DATASET.SHAPES.NUM_TEST", "8", "DATALOADER.NUM_WORKERS", "0", "VERBOSE", "False"]
+FEATURES = {"image_features": np.eye(8, 128, dtype=np.float32), "label": [0, 1] * 4, "class_names": ["disc", "star"]}
+FEATURES["split"] = ["train"] * 4 + ["test"] * 4
 
 
 @pytest.fixture(scope="module")
 def audited(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an audit of ShapesOnScenes at the strength 0.95."""
+    """The folder of an audit of ShapesOnScenes at the strength 0.95, whose attribute has prompts of its own."""
     folder = tmp_path_factory.mktemp("audit") / "out"
-    command.run(["--root", str(data_root), "--backbone", "tiny", "--output-dir", str(folder), *SHAPES])
+    flags = ["--root", str(data_root), "--backbone", "tiny", "--output-dir", str(folder)]
+    command.run([*flags, *SHAPES, "DATASET.ATTRIBUTE_PROMPTS", "['a sea', 'a lawn']"])
     return folder
 
 
@@ -104,12 +115,18 @@ def test_a_users_words_are_escaped_and_features_alone_give_a_page_without_pictur
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_command_of_the_page_trains(audited: Path) -> None:
-    line = content_of(audited)["proposals"][0]["command"]
+    first = content_of(audited)["proposals"][0]
+    line = first["command"]
     words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
     assert words[:2] == ["oodprompt", "train"]
     cli.run([*words[2:], "OPTIM.MAX_EPOCH", "1"])
     results = json.loads((audited / "trained" / "results.json").read_text())
-    assert results["trainer"] == "CoOpOOD" and results["worst_group_accuracy"] is not None
+    assert results["trainer"] == "CoOpOOD"
+    assert [group["attribute"] for group in results["groups"]] == ["water", "land"] * 2  # as the labels are called
+    report = json.loads((audited / "trained" / "pseudo_attributes.json").read_text())
+    assert report["attributes"] == first["names"] and report["prompts"] == [
+        [f"a photo of {n}."] for n in first["names"]
+    ]
 
 
 def test_damaged_images_are_counted_and_captions_give_words(photos: Path) -> None:
@@ -141,13 +158,52 @@ def test_a_trained_model_is_audited_with_its_own_predictions(
     assert "--base CoOp" in content["proposals"][0]["command"]
 
 
-def test_regions_are_named_by_words(data_root: Path, tmp_path: Path) -> None:
+def test_regions_are_named_by_words_and_shown_as_the_model_sees_them(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy is measured on another split, which has fewer images than that of the regions."""
+    seen = []
+    look = Image.new("RGB", (30, 20))
+    monkeypatch.setattr(auditing, "as_seen", lambda cfg, images: seen.append(len(images)) or (lambda i: look))
     flags = ["--root", str(data_root), "--backbone", "tiny", "--output-dir", str(tmp_path / "out"), "--regions"]
-    command.run([*flags, *SHAPES, "DISCOVERY.K_RANGE", "(3, 4)", "REGIONS.GRID", "(2, 2)"])
+    command.run([*flags, "--split", "test", *SHAPES, "DISCOVERY.K_RANGE", "(3, 4)", "REGIONS.GRID", "(2, 2)"])
+    tree = Tree((tmp_path / "out" / "audit.html").read_text())
+    sizes = [(image["width"], image["height"]) for image in tree.all("img")]
+    assert seen == [40] and sizes.count(("30", "20")) == len(tree.all("svg")) > 5 and ("48", "48") in sizes
     regions = content_of(tmp_path / "out")["regions"]
     words = {word for cluster in regions["clusters"] for word in cluster["words"][:2]}
     assert regions["of"] in (3, 4) and words & {"water", "sea", "ocean", "lake"} and words & {"grass", "land", "meadow"}
-    assert "Suspects by region" in Tree((tmp_path / "out" / "audit.html").read_text()).text
+    assert "Suspects by region" in tree.text
+
+
+def test_what_was_found_is_there_where_regions_fail(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("no memory")
+
+    monkeypatch.setattr(auditing, "region_suspects", fail)
+    flags = ["--root", str(data_root), "--backbone", "tiny", "--output-dir", str(tmp_path / "out"), "--regions"]
+    with pytest.raises(UserError, match="no memory"):
+        command.run([*flags, *SHAPES])
+    assert content_of(tmp_path / "out")["proposals"] and (tmp_path / "out" / "audit.html").is_file()
+
+
+def test_the_command_of_the_page_imports_what_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODPROMPT_IMPORT", f"{tmp_path / 'mine.py'}:package.module")
+    trainer: Any = SimpleNamespace(learner=torch.nn.Identity(), base_name="CoOp")
+    line = auditing.next_command(trainer, tmp_path, ("sea", "lawn"))
+    assert f"--import {tmp_path / 'mine.py'} --import package.module" in line and "--base" not in line
+
+
+def test_keywords_are_of_the_vocabulary_where_the_split_has_no_captions() -> None:
+    data = [Datum.unchecked(f"{i}.png", 0, 0, "circle", -1, "a sea" if i < 2 else "") for i in range(22)]
+    axes, predicted = torch.eye(2), np.repeat([0, 1], 10)
+    images, label = Images.of(data).take(range(2, 22)), np.zeros(20, dtype=np.int64)
+    features = torch.cat([axes[:1].repeat(10, 1), axes[1:].repeat(10, 1)])
+    evaluated = looking._Evaluated("val", images, label, predicted, features, ["circle"])
+    (row,) = looking._keywords(Words(("barn", "sea"), ("", ""), axes, axes), evaluated)
+    assert row["wrong"] == 10 and [word["word"] for word in row["words"]] == ["sea"]
 
 
 def test_features_are_not_computed_twice(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +221,7 @@ def test_features_are_not_computed_twice(data_root: Path, tmp_path: Path, monkey
     [
         (["--model-dir", "nowhere"], "no folder nowhere"),
         (["--backbone", "tiny", "--model-dir", "."], "own backbone"),
+        (["--config-file", "x.yaml", "--model-dir", "."], "own backbone and config"),
         (["--backbone", "tiny", "DATASET.NAME"], "stands alone"),
         (["--backbone", "tiny", *SHAPES, "--vocabulary", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--backbone", "tiny", *SHAPES, "--vocabulary", "captions"], "no word is in five captions"),
@@ -177,3 +234,26 @@ def test_what_makes_no_sense_is_refused(
     root = ["--root", str(data_root)] if "--model-dir" not in flags else []
     with pytest.raises(UserError, match=message):
         command.run([*root, *flags])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"split": "validation"}, "split=: unknown split 'validation'.*train"),
+        ({"model_dir": ".", "data": "photos"}, "model_dir= or data="),
+        ({"model_dir": ".", "dataset_config_file": "x.yaml"}, "own backbone and config"),
+        ({"model_dir": "nowhere"}, "no folder nowhere"),
+        ({"data": FEATURES, "backbone": "tiny", "regions": True}, "regions=True looks at regions of images"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_from_python(
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        oodprompt.audit(**values)
+
+
+def test_an_audit_of_a_run_goes_to_its_folder() -> None:
+    assert auditing.folder_of(None, "run") == Path("run/audit") and auditing.folder_of(None, None) == Path("audit")
+    assert auditing.folder_of("out", "run") == Path("out")

@@ -23,7 +23,7 @@ def test_chi_squared_is_scipys_and_leaves_out_empty_rows() -> None:
     table = np.array([[10, 20], [30, 5], [0, 0]])
     expected = stats.chi2_contingency(table[:2], correction=False)
     assert chi_squared(table) == (pytest.approx(expected.statistic), expected.dof)
-    assert chi_squared(np.array([[4, 0], [7, 0]])) == (0.0, 1)
+    assert chi_squared(np.array([[4, 0], [7, 0]])) == (0.0, 0)
 
 
 def test_v_is_one_for_a_perfect_and_unbiased_for_no_association() -> None:
@@ -56,6 +56,14 @@ def test_limits_of_large_tables_are_those_of_the_exact_distribution() -> None:
     value, freedom = chi_squared(table)
     for limit, probability in zip(v_interval([table], 0.05), (0.975, 0.025), strict=True):
         assert stats.ncx2.cdf(value, freedom, limit**2 * table.sum()) == pytest.approx(probability, abs=1e-3)
+
+
+def test_parts_in_which_a_word_cannot_differ_say_nothing_of_its_v() -> None:
+    """Of one class alone, or with the word everywhere."""
+    table = np.array([[40, 10], [15, 35]])
+    of_one_class, everywhere = np.array([[30, 50], [0, 0]]), np.array([[0, 60], [0, 20]])
+    assert v_interval([table, of_one_class, everywhere], 0.05) == v_interval([table], 0.05)
+    assert v_interval([of_one_class], 0.05) == (0.0, 1.0)
 
 
 def test_otsu_cuts_in_the_gap() -> None:
@@ -93,6 +101,15 @@ def test_a_scene_is_strong_and_the_class_itself_is_not() -> None:
     assert itself.raw > 0.7 and itself.v < 0.3 and itself.adjusted and not itself.strong
     assert not noise.strong and noise.v < 0.2
     assert scene.lift[1] > 0 > scene.lift[0] and scene.table.sum() == 600
+
+
+def test_classes_without_images_change_nothing() -> None:
+    features, label, direction, classes = made_up(0.95)
+    more = torch.cat([classes, torch.eye(6)[4:5], torch.eye(6)[5:]])
+    fewer = associations(features, label, direction, classes, show=False)
+    found = associations(features, label, direction, more, show=False)
+    for key in ("v", "low", "high"):
+        assert [getattr(a, key) for a in found] == pytest.approx([getattr(a, key) for a in fewer])
 
 
 def test_nothing_is_strong_without_a_correlation() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -52,21 +50,60 @@ def test_the_rarer_side_leads() -> None:
     assert found.proposals[0].goes_with == 1
 
 
+def test_proposals_are_in_the_order_of_the_words_that_lead_them() -> None:
+    """The sea is in most images, so that its weaker opposite leads, and the sofa in between comes first."""
+    rng, n = np.random.default_rng(0), 4000
+    label = np.repeat([0, 1], n // 2)
+    sea = rng.random(n) < np.array([0.98, 0.3])[label]
+    meadow = ~sea & (rng.random(n) < 0.92)
+    sofa = rng.random(n) < np.array([0.17, 0.83])[label]
+    axes = torch.eye(6)
+    z = rng.normal(0, 0.05, (n, 6))
+    for axis, present in enumerate((sea, meadow, sofa), 1):
+        z[:, axis] += 2 * present - 1
+    words = Words(("sea", "meadow", "sofa"), ("",) * 3, axes[1:4], axes[1:4])
+    vocabulary = Vocabulary(words.words, words.sections, "a test")
+    features, classes = torch.from_numpy(z).float(), torch.stack([-axes[0], axes[0]])
+    found = propose(words, vocabulary, features, label, classes, show=False)
+    assert [found.word(p.best) for p in found.proposals] == ["sofa", "meadow"]
+    assert found.word(found.proposals[1].opposite[0]) == "sea"
+
+
 def test_names_are_in_the_order_of_classes() -> None:
     assert proposed((0.95, 0.05))[0].proposals[0].names[0] in ("sea", "lake")
 
 
-def test_an_attribute_of_three_values_gets_three_names() -> None:
+def of_three_scenes(most: int = 12, noise: float = 0.1) -> tuple[Proposals, torch.Tensor]:
+    """Sea, meadow and snow, each with one of three classes."""
     rng, n = np.random.default_rng(0), 900
     label = np.repeat([0, 1, 2], n // 3)
     scene = np.where(rng.random(n) < 0.9, label, rng.integers(0, 3, n))
     axes = torch.eye(8)
-    z = torch.from_numpy(rng.normal(0, 0.1, (n, 8))).float() + axes[scene] + axes[3 + label]
+    z = torch.from_numpy(rng.normal(0, noise, (n, 8))).float() + axes[scene] + axes[3 + label]
     direction = torch.cat([axes[:3], axes[:3].sum(dim=0, keepdim=True), axes[6:7]])
     words = Words(("sea", "meadow", "snow", "scene", "lamp"), ("",) * 5, direction, F.normalize(direction, dim=-1))
     vocabulary = Vocabulary(words.words, words.sections, "a test")
-    found = propose(words, vocabulary, F.normalize(z, dim=-1), label, axes[3:6], show=False)
-    assert found.proposals[0].names == ("sea", "meadow", "snow")
+    features = F.normalize(z, dim=-1)
+    return propose(words, vocabulary, features, label, axes[3:6], most, show=False), features
+
+
+def test_an_attribute_of_three_values_gets_three_names() -> None:
+    assert of_three_scenes()[0].proposals[0].names == ("sea", "meadow", "snow")
+
+
+def test_the_agreement_is_that_of_the_names() -> None:
+    for found, features in (proposed((0.05, 0.95))[:2], of_three_scenes(noise=0.3)):
+        first = found.proposals[0]
+        place = [found.words.words.index(name) for name in first.names]
+        split = (features @ found.words.name[place].T).argmax(dim=1) == first.names.index(found.word(first.best))
+        assert first.agreement == pytest.approx(np.corrcoef(split, found.present(first, features)[1])[0, 1])
+
+
+def test_a_word_that_no_other_tells_apart_has_no_names() -> None:
+    found, features, _ = proposed((0.05, 0.95))
+    label, classes = np.repeat([0, 1], 400), torch.stack([-torch.eye(8)[0], torch.eye(8)[0]])
+    alone = propose(found.words.take([0]), found.vocabulary, features, label, classes, show=False).proposals[0]
+    assert alone.names == () and alone.agreement is None and alone.strong
 
 
 def test_the_same_data_give_the_same_proposals() -> None:
@@ -100,12 +137,8 @@ def test_one_class_is_refused() -> None:
         propose(found.words, found.vocabulary, features, np.zeros(800, int), torch.eye(8)[:2], show=False)
 
 
-def test_fewer_proposals_may_be_asked_for() -> None:
-    found, features, _ = proposed((0.05, 0.95))
-    label = np.repeat([0, 1], 400)
-    classes = torch.stack([-torch.eye(8)[0], torch.eye(8)[0]])
-    fewer = propose(found.words, found.vocabulary, features, label, classes, most=1, show=False)
-    assert (
-        len(fewer.proposals) == 1 and fewer.further == len(found.words.words) - 3 - fewer.too_rare or fewer.further >= 0
-    )
-    assert dataclasses.asdict(fewer.proposals[0].best)["word"] == found.proposals[0].best.word
+def test_fewer_proposals_have_the_names_that_they_have_among_more() -> None:
+    (fewer, _), (found, _) = of_three_scenes(most=1), of_three_scenes()
+    (only,), (first, *others) = fewer.proposals, found.proposals
+    assert only.best.word == first.best.word and only.names == first.names == ("sea", "meadow", "snow")
+    assert fewer.further == found.further + sum(1 + len(p.same) + len(p.opposite) for p in others) > 0

@@ -33,7 +33,9 @@ def test_built_in_words_are_many_different_and_not_sensitive() -> None:
 
 def test_words_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
-    file.write_text("# mine\nriver bank, desk\n[sensitive: who]\nchild\n[places]\nshore\ndesk\n")
+    file.write_text(
+        "\ufeff# mine\nriver bank, desk\n[Sensitive: who]\nchild\n[places]\nshore\nDesk\n", encoding="utf-8"
+    )
     found = read_vocabulary(str(file))
     assert found.words == ("river bank", "desk", "shore") and found.sections == ("", "", "places")
     assert found.left_out == 1 and read_vocabulary(str(file), sensitive=True).words[2] == "child"
@@ -63,6 +65,8 @@ def test_words_of_captions_are_the_frequent_ones() -> None:
     assert found.words == ("barn", "red") and found.left_out == 1
     assert read_vocabulary("captions", sensitive=True, captions=captions).words == ("barn", "red", "woman")
     assert words_of_caption("The barn's door") == {"barn's", "door"}
+    several = words_of_caption("Ein Mädchen, 'red-brick' 2 CAFE\u0301S — वन 雪山, x")
+    assert several == {"ein", "mädchen", "red-brick", "cafés", "वन", "雪山"}
     with pytest.raises(UserError, match="no word is in five captions"):
         read_vocabulary("captions", captions=["", "one"])
 

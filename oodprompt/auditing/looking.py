@@ -114,11 +114,10 @@ def look_for_shortcuts(trainer: PromptTrainer, options: Options) -> Looked:
         options.most,
         encoder.show_progress,
     )
-    metrics = group_metrics(
-        *(torch.from_numpy(column).long() for column in (evaluated.predicted, images.label, images.attribute)),
-        train,
-        dataset,
+    predicted, label, attribute = (
+        torch.from_numpy(column).long() for column in (evaluated.predicted, images.label, images.attribute)
     )
+    metrics = group_metrics(predicted, label, attribute, train, dataset)
     content = {
         "format": FORMAT,
         "version": VERSION,

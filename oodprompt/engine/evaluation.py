@@ -138,7 +138,8 @@ class Evaluation:
     ) -> None:
         evaluator.reset()
         self._evaluators, self._another = {"": evaluator}, another
-        self._by_pseudo_group, self._pseudo = by_pseudo_group or (None, None)
+        self._by_pseudo_group: Any = by_pseudo_group[0] if by_pseudo_group else None
+        self._pseudo: Tensor | None = by_pseudo_group[1] if by_pseudo_group else None
 
     def process(self, predictions: dict[str, Tensor], label: Tensor, attribute: Tensor, index: Tensor) -> None:
         """``predictions``: logits [B, C] by name, the one that counts under ""; label, attribute, index [B]."""

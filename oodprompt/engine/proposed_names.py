@@ -19,7 +19,7 @@ from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
 from oodprompt.files import write_atomically
 from oodprompt.log import logger
-from oodprompt.methods.attributes import PseudoAttributes
+from oodprompt.methods.groups import AttributeSources
 from oodprompt.shortcuts.finding import find_proposals
 from oodprompt.shortcuts.vocabulary import read_vocabulary
 
@@ -132,8 +132,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def take_names_of(folder: str | Path, pseudo: PseudoAttributes) -> None:
+def take_names_of(folder: str | Path, attributes: AttributeSources) -> None:
     """Take the names that the model in ``folder`` was trained with; ``UserError`` where others are in force already."""
+    pseudo = attributes.proposed if attributes.choice == "audit" else attributes.pseudo
     kept = _read(Path(folder)) if pseudo.are_proposed else None
     if kept is None:
         return
@@ -147,6 +148,9 @@ def take_names_of(folder: str | Path, pseudo: PseudoAttributes) -> None:
         )
 
 
-def proposed_in_results(pseudo: PseudoAttributes) -> dict[str, list[str]]:
+def proposed_in_results(attributes: AttributeSources) -> dict[str, list[str]]:
     """The entry of results.json on names that were proposed; empty where none were."""
-    return {"proposed_attribute_names": list(pseudo.names)} if pseudo.are_proposed and pseudo.is_found else {}
+    for seen in (attributes.pseudo, attributes.proposed):
+        if seen.are_proposed and seen.is_found:
+            return {"proposed_attribute_names": list(seen.names)}
+    return {}

@@ -104,7 +104,7 @@ class TinyImageNet(FilesDataset):
     address = ADDRESS
 
     def __init__(self, cfg: CfgNode) -> None:
-        folder = found_or_downloaded(type(self), self.root(cfg))
+        folder = found_or_downloaded(self.root(cfg))
         note_few_shot(cfg, folder)
         wnids = read_wnids(folder)
         names = class_names(folder, wnids)
@@ -132,14 +132,14 @@ class TinyImageNet(FilesDataset):
         return [
             Datum(str(photograph.path), label, 0, names[wnid])
             for wnid, label in labels.items()
-            for photograph in found[wnid]
+            for photograph in found[wnid].values()
         ]
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def found_or_downloaded(dataset: type[FilesDataset], root: Path) -> Path:
+def found_or_downloaded(root: Path) -> Path:
     """The folder of the unpacked archive in ``root``; without it the archive there is unpacked, and fetched if need be.
 
     Raises ``UserError`` with the tree for a folder that lacks one of its parts, and for a download that fails.
@@ -148,16 +148,14 @@ def found_or_downloaded(dataset: type[FilesDataset], root: Path) -> Path:
     if not folder.exists():
         by_hand = f"download {ADDRESS} elsewhere and unpack it into {root.absolute()}"
         if not archive.is_file():
-            logger.info(
-                f"{dataset.__name__}: there is no {FOLDER} in {root.absolute()}; {ADDRESS} is downloaded (237 MiB)"
-            )
+            logger.info(f"There is no {FOLDER} in {root.absolute()}; {ADDRESS} is downloaded (237 MiB)")
             download(ADDRESS, archive, SHA256, "Tiny ImageNet", by_hand)
         elif sha256_of(archive) != SHA256:
             raise UserError(f"{archive} has not the SHA256 {SHA256}; delete it and run again, or {by_hand}")
         _unpack(archive, folder)
     for part in ("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt"):
         if not (folder / part).exists():
-            raise dataset.missing(f"no {part} in {folder.absolute()}")
+            raise TinyImageNet.missing(f"no {part} in {folder.absolute()}")
     return folder
 
 
@@ -221,14 +219,17 @@ def class_names(folder: Path, wnids: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def validation_photographs(folder: Path, wnids: Iterable[str]) -> dict[str, list[Photograph]]:
-    """The photographs of val/ of each class, in the order of val_annotations.txt; ``UserError`` names file and line."""
-    path = folder / "val" / "val_annotations.txt"
-    found: dict[str, list[Photograph]] = {wnid: [] for wnid in wnids}
+def validation_photographs(folder: Path, wnids: Iterable[str]) -> dict[str, dict[int, Photograph]]:
+    """The photographs of val/ of each class by their numbers, ``val_<number>.JPEG``, in order.
+
+    Raises ``UserError`` that names file and line where val_annotations.txt cannot be read or names a missing photograph.
+    """
+    path, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
+    found: dict[str, dict[int, Photograph]] = {wnid: {} for wnid in wnids}
     for line, name, (wnid, *box) in _rows(path, 5):
         if wnid in found:
-            found[wnid].append(_photograph(path, line, folder / "val" / "images" / name, box))
-    return found
+            found[wnid][_number(path, line, name, "val")] = _photograph(path, line, images / name, box)
+    return {wnid: dict(sorted(mine.items())) for wnid, mine in found.items()}
 
 
 def training_photographs(folder: Path, wnid: str) -> dict[int, Photograph]:
@@ -240,10 +241,7 @@ def training_photographs(folder: Path, wnid: str) -> dict[int, Photograph]:
     if not path.is_file():
         raise UserError(f"there is no {path}, the boxes of a class; fetch the archive again")
     for line, name, box in _rows(path, 4):
-        prefix, _, number = Path(name).stem.rpartition("_")
-        if prefix != wnid or not number.isdecimal():
-            raise UserError(f"{path}, line {line}: {name[:200]!r} is no name of the form {wnid}_<number>.JPEG")
-        found[int(number)] = _photograph(path, line, path.parent / "images" / name, box)
+        found[_number(path, line, name, wnid)] = _photograph(path, line, path.parent / "images" / name, box)
     return dict(sorted(found.items()))
 
 
@@ -256,6 +254,13 @@ def _rows(path: Path, columns: int) -> Iterable[tuple[int, str, list[str]]]:
                 f"{path}, line {line}: expected a file name and {columns} columns behind it, with tabs between"
             )
         yield line, name, rest
+
+
+def _number(path: Path, line: int, name: str, prefix: str) -> int:
+    before, _, number = Path(name).stem.rpartition("_")
+    if before != prefix or not number.isdecimal():
+        raise UserError(f"{path}, line {line}: {name[:200]!r} is no name of the form {prefix}_<number>.JPEG")
+    return int(number)
 
 
 def _photograph(path: Path, line: int, image: Path, box: Sequence[str]) -> Photograph:

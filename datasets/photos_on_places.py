@@ -9,7 +9,7 @@ each image; ``<key>`` names the settings that made them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,43 +151,45 @@ def photographs(source: Path, objects: Shown, places: Shown) -> dict[str, tuple[
 
     How many are used, and left out, is logged. Raises ``UserError`` for a name without a photograph in a split.
     """
-    wnids = dict.fromkeys(wnid for shown in (objects, places) for ids in shown.values() for wnid in ids)
-    tests = validation_photographs(source, wnids)
-    splits: dict[str, dict[str, list[Photograph]]] = {split: {} for split in SPLITS}
+    by_wnid = _of_classes(
+        source, dict.fromkeys(wnid for shown in (objects, places) for ids in shown.values() for wnid in ids)
+    )
+    found: dict[str, tuple[Photos, Photos]] = {}
     small = 0
-    for wnid in wnids:
-        held_out = {n: p for n, p in training_photographs(source, wnid).items() if n >= HELD_OUT_FROM}
-        for split, mine in zip(SPLITS, (*_parts(list(held_out)), list(tests[wnid])), strict=True):
-            numbered, left_out = (tests[wnid], LEFT_OUT_OF_TEST) if split == "test" else (held_out, LEFT_OUT)
-            splits[split][wnid] = [numbered[n] for n in mine if n not in left_out.get(wnid, ())]
-    found: dict[str, tuple[dict[str, list[Photograph]], dict[str, list[Photograph]]]] = {}
-    for split, by_wnid in splits.items():
-        of_objects, of_places = (
-            {name: [p for wnid in ids for p in by_wnid[wnid]] for name, ids in shown.items()}
-            for shown in (objects, places)
+    for split in SPLITS:
+        everything, in_front, behind = (
+            {name: [p for wnid in ids for p in by_wnid[split][wnid] if keep(p)] for name, ids in shown.items()}
+            for shown, keep in ((objects, bool), (objects, _is_large), (places, bool))
         )
-        small += sum(not _is_large(p) for mine in of_objects.values() for p in mine)
-        of_objects = {name: [p for p in mine if _is_large(p)] for name, mine in of_objects.items()}
-        found[split] = of_objects, of_places
-        for name, mine in (*of_objects.items(), *of_places.items()):
-            if not mine:
-                where = "val/images" if split == "test" else f"train/<id>/images from number {HELD_OUT_FROM} on"
-                ids = ", ".join((*objects.get(name, ()), *places.get(name, ())))
-                raise UserError(
-                    f"PhotosOnPlaces: {source} has no photograph of {name!r} for the {split} split ({where}, of {ids}); "
-                    "fetch Tiny ImageNet again"
-                )
-    used = [sum(len(mine) for of in found.values() for mine in of[kind].values()) for kind in (0, 1)]
+        small += sum(map(len, everything.values())) - sum(map(len, in_front.values()))
+        found[split] = in_front, behind
+        for name in (name for photos in found[split] for name, mine in photos.items() if not mine):
+            where = "val/images" if split == "test" else f"train/<id>/images from number {HELD_OUT_FROM} on"
+            raise UserError(
+                f"PhotosOnPlaces: {source} has no photograph of {name!r} for the {split} split ({where}, of "
+                f"{', '.join({**objects, **places}[name])}); fetch Tiny ImageNet again"
+            )
+    of_objects, of_places = (sum(len(mine) for photos in found.values() for mine in photos[i].values()) for i in (0, 1))
     logger.info(
-        f"PhotosOnPlaces is made from {used[0]:,} photographs of {' and '.join(objects)} and {used[1]:,} of "
+        f"PhotosOnPlaces is made from {of_objects:,} photographs of {' and '.join(objects)} and {of_places:,} of "
         f"{' and '.join(places)}; in {small:,} others the {' or '.join(objects)} is too small"
     )
-    return dict(found)
+    return found
 
 
-def _parts(numbers: list[int]) -> tuple[list[int], list[int]]:
-    cut = round(_TRAIN_SHARE * len(numbers))
-    return numbers[:cut], numbers[cut:]
+def _of_classes(source: Path, wnids: Iterable[str]) -> dict[str, dict[str, list[Photograph]]]:
+    """For each split and class the photographs that are not left out by their numbers."""
+    found: dict[str, dict[str, list[Photograph]]] = {split: {} for split in SPLITS}
+    tests = validation_photographs(source, wnids)
+    for wnid, test in tests.items():
+        known = training_photographs(source, wnid)
+        numbers = [number for number in known if number >= HELD_OUT_FROM]
+        cut = round(_TRAIN_SHARE * len(numbers))
+        out, out_of_test = LEFT_OUT.get(wnid, ()), LEFT_OUT_OF_TEST.get(wnid, ())
+        found["train"][wnid] = [known[number] for number in numbers[:cut] if number not in out]
+        found["val"][wnid] = [known[number] for number in numbers[cut:] if number not in out]
+        found["test"][wnid] = [photograph for number, photograph in test.items() if number not in out_of_test]
+    return found
 
 
 def _is_large(photograph: Photograph) -> bool:

@@ -228,7 +228,8 @@ def validation_photographs(folder: Path, wnids: Iterable[str]) -> dict[str, dict
     found: dict[str, dict[int, Photograph]] = {wnid: {} for wnid in wnids}
     for line, name, (wnid, *box) in _rows(path, 5):
         if wnid in found:
-            found[wnid][_number(path, line, name, "val")] = _photograph(path, line, images / name, box)
+            number = _number(path, line, name, "val")
+            found[wnid][number] = _photograph(path, line, images / name, box)
     return {wnid: dict(sorted(mine.items())) for wnid, mine in found.items()}
 
 
@@ -241,7 +242,8 @@ def training_photographs(folder: Path, wnid: str) -> dict[int, Photograph]:
     if not path.is_file():
         raise UserError(f"there is no {path}, the boxes of a class; fetch the archive again")
     for line, name, box in _rows(path, 4):
-        found[_number(path, line, name, wnid)] = _photograph(path, line, path.parent / "images" / name, box)
+        number = _number(path, line, name, wnid)
+        found[number] = _photograph(path, line, path.parent / "images" / name, box)
     return dict(sorted(found.items()))
 
 

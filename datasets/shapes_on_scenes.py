@@ -8,14 +8,10 @@ y, split, place); ``<key>`` names the settings that made them.
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import os
 from pathlib import Path
 
 import numpy as np
+from oodprompt.datasets.building import SPLITS, built_once, check_groups, planned_groups, write_list
 from oodprompt.datasets.metadata import read_metadata
 from oodprompt.datasets.rendering import SCENES, SHAPES, Difficulty, render, visible_colours
 from PIL import Image
@@ -24,8 +20,6 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase
-from oodprompt.errors import UserError
-from oodprompt.files import sweep, temporary_folder
 from oodprompt.log import progress
 
 _UNKNOWN = "{key}: there is no {value!r}: {known}"
@@ -106,7 +100,7 @@ class ShapesOnScenes(DatasetBase):
 
     def __init__(self, cfg: CfgNode) -> None:
         keys = cfg.DATASET.SHAPES
-        _check(keys)
+        check_groups("DATASET.SHAPES", keys, "SCENES")
         self.attribute_names = tuple(keys.SCENES)
         self.attribute_prompts = [_PROMPTS[scene] for scene in keys.SCENES]
         root = Path(cfg.DATASET.ROOT or "data").expanduser()
@@ -114,58 +108,15 @@ class ShapesOnScenes(DatasetBase):
         super().__init__(cfg, *read_metadata(folder / "metadata.csv", folder, tuple(keys.CLASSES)))
 
 
-def _check(keys: CfgNode) -> None:
-    for key in ("CLASSES", "SCENES"):
-        if len(set(keys[key])) < max(2, len(keys[key])):
-            raise UserError(f"DATASET.SHAPES.{key}: {keys[key]} must hold two or more different names")
-    if len(keys.SCENES) < len(keys.CLASSES):
-        raise UserError("DATASET.SHAPES.SCENES must hold at least as many names as DATASET.SHAPES.CLASSES")
-    groups = len(keys.SCENES) * len(keys.CLASSES)
-    for key in ("NUM_TRAIN", "NUM_VAL", "NUM_TEST"):
-        if keys[key] < groups:
-            raise UserError(f"DATASET.SHAPES.{key} is {keys[key]}; there are {groups} groups, give each an image")
-
-
 def render_once(parent: Path, keys: CfgNode) -> Path:
-    """The folder of the images that ``keys`` describe; rendered into a temporary folder and renamed when missing.
-
-    Runs that start at the same time may render twice; one result stays.
-    """
-    settings = json.dumps(dict(keys), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    folder = parent / f"correlation{keys.CORRELATION:g}-{digest}"
-    if (folder / "metadata.csv").is_file():
-        return folder
-    sweep(parent)
-    try:
-        with temporary_folder(parent) as temporary:
-            _render_all(temporary, keys)
-            (temporary / "settings.json").write_text(settings + "\n")
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not (folder / "metadata.csv").is_file():
-                    raise
-    except OSError as error:
-        raise UserError(
-            f"cannot render ShapesOnScenes into {folder}: {error.strerror or error}; choose another --root"
-        ) from error
-    return folder
+    """The folder of the images that ``keys`` describe; rendered when missing."""
+    return built_once(parent, keys, lambda folder: _render_all(folder, keys), "ShapesOnScenes", "render")
 
 
 def groups_of(split: str, keys: CfgNode) -> list[tuple[int, int]]:
     """(class, scene) of every image of a split, in file order."""
-    classes, scenes = len(keys.CLASSES), len(keys.SCENES)
     total = {"train": keys.NUM_TRAIN, "val": keys.NUM_VAL, "test": keys.NUM_TEST}[split]
-    if split != "train":
-        return [(i % classes, i // classes % scenes) for i in range(total // (classes * scenes) * classes * scenes)]
-    pairs = []
-    for y in range(classes):
-        count = total // classes + (y < total % classes)
-        own = round(keys.CORRELATION * count)
-        others = [a for a in range(scenes) if a != y]
-        pairs += [(y, y)] * own + [(y, others[i % len(others)]) for i in range(count - own)]
-    return pairs
+    return planned_groups(split, total, len(keys.CLASSES), len(keys.SCENES), keys.CORRELATION)
 
 
 def _render_all(folder: Path, keys: CfgNode) -> None:
@@ -174,16 +125,12 @@ def _render_all(folder: Path, keys: CfgNode) -> None:
         tuple(keys.RADIUS), tuple(keys.OPACITY), keys.NOISE, rotation=20.0, occlusion=keys.OCCLUSION
     )
     colours = visible_colours(tuple(keys.SCENES))  # the same for all scenes: colour tells nothing of class or scene
-    images = [(split, *pair) for split in ("train", "val", "test") for pair in groups_of(split, keys)]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["img_id", "img_filename", "y", "split", "place"])
-    split_number = {"train": 0, "val": 1, "test": 2}
-    bar = progress.over(images, "Rendering ShapesOnScenes", "image")
-    for i, (split, y, a) in enumerate(bar):
+    images = [(split, *pair) for split in SPLITS for pair in groups_of(split, keys)]
+    rows = []
+    for i, (split, y, a) in enumerate(progress.over(images, "Rendering ShapesOnScenes", "image")):
         rng = np.random.default_rng([keys.RENDER_SEED, i])
         pixels = render(rng, keys.CLASSES[y], str(rng.choice(colours)), keys.SCENES[a], _SIZE, difficulty)
         name = f"images/{split}_{i:06d}_{keys.CLASSES[y]}_{keys.SCENES[a]}.png"
         Image.fromarray(pixels).save(folder / name, compress_level=1)
-        writer.writerow([i, name, y, split_number[split], a])
-    (folder / "metadata.csv").write_text(table.getvalue())
+        rows.append((i, name, y, SPLITS.index(split), a))
+    write_list(folder, rows)

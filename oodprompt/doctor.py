@@ -228,7 +228,7 @@ def data_sets(root: str, seconds: float = _SECONDS) -> Section:
     from oodprompt.config.registry import DATASET_REGISTRY
     from oodprompt.datasets.file_lists import FilesDataset
 
-    lines, problems = ["ShapesOnScenes: renders itself"], list[str]()
+    lines, problems = ["ShapesOnScenes: renders itself", "PhotosOnPlaces: is built from TinyImageNet"], list[str]()
     if not root:
         return [*lines, "others: give --root DIR, the folder that holds them"], problems
     if not Path(root).expanduser().is_dir():

@@ -116,7 +116,7 @@ def test_weights_are_checked_and_not_downloaded(tmp_path: Path, monkeypatch: pyt
         "C": ("1" * 64, "c.pt"),
     }
     monkeypatch.setattr(weights_module, "OPENAI_WEIGHTS", known)
-    monkeypatch.setattr(weights_module.urllib.request, "urlopen", lambda *a, **k: pytest.fail("it downloads"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("it downloads"))
     for file in ("a.pt", "b.pt"):
         (tmp_path / file).write_bytes(content)
     lines, problems = doctor.weights(tmp_path)

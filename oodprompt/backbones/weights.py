@@ -7,8 +7,6 @@ given path, in ``~/.cache/clip``, or downloaded and checked by SHA256; and the s
 from __future__ import annotations
 
 import hashlib
-import http.client
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from oodprompt.backbones.preprocessing import Preprocessing
 from oodprompt.backbones.source import load_registered
 from oodprompt.backbones.state_dicts import brief, clip_state_dict, read_state_dict
 from oodprompt.config.registry import BACKBONE_REGISTRY
+from oodprompt.downloads import download
+from oodprompt.downloads import sha256_of as _sha256
 from oodprompt.errors import UserError, nearest
-from oodprompt.files import replacing, sweep
-from oodprompt.log import progress
 
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 # Name -> (SHA256 of the file, which is also part of its address; file name). Source: openai/CLIP, clip/clip.py.
@@ -158,14 +156,6 @@ def add_tensors(hashed: Any, named: Iterable[tuple[str, Tensor]]) -> None:
         hashed.update(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _fetch(name: str, folder: Path) -> Path:
     """The file of an OpenAI backbone in ``folder``; downloaded there, whole and verified, or not at all."""
     sha256, filename = OPENAI_WEIGHTS[name]
@@ -180,28 +170,7 @@ def _fetch(name: str, folder: Path) -> Path:
             raise UserError(f"{file} has not the SHA256 {sha256} of {name}; delete it and run again, or {by_hand}")
         _write_stamp(verified, stamp)
         return file
-    try:
-        with urllib.request.urlopen(address, timeout=30) as source:
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)  # what a killed download left
-            size, read = source.headers.get("Content-Length") or "", hashlib.sha256()
-            total = int(size) if size.isdigit() else None
-            with (
-                replacing(file) as target,
-                progress(total and total >> 20, filename, "MiB") as bar,
-            ):
-                while block := source.read(1 << 20):
-                    target.write(block)
-                    read.update(block)
-                    bar.update()
-                if read.hexdigest() != sha256:
-                    raise UserError(
-                        f"the download of {name} from {address} has not the SHA256 {sha256}; run again, or {by_hand}"
-                    )
-        return file
-    except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
-        reason = getattr(error, "reason", None) or brief(error)
-        raise UserError(f"cannot get the weights of {name} ({reason}): {by_hand}") from error
+    return download(address, file, sha256, f"the weights of {name}", by_hand)
 
 
 def _write_stamp(file: Path, stamp: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from oodprompt import cli
-from tests.helpers.trees import celeba, csv_file, metashift, nicopp, urbancars, waterbirds
+from tests.helpers.trees import celeba, csv_file, metashift, nicopp, tiny_imagenet, urbancars, waterbirds
 from tests.helpers.trees.writing import arguments, put
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -58,6 +58,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str], dict[tuple[str, str], t
             ("country car", "urban object"): (4, 12),
             ("country car", "country object"): (4, 14),
         },
+    ),
+    "photos_on_places": (
+        tiny_imagenet.tree,
+        [word for split in ("TRAIN", "VAL", "TEST") for word in (f"DATASET.PHOTOS.NUM_{split}", "8")],
+        {("dog", "land"): (2, 4), ("dog", "water"): (2, 0), ("cat", "land"): (2, 0), ("cat", "water"): (2, 4)},
     ),
     "nicopp": (
         lambda root: nicopp.tree(root / "nicopp"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,6 +72,13 @@ def test_columns_of_published_numbers_are_checked(tmp_path: Path) -> None:
     (tmp_path / "published.csv").write_text("dataset,method\nd,m\n")
     with pytest.raises(UserError, match="the columns must be dataset,method,backbone"):
         read_published(tmp_path / "published.csv", "d")
+
+
+def test_the_page_counts_the_numbers_of_each_script() -> None:
+    page = (REPOSITORY / "docs" / "papers.md").read_text()
+    counts = dict(re.findall(r"`scripts/papers/(\w+)\.sh`\*\*.*? Its table has (\d+) published numbers", page))
+    rows = {dataset: len(read_published(FOLDER / "published.csv", dataset)) for dataset in SETTINGS["datasets"]}
+    assert {dataset: int(count) for dataset, count in counts.items()} == rows
 
 
 # --- tables ------------------------------------------------------------------------------------------------------

@@ -247,17 +247,21 @@ def test_scripts_name_their_data_set_and_pass_the_rest_on(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow  # last ran on 2026-11-27
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dataset", SETTINGS["datasets"])
 def test_script_on_a_miniature_of_the_published_layout(dataset: str, tmp_path: Path) -> None:
-    """Every method of the defaults for one epoch on the embedded CLIP; a second call finds all runs finished."""
+    """Every method for one epoch on the embedded CLIP (some on PACS' four domains); a second call trains nothing."""
     TREES[dataset](tmp_path / "data")
+    some = ("OrthCal", "DFR", "GroupCoOp", "CoOpOOD-anchored+DebiasedPT")
+    debiasers = [name for name in SETTINGS["debiasers"] if dataset != "pacs" or name in some]
     words = [tmp_path / "data", "--backbones", "tiny", "--seeds", 1, "--out", tmp_path / "out", "--together", "auto"]
+    words += ["--debiasers", *debiasers]
     done = script(dataset, *words, *SMALL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     text = (tmp_path / "out" / "published.md").read_text()
     assert text in done.stdout and done.stdout.count("Finished ") > 10
     ours = [line.split("|") for line in text.split("## Published")[0].splitlines() if line.startswith("| ")][1:]
-    assert len(ours) == 2 + len(SETTINGS["debiasers"])
+    assert len(ours) == 2 + len(debiasers)
     assert all("tiny" in row[2] and row[4].strip() != "-" and row[7].strip() == "1" for row in ours)
     again = script(dataset, *words, *SMALL)
     assert again.returncode == 0 and "Training " not in again.stdout and text in again.stdout

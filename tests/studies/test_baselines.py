@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -13,6 +14,13 @@ from oodprompt.errors import UserError
 from oodprompt.studies import baselines
 from oodprompt.studies.baselines import BASELINE_VARIANTS, DISCOVERY_BASELINES
 from tests.helpers.planted import CLASSES, EVERY, IDS, OF_SAMPLES, planted, soft, without_errors
+
+
+@pytest.fixture
+def few_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """George tries two and three clusters of a class and two parts of a cluster, not ten and five: it only takes longer."""
+    monkeypatch.setattr(baselines, "_best_mixture", functools.partial(baselines._best_mixture, largest=3))
+    monkeypatch.setattr(baselines, "_split_further", functools.partial(baselines._split_further, parts=2))
 
 
 def test_first_variant_is_the_default() -> None:
@@ -36,6 +44,7 @@ def test_finds_a_planted_feature(name: str, kwargs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "kwargs"), EVERY, ids=IDS)
+@pytest.mark.usefixtures("few_mixtures")
 def test_seed_fixes_everything_and_order_and_type_change_nothing(name: str, kwargs: dict[str, Any]) -> None:
     inputs, _ = planted(images=90 if name == "Spurious-Aware Detection" else 45)
     before = {key: value.copy() for key, value in inputs.items()}
@@ -66,6 +75,7 @@ def test_no_regions_at_all(name: str, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "kwargs"), EVERY, ids=IDS)
 @pytest.mark.parametrize("wrong", [[0], [0, 3], list(range(0, 45, 3))], ids=["one", "two", "all of class 0"])
+@pytest.mark.usefixtures("few_mixtures")
 def test_classes_without_errors_and_without_successes(name: str, kwargs: dict[str, Any], wrong: list[int]) -> None:
     inputs = without_errors(planted(images=45)[0])
     for scores, index in (("image_scores", wrong), ("region_scores", np.flatnonzero(np.isin(inputs["owner"], wrong)))):
@@ -77,6 +87,7 @@ def test_classes_without_errors_and_without_successes(name: str, kwargs: dict[st
 
 
 @pytest.mark.parametrize("name", OF_SAMPLES)
+@pytest.mark.usefixtures("few_mixtures")
 def test_whose_prediction_is_read(name: str) -> None:
     inputs, _ = planted(images=24)
     quiet = without_errors(inputs)

@@ -1,0 +1,13 @@
+# Sourced by scripts/papers/*.sh: reproduce DATASET [arguments]. Trains what settings.yaml says, then prints a table beside the
+# published numbers of published.csv. PYTHON says which Python (default: .venv of the checkout, else python).
+set -euo pipefail
+
+reproduce() {
+  local here repository python
+  here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+  repository="$(dirname "$(dirname "$here")")"
+  python="$repository/.venv/bin/python"
+  [ -x "$python" ] || python=python
+  export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+  exec "${PYTHON:-$python}" "$here/reproduce.py" "$@"
+}

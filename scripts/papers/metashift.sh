@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# MetaShift, cats and dogs indoors and outdoors, with CLIP: every learner and debiaser, in a table beside published numbers.
+#   bash scripts/papers/metashift.sh DATA [--backbones RN50 ViT-L/14] [--seeds 1 2 3] [--learners CoOp] [--debiasers GroupDRO] [--gpus 0 1] [--dry-run]
+# DATA: the folder that holds MetaShift in SubpopBench's build. All flags: --help. What is published and what is ours: docs/papers.md.
+. "$(dirname "$0")/common.sh"
+reproduce metashift "$@"

@@ -30,6 +30,7 @@ NAMES: dict[str, list[str]] = {
     "n02437312": ["camel"],
     "n02504458": ["elephant", "African bush elephant"],
     "n02509815": ["red panda"],
+    "n02793495": ["farm", "a field with a barn"],
     "n02788148": ["handrail", "railing", "baluster handrail"],
     "n02814533": ["station wagon"],
     "n02814860": ["lighthouse"],
@@ -108,17 +109,17 @@ KINDS: dict[str, str] = {
     "dessert": "n07614500 n07615774",
     "mountains": "n09193705 n09246464",
     "water": "n09256479 n09332890 n09428293",
-    "land": "n09193705 n09246464",
+    "land": "n02793495 n09193705 n09246464",
     "coast": "n09428293 n09332890",
 }
 # Kinds whose members are those of other kinds, and more.
 WIDER: dict[str, tuple[str, ...]] = {
     "mammal": ("dog", "cat"),
     "animal": ("dog", "cat", "mammal", "bird", "fish", "amphibian", "reptile", "spider", "insect", "sea animal"),
-    "place": ("mountains", "water"),
+    "place": ("land", "water"),
 }
 MORE_ANIMALS = "n01768244 n01770393 n01784675 n01944390 n01945685"
-PLACES = ("n09193705", "n09246464", "n09256479", "n09332890", "n09428293")
+PLACES = ("n02793495", "n09193705", "n09246464", "n09256479", "n09332890", "n09428293")
 
 
 def names_of(wnids: Iterable[str], words: Path) -> dict[str, list[str]]:

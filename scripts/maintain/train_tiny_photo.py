@@ -80,7 +80,7 @@ class Words:
         concept = int(rng.choice(wider)) if len(wider) and rng.random() < kind else c
         names = self.words[concept]
         name = names[0] if rng.random() < 0.4 else names[rng.integers(len(names))]
-        if name.startswith("the ") or rng.random() < 0.25:
+        if name.startswith(("the ", "a ")) or rng.random() < 0.25:
             return concept, name
         return concept, f"the {name}" if rng.random() < 0.15 else article(name)
 
@@ -247,7 +247,7 @@ def zero_shot(state: dict[str, Tensor], words: Words, images: Tensor, label: Ten
         result[f"top-1: {template}"] = (
             (scores([article(n) for n in names], template).argmax(1) == label).float().mean().item()
         )
-    result["top-1 of 5 places"] = (
+    result["top-1 of places"] = (
         (found[:, words.places].argmax(1) == torch.searchsorted(torch.tensor(words.places), label))[
             torch.isin(label, torch.tensor(words.places))
         ]

@@ -257,9 +257,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, metavar="L", help="blocks of each tower (default: the architecture's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "amp"), default=["fp32"], metavar="P")
-    parser.add_argument(
-        "--compile", nargs="+", metavar="C", help="values of TRAIN.COMPILE: off, auto, graphs, inductor"
-    )
+    parser.add_argument("--compile", nargs="+", metavar="C", help="values of TRAIN.COMPILE: off, auto, graphs")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps, at most (default: 10)")
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="fewer steps, of which at least 3, in about S seconds"

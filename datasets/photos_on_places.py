@@ -51,14 +51,14 @@ PLACES: dict[str, tuple[str, ...]] = {
     "farm": ("n02793495",),
 }
 _PROMPTS = {
-    "land": ("a photo of land.", "a mountain", "a field", "land background"),
-    "water": ("a photo of water.", "a lake", "the sea", "water background"),
-    "reef": ("a photo of a coral reef.", "corals", "reef background"),
-    "mountain": ("a photo of a mountain.", "the alps", "mountain background"),
-    "farm": ("a photo of a farm.", "a barn", "a field", "farm background"),
+    "land": ("a photo of land.", "a photo of a mountain.", "a photo of a barn.", "land background"),
+    "water": ("a photo of water.", "a photo of a lake.", "a photo of the sea.", "water background"),
+    "reef": ("a photo of a coral reef.", "the bottom of the sea", "coral reef background"),
+    "mountain": ("a photo of a mountain.", "a photo of a snowy mountain.", "mountain background"),
+    "farm": ("a photo of a farm.", "a photo of a barn.", "farm background"),
 }
 _UNKNOWN = "{key}: there is no {value!r}: {known}"
-_RECIPE = 5  # to be raised when the same keys give other pixels
+_RECIPE = 1  # to be raised when the same keys give other pixels
 
 declare(
     "DATASET.PHOTOS",
@@ -79,7 +79,7 @@ declare(
         "NUM_TEST": Key(800, "Test images, the same number of each group.", at_least=1),
         "SIZE": Key(64, "Pixels of the side of an image.", choices=(64, 96)),
         "SCALE": Key(
-            (0.6, 0.85),
+            (0.5, 0.75),
             "Range of the longer side of the animal as a share of the image side.",
             above=0,
             at_most=1,

@@ -1,12 +1,15 @@
 """The words that captions of Tiny ImageNet's photographs are made of: names, kinds and places of its 200 classes.
 
-Names are the synset's own (words.txt) and common ones; kinds follow WordNet's parents, in everyday words.
+Names are those of the data set TinyImageNet, the synset's own (words.txt) and common ones. Kinds follow WordNet's parents,
+in everyday words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+
+from oodprompt.datasets.tiny_imagenet import class_names
 
 # More names of a class, beside the first ones of words.txt.
 NAMES: dict[str, list[str]] = {
@@ -122,9 +125,11 @@ MORE_ANIMALS = "n01768244 n01770393 n01784675 n01944390 n01945685"
 PLACES = ("n02793495", "n09193705", "n09246464", "n09256479", "n09332890", "n09428293")
 
 
-def names_of(wnids: Iterable[str], words: Path) -> dict[str, list[str]]:
-    """The names of each class by its WordNet id, the first one of ``words`` (words.txt) first."""
-    known = dict(line.rstrip("\n").split("\t", 1) for line in words.read_text(encoding="utf-8").splitlines())
+def names_of(root: Path, wnids: Sequence[str]) -> dict[str, list[str]]:
+    """The names of each class by its WordNet id, that of the data set first; ``root`` has words.txt."""
+    of_data_set = class_names(root, list(wnids))
+    words = (root / "words.txt").read_text(encoding="utf-8")
+    known = dict(line.split("\t", 1) for line in words.splitlines())
     found = {}
     for wnid in wnids:
         own = [name.strip() for name in known[wnid].split(",")]
@@ -133,7 +138,7 @@ def names_of(wnids: Iterable[str], words: Path) -> dict[str, list[str]]:
         ]  # a species, most often
         own = [own[0], *(name for name in own[1:3] if name not in latin)]
         kept = [own[0], *(name for name in own[1:] if name not in MISLEADING)]
-        found[wnid] = list(dict.fromkeys([*kept, *NAMES.get(wnid, [])]))
+        found[wnid] = list(dict.fromkeys([of_data_set[wnid], *kept, *NAMES.get(wnid, [])]))
     return found
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from oodprompt.datasets.tiny_imagenet import HELD_OUT_FROM
 from photo_words import PLACES, kinds, names_of
 from PIL import Image
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.backbones.tokenizer import encode, tokenize
 from oodprompt.files import write_atomically
 
-SIZE, PER_CLASS = 64, 400
+SIZE, PER_CLASS = 64, HELD_OUT_FROM
 SHAPE = CLIPShape(256, SIZE, (2, 2, 2, 1), 24, None, 77, 49408, 128, 2, 2)
 LONGEST = 20  # tokens of the longest training caption
 UNKNOWN = 0  # compact id of every word that captions do not use
@@ -57,7 +58,7 @@ class Words:
 
     def __init__(self, root: Path) -> None:
         self.wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
-        self.names = names_of(self.wnids, root / "words.txt")
+        self.names = names_of(root, self.wnids)
         groups = [(names, {wnid}) for wnid, names in self.names.items()]
         groups += [([kind], members) for kind, members in kinds().items()]
         self.words = [names for names, _ in groups]

@@ -12,11 +12,13 @@ from oodprompt.errors import UserError
 from oodprompt.log import show_messages
 from oodprompt.terminal import Parser, exit_status, logged, program
 
-DESCRIPTION = """Look for shortcuts by name: words whose presence in the training images goes with their labels, and what they do to accuracy.
+DESCRIPTION = """Look for shortcuts by name: words whose presence in the training images goes with their labels.
 
 oodprompt audit --root PHOTOS --backbone ViT-B/16     a folder, with zero-shot CLIP
 oodprompt audit --model-dir RUN                       a trained model and its data
-OUTPUT_DIR/audit.html shows what was found, audit.json holds it, and train.yaml is the config of the command that it ends in.
+
+OUTPUT_DIR/audit.html is a page with the suspects, the accuracy with and without them, and the next command. audit.json holds
+the same for programs. train.yaml is the config of the next command.
 """
 
 

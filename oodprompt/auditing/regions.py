@@ -21,8 +21,8 @@ _CLUSTERS, _WORDS, _EXAMPLES = 8, 5, 6
 def region_suspects(trainer: PromptTrainer, looked: Looked, title: str, folder: Path) -> dict[str, Any]:
     """Discovery in the model of ``trainer``, on DISCOVERY.SPLIT; its own files go to ``folder``.
 
-    The words of a cluster are those whose direction, less the mean direction of all words, has the largest cosine with
-    the mean feature of the cluster's regions less that of all regions.
+    The words of a cluster are those whose direction has the largest cosine with the mean feature of its regions. The mean
+    direction of all words and the mean feature of all regions are subtracted first.
     """
     cfg, encoder = trainer.cfg, looked.readable.encoder
     region_features = RegionFeatures(cfg, encoder)

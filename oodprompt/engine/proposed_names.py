@@ -24,6 +24,7 @@ from oodprompt.shortcuts.finding import find_proposals
 from oodprompt.shortcuts.vocabulary import read_vocabulary
 
 FILE = "attribute_names.json"
+_REMEDY = "give them in TRAINER.PSEUDO_NAMES, in place of DATASET.ATTRIBUTE_NAMES auto or TRAINER.GROUPS audit"
 _MODEL: ContextVar[Path | None] = ContextVar("folder of the model that is loaded", default=None)
 
 
@@ -86,9 +87,7 @@ class ProposedNames:
         """The names of the first proposal, and in words how strong it is."""
         images, dataset = self.encoder.data_of("train"), self.encoder.data.dataset
         if not len(images) or dataset.test_only:
-            raise UserError(
-                "DATASET.ATTRIBUTE_NAMES auto: the data set has no training images to look at; give the names"
-            )
+            raise UserError(f"an audit proposes no names: the data set has no training images to look at; {_REMEDY}")
         found = find_proposals(
             self.encoder.clip,
             dataset.classnames,
@@ -100,14 +99,12 @@ class ProposedNames:
             self.encoder.show_progress,
         )
         if not found.proposals:
-            raise UserError(
-                f"DATASET.ATTRIBUTE_NAMES auto: none of {found.tested} words goes with the label; give the names"
-            )
+            raise UserError(f"an audit proposes no names: none of {found.tested} words goes with the label; {_REMEDY}")
         first = found.proposals[0]
         if not first.names:
             raise UserError(
-                f"DATASET.ATTRIBUTE_NAMES auto: “{found.word(first.best)}” goes with the label, but no other word names the "
-                "images without it; give the names"
+                f"an audit proposes no names: “{found.word(first.best)}” goes with the label, but no other word names the "
+                f"images without it; {_REMEDY}"
             )
         strength = "a strong suspect" if first.strong else "no strong suspect"
         return first.names, f"“{found.word(first.best)}”, V {first.best.v:.2f}, {strength}"
@@ -143,8 +140,8 @@ def take_names_of(folder: str | Path, attributes: AttributeSources) -> None:
         pseudo.take(_said(names, Path(folder)))
     elif tuple(pseudo.names) != names:
         raise UserError(
-            f"{folder} was trained with the attribute names {names}, and DATASET.ATTRIBUTE_NAMES auto proposes "
-            f'{tuple(pseudo.names)} here; give TRAINER.PSEUDO_NAMES "{names}"'
+            f"{folder} was trained with the attribute names {names}, and an audit proposes {tuple(pseudo.names)} here; "
+            f'give TRAINER.PSEUDO_NAMES "{names}" in place of auto, or of TRAINER.GROUPS audit'
         )
 
 

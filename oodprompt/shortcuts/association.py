@@ -133,8 +133,8 @@ def holm(p: Sequence[float]) -> list[float]:
 class Association:
     """How a word goes with the label of the training images.
 
-    ``raw`` is Cramer's V of presence and label; ``v`` what is left of it when the evidence for the class itself is taken
-    out, never more than ``raw``, with its limits ``low`` and ``high``. ``p`` is adjusted for the whole vocabulary.
+    ``raw`` is Cramer's V of presence and label. ``v`` is what is left of it without the evidence for the class itself. It
+    is never more than ``raw``; its limits are ``low`` and ``high``. ``p`` is adjusted for the whole vocabulary.
     ``adjusted``: whether ``v`` is the smaller one. ``strong``: ``p`` is below ``LEVEL`` and ``low`` at least ``STRONG``.
     ``split`` cuts the word's score; ``table`` [C, 2] counts the images of every class without and with it.
     """
@@ -168,12 +168,12 @@ def associations(
 ) -> list[Association]:
     """The association of every word with the label, in the order of words; words that are too rare are left out.
 
-    ``features`` [N, d] of the training images with their ``label`` [N], ``direction`` [W, d] of the words and text features
-    ``classes`` [C, d], all on the CPU. The score of word w in image i is s = <z_i, direction_w>; the word is present
+    ``features`` [N, d] and ``label`` [N] are those of the training images, ``direction`` [W, d] those of the words.
+    ``classes`` [C, d] are text features. All are on the CPU. The score of word w in image i is s = <z_i, direction_w>; the word is present
     where s is above the threshold of ``otsu``. The evidence for the class is e = sum_c b_c <z_i, t_c>, b_c being the mean
     of s over class c minus the mean of these; classes without images are left out. Within classes, s moves with e at the
-    slope k (least squares, 0 at least). A word that only follows the evidence for the class, as "hoop" for the class ring,
-    goes with the label no more when s - k e takes the place of s: that V counts, where it is the smaller one.
+    slope k (least squares, 0 at least). A second V is that of s - k e in place of s; the smaller V counts. It is small for a
+    word that only follows the evidence for the class, as "hoop" for the class ring.
     """
     number = len(classes)
     inside = Within(features, label, classes)

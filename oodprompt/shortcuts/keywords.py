@@ -50,8 +50,8 @@ def keywords(
     """The ``most`` keywords of every class with a score above 0, highest first.
 
     A class with fewer than 5 errors or 5 right answers has none. ``features`` [N, d] of the images with ``label`` [N],
-    ``right`` [N] where the model is right. With ``captions`` [N], the words of a class are the 100 most frequent ones that
-    both the vocabulary and the captions of its misclassified images have.
+    ``right`` [N] where the model is right. With ``captions`` [N], a keyword must be in a caption of a misclassified image of
+    its class, and among the 100 most frequent of such words.
     """
     features, place = features.cpu().float(), {word.lower(): i for i, word in enumerate(words.words)}
     found: list[list[Keyword]] = []

@@ -51,8 +51,8 @@ class Words:
 def read_words(clip: CLIP, vocabulary: Vocabulary, classnames: Sequence[str], show: bool = True) -> Words:
     """The words of ``vocabulary`` that ``clip`` knows and that name no class.
 
-    A word names a class if both are spelt alike but for case, article and plural, or if the cosine of their text
-    features, from which the mean over the vocabulary is taken, is ``SYNONYM`` or more. ``UserError`` where none is left.
+    A word names a class if both are spelt alike but for case, article and plural. It also does if the cosine of their text
+    features is ``SYNONYM`` or more, after the mean over the vocabulary is subtracted. ``UserError`` where no word is left.
     """
     known = known_words(clip, vocabulary.words)
     unknown = tuple(word for word, is_known in zip(vocabulary.words, known, strict=True) if not is_known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,3 +132,17 @@ def test_images_are_encoded_once(build: Build, monkeypatch: pytest.MonkeyPatch) 
     trainer = build("CoOpOOD", *ANCHORED, *AUTO)
     trainer.encoder.batches("train")
     assert sum(encoded) == 240
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"best": None, "names": ()}, "no other word names the images without it"), (None, "none of 64 words goes")],
+)
+def test_without_names_the_run_ends_with_what_to_do(
+    change: dict[str, Any] | None, message: str, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: Any = SimpleNamespace(**change or {})
+    found: Any = SimpleNamespace(proposals=[first] if change else [], tested=64, word=lambda best: "sea")
+    monkeypatch.setattr(proposed_names, "find_proposals", lambda *_: found)
+    with pytest.raises(UserError, match=f"{message}.*TRAINER.PSEUDO_NAMES"):
+        build("CoOpOOD", *ANCHORED, *AUTO)

@@ -22,4 +22,4 @@ def set_random_seed(seed: int) -> None:
 
 
 # What a derived seed is for; the numbers are part of reproducibility and never change their meaning.
-FEW_SHOT, ORDER, AUGMENT, EPOCH, INIT, FIRST_STAGE, NOISE, SUBSET, HELD_OUT, HEAD = range(10)
+FEW_SHOT, ORDER, AUGMENT, EPOCH, INIT, FIRST_STAGE, NOISE, SUBSET, HELD_OUT, HEAD, GROUP_SOURCE = range(11)

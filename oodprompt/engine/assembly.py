@@ -23,6 +23,7 @@ from oodprompt.discovery.region_features import RegionFeatures
 from oodprompt.engine import checkpoint
 from oodprompt.engine.discovery import RunDiscovery
 from oodprompt.engine.first_stage import FirstStage
+from oodprompt.engine.kept_groups import KeptGroups
 from oodprompt.engine.loop import RunState
 from oodprompt.engine.objective import Objective
 from oodprompt.engine.optim import scales_losses
@@ -33,7 +34,7 @@ from oodprompt.log import logger
 from oodprompt.memory import memory_for
 from oodprompt.methods import sources as _registers_our_sources  # noqa: F401
 from oodprompt.methods.attributes import DiscoveredAttributes, DiscoveredClusters, PseudoAttributes
-from oodprompt.methods.contracts import Alignment, Context, Debiaser, PromptLearner
+from oodprompt.methods.contracts import Alignment, Context, Debiaser, GroupSource, PromptLearner
 from oodprompt.methods.groups import AttributeSources, SourceOfGroups
 from oodprompt.methods.splits import LabelledData
 
@@ -159,7 +160,12 @@ def build_debiasing(
         cfg, encoder, region_features, first_stage, state, models, Path(cfg.OUTPUT_DIR), base_name, writes
     )
     source_type = GROUP_SOURCE_REGISTRY.get(cfg.TRAINER.GROUPS, "TRAINER.GROUPS")
-    attributes = _attributes(cfg, encoder, discovery.find, lambda: source_type(cfg, context), writes)
+
+    def source() -> SourceOfGroups:
+        own: GroupSource = source_type(cfg, context)
+        return KeptGroups(own, attributes.data, cfg, state, writes) if own.is_computed else own
+
+    attributes = _attributes(cfg, encoder, discovery.find, source, writes)
     context = Context(encoder.clip, encoder.learner, attributes.data, attributes, first_stage, encoder.autocast)
     debiasers = []
     for i, debiaser_type in enumerate(types, 1):
@@ -180,14 +186,19 @@ def _attributes(
 ) -> AttributeSources:
     """The attributes of a run; ``find`` runs or reads discovery when it is asked for the first time."""
     dataset = encoder.data.dataset
-    pseudo = PseudoAttributes(
-        encoder.clip,
-        dataset.attribute_names,
-        dataset.attribute_prompts,
-        cfg.TRAINER.PSEUDO_NOISE,
-        lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, _NUMBER_OF_SPLIT[split])),
-        ProposedNames(cfg, encoder, writes).find if names_are_auto(cfg) else None,
-    )
+    propose = ProposedNames(cfg, encoder, writes).find
+
+    def seen(find: Callable[[], Sequence[str]] | None) -> PseudoAttributes:
+        return PseudoAttributes(
+            encoder.clip,
+            dataset.attribute_names,
+            dataset.attribute_prompts,
+            cfg.TRAINER.PSEUDO_NOISE,
+            lambda split: np.random.default_rng(seeding.derive_seed(cfg.SEED, seeding.NOISE, _NUMBER_OF_SPLIT[split])),
+            find,
+        )
+
+    pseudo = seen(propose if names_are_auto(cfg) else None)
     data = LabelledData(
         train=encoder.split("train"),
         val=encoder.split("val") if encoder.data.val_loader else None,
@@ -195,4 +206,5 @@ def _attributes(
         attribute_names=dataset.attribute_names,
         num_attribute_values=1 + max(int(s.attribute.max()) for s in (dataset.train_x, dataset.val, dataset.test) if s),
     )
-    return AttributeSources(cfg.TRAINER.GROUPS, data, pseudo, DiscoveredAttributes(find), build_source)
+    proposed = pseudo if names_are_auto(cfg) else seen(propose)
+    return AttributeSources(cfg.TRAINER.GROUPS, data, pseudo, DiscoveredAttributes(find), build_source, proposed)

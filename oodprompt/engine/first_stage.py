@@ -40,18 +40,37 @@ class FirstStage:
     ) -> None:
         self.cfg, self.encoder, self._build_learner = cfg, encoder, build_learner
         self._models, self._predict, self._base_name = models, predict, base_name
+        self._fitted: dict[int, tuple[PromptLearner, Tensor]] = {}
 
-    def outputs(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Image features [N, d] and logits [N, C] of the model as it stands, in the split's order, not augmented."""
-        with evaluating(*self._models()):
-            return self.encoder.outputs(split.name, self.encoder.learner, self._predict)
+    def outputs(self, split: Split, learner: PromptLearner | None = None) -> tuple[Tensor, Tensor]:
+        """Image features [N, d] and logits [N, C] of the model as it stands, in the split's order, not augmented.
+
+        ``learner``: of this one, which ``fit`` returned.
+        """
+        if learner is None:
+            with evaluating(*self._models()):
+                return self.encoder.outputs(split.name, self.encoder.learner, self._predict)
+        with evaluating(*self._models(), learner):
+            return self.encoder.outputs(split.name, learner, lambda alignment: alignment.logits)
 
     def fit(self, epochs: int, choose: Tensor | None = None) -> tuple[PromptLearner, Tensor]:
         """Another learner of the run's kind, trained by cross-entropy alone, and its logits [N, C] on the training split.
 
         It starts where the run's own learner started. It takes the run's optimiser and schedule, run through in
-        ``epochs`` epochs, on the training images ``choose`` [n] (None: all). Debiasers have no part in it.
+        ``epochs`` epochs, on the training images ``choose`` [n] (None: all). Debiasers have no part in it. What was trained
+        on all images is there for the next who asks, until ``forget``.
         """
+        if choose is not None:
+            return self._fit(epochs, choose)
+        if epochs not in self._fitted:
+            self._fitted[epochs] = self._fit(epochs, None)
+        return self._fitted[epochs]
+
+    def forget(self) -> None:
+        """Free the memory of the learners that were trained."""
+        self._fitted.clear()
+
+    def _fit(self, epochs: int, choose: Tensor | None) -> tuple[PromptLearner, Tensor]:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.OPTIM.MAX_EPOCH = epochs

@@ -12,6 +12,7 @@ from oodprompt.features.encoder import Encoder
 from oodprompt.files import write_atomically
 from oodprompt.log import logger
 from oodprompt.methods.attributes import PseudoAttributes
+from oodprompt.methods.groups import AttributeSources
 from oodprompt.shortcuts.finding import find_proposals
 from oodprompt.shortcuts.vocabulary import read_vocabulary
 
@@ -91,6 +92,9 @@ def check_kept_names(folder: str | Path, pseudo: PseudoAttributes) -> None:
         )
 
 
-def proposed_in_results(pseudo: PseudoAttributes) -> dict[str, list[str]]:
+def proposed_in_results(attributes: AttributeSources) -> dict[str, list[str]]:
     """The entry of results.json on names that were proposed; empty where none were."""
-    return {"proposed_attribute_names": list(pseudo.names)} if pseudo.are_proposed and pseudo.is_found else {}
+    for seen in (attributes.pseudo, attributes.proposed):
+        if seen.are_proposed and seen.is_found:
+            return {"proposed_attribute_names": list(seen.names)}
+    return {}

@@ -12,13 +12,18 @@ import torch
 from yacs.config import CfgNode
 
 import oodprompt
-from oodprompt.engine.evaluation import attribute_metrics
+from oodprompt.data.dataset import told_apart
+from oodprompt.engine.evaluation import attribute_metrics, attribute_name
 from oodprompt.engine.loop import RunState
+from oodprompt.engine.proposed_names import proposed_in_results
 from oodprompt.errors import UserError
 from oodprompt.features.encoder import Encoder
+from oodprompt.files import write_atomically
 from oodprompt.log import logger
 from oodprompt.methods.attributes import PseudoAttributes
-from oodprompt.reports.attributes import PSEUDO_ATTRIBUTES, write_pseudo_attributes
+from oodprompt.methods.groups import AttributeSources
+from oodprompt.methods.quality import GroupQuality, group_quality
+from oodprompt.reports.attributes import GROUP_QUALITY, PSEUDO_ATTRIBUTES, quality_line, write_pseudo_attributes
 from oodprompt.reports.results import finished_results
 
 _METRICS = ("num_samples", "accuracy", "macro_f1", "worst_group_accuracy", "adjusted_average_accuracy", "gap")
@@ -134,3 +139,78 @@ class PseudoAttributeReport:
             for line in write_pseudo_attributes(rows, new, dataset, self.pseudo.noise, self.folder):
                 logger.info(line)
         self.accuracy = {name: row["accuracy"] for name, row in rows.items()}
+
+
+class GroupReport:
+    """How far the groups of a run are those of the attribute labels: reported, and kept for the results.
+
+    ``quality``: by split that groups were asked of, where it has attribute labels. Groups of the labels themselves
+    (TRAINER.GROUPS true) are not reported.
+    """
+
+    def __init__(self, encoder: Encoder, attributes: AttributeSources, folder: Path, writes: bool) -> None:
+        self.encoder, self.attributes, self.folder, self.writes = encoder, attributes, folder, writes
+        self.quality: dict[str, dict[str, Any]] = {}
+        self._reported: list[str] = []
+
+    def update(self, is_resumed: bool) -> None:
+        """Report the splits that were asked for since the last call.
+
+        Where no epoch was left to train (``is_resumed``), what the run found before is read back.
+        """
+        file, attributes = self.folder / GROUP_QUALITY, self.attributes
+        if not attributes.asked:
+            if is_resumed and file.is_file():
+                self.quality = json.loads(file.read_text(encoding="utf-8"))
+            return
+        new = [name for name in attributes.asked if name not in self._reported]
+        self._reported += new
+        for name in new if attributes.choice != "true" else ():
+            split = self.encoder.split(name)
+            found = group_quality(attributes.values(split), split.label, split.attribute)
+            if found is not None:
+                self.quality[name] = self._row(found)
+                if self.writes:
+                    logger.info(quality_line(name, self.quality[name]))
+        if new and self.quality and self.writes:
+            write_atomically(file, json.dumps(self.quality, indent=2, ensure_ascii=False) + "\n")
+
+    def _row(self, found: GroupQuality) -> dict[str, Any]:
+        dataset = self.encoder.data.dataset
+        names = told_apart(dataset.classnames)
+        return {
+            "source": self.attributes.choice,
+            "num_samples": found.num_samples,
+            "num_groups": found.num_groups,
+            "agreement": found.agreement,
+            "worst_group_agreement": found.worst_group_agreement,
+            "adjusted_mutual_information": found.adjusted_mutual_information,
+            "groups": [
+                {"class": names[y], "attribute": attribute_name(dataset, a), "num_samples": n, "agreement": agreement}
+                for y, a, n, agreement in found.groups
+            ],
+        }
+
+
+class AttributeReports:
+    """What a run reports on its attributes and groups: how far they are right, and where they come from."""
+
+    def __init__(self, encoder: Encoder, attributes: AttributeSources, folder: Path, writes: bool) -> None:
+        self.attributes = attributes
+        self.pseudo = PseudoAttributeReport(encoder, attributes.pseudo, folder, writes)
+        self.groups = GroupReport(encoder, attributes, folder, writes)
+
+    def update(self, is_resumed: bool) -> None:
+        """Report what was asked for since the last call; see the parts."""
+        self.pseudo.update(is_resumed)
+        self.groups.update(is_resumed)
+
+    def in_results(self, state: RunState) -> dict[str, Any]:
+        """The entries of results.json."""
+        quality = {"group_quality": self.groups.quality} if self.groups.quality else {}
+        return {
+            "groups_by": self.attributes.groups_by or state.groups_by,
+            "pseudo_attribute_accuracy": self.pseudo.accuracy,
+            **quality,
+            **proposed_in_results(self.attributes),
+        }

@@ -36,8 +36,8 @@ from oodprompt.engine.loop import LossCheck, RunState, StepReport, fit_epoch, me
 from oodprompt.engine.moved import find_moved_data
 from oodprompt.engine.optim import TrainedModels
 from oodprompt.engine.progress import Progress, announce
-from oodprompt.engine.proposed_names import check_kept_names, proposed_in_results
-from oodprompt.engine.results import PseudoAttributeReport, refuse_new_start, results_of
+from oodprompt.engine.proposed_names import check_kept_names
+from oodprompt.engine.results import AttributeReports, refuse_new_start, results_of
 from oodprompt.engine.selection import Selection
 from oodprompt.engine.testing import Testing
 from oodprompt.errors import UserError
@@ -140,8 +140,8 @@ class PromptTrainer(DasslNames):
         self.debiasers, self.attributes = self.objective.debiasers, self.context.attributes
         for debiaser in self.debiasers:
             self.trained.add(debiaser.model_name, debiaser, self.cfg.OPTIM, debiaser.learning_rate(self.cfg))
-        pseudo = self.attributes.pseudo
-        self.pseudo_report = PseudoAttributeReport(self.encoder, pseudo, self.output_dir, self.state.is_main_process)
+        writes, pseudo = self.state.is_main_process, self.attributes.pseudo
+        self.attribute_reports = AttributeReports(self.encoder, self.attributes, self.output_dir, writes)
         self.testing = Testing(self.cfg, self.trained, self.encoder, self.objective, pseudo, self.selection)
 
     @property
@@ -184,7 +184,7 @@ class PromptTrainer(DasslNames):
             assembly.check_trained_on(self.cfg, self.dataset)
         if self.start_epoch < self.max_epoch:
             self._prepare_training()
-        self.pseudo_report.update(is_resumed=bool(self.start_epoch))
+        self.attribute_reports.update(is_resumed=bool(self.start_epoch))
         shows = self.state.is_main_process
         folder = self.output_dir if shows and self.trainable else None
         self.progress = Progress(self.cfg, self.run, len(self.train_loader_x), shows, folder)
@@ -198,6 +198,7 @@ class PromptTrainer(DasslNames):
         if self.learner.needs_frozen_features and self.encoder.keeps_frozen_features:
             self.encoder.frozen_features_of("train")
         self.objective.before_train()
+        self.context.first_stage.forget()
 
     def save_config(self) -> None:
         """Write ``config.yaml``, which reruns the run."""
@@ -250,7 +251,7 @@ class PromptTrainer(DasslNames):
         metrics = self.evaluate("val") if self.selection.validates_after(done, self.val_loader is not None) else None
         improved = self.selection.improved(metrics, done) if metrics and self.selection.is_on else []
         self.run.groups_by = self.attributes.groups_by
-        self.pseudo_report.update(is_resumed=False)  # ahead of the checkpoint, from which a killed run goes on
+        self.attribute_reports.update(is_resumed=False)  # ahead of the checkpoint, from which a killed run goes on
         row = epoch_row(done, self._last_lr, self._epoch_means, metrics, self.objective.by_group())
         self.history.append(row)
         if self.progress is not None:
@@ -262,7 +263,7 @@ class PromptTrainer(DasslNames):
             self.progress.close_bar()
         self.state.wait_for_everyone()  # the main process may still be writing the checkpoint that all load next
         logger.info("Finish training")
-        self.pseudo_report.update(is_resumed=bool(self.start_epoch))
+        self.attribute_reports.update(is_resumed=bool(self.start_epoch))
         if not self.cfg.TEST.NO_TEST:
             self._deploy()
             self.test()
@@ -341,11 +342,9 @@ class PromptTrainer(DasslNames):
                 device.environment(self.cfg, self.device, self.precision),
                 best_epoch=self.selection.best_epoch if self.selection.is_on else None,
                 selections=self.selections,
-                groups_by=self.attributes.groups_by or self.run.groups_by,
-                pseudo_attribute_accuracy=self.pseudo_report.accuracy,
                 checkpoint=self.evaluated_checkpoint,
                 notes=self.notes,
-                **proposed_in_results(self.attributes.pseudo),
+                **self.attribute_reports.in_results(self.run),
             )
             self.testing.write(metrics, results, self.output_dir, self.history)
         return metrics["accuracy"]

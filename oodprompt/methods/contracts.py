@@ -181,8 +181,14 @@ class FirstStage(Protocol):
         It sees the training images ``choose`` (indices; None: all). Debiasers have no part in it.
         """
 
-    def outputs(self, split: Split) -> tuple[Tensor, Tensor]:
-        """Image features [N, d] and logits [N, C] of the model as it stands, in the split's order, not augmented."""
+    def outputs(self, split: Split, learner: PromptLearner | None = None) -> tuple[Tensor, Tensor]:
+        """Image features [N, d] and logits [N, C] of the model as it stands, in the split's order, not augmented.
+
+        ``learner``: of this one, which ``fit`` returned.
+        """
+
+    def forget(self) -> None:
+        """Free the memory of the learners that were trained. The engine asks for it when debiasers are ready to train."""
 
 
 @dataclass
@@ -212,10 +218,14 @@ class GroupSource:
     """Base of sources of groups: which value of an attribute each image has. A group is a pair (class, value).
 
     It is built when a method asks for groups, from the configuration and the debiasers' ``Context``. ``names`` are those
-    of the values, by number; a value beyond them is called by its number.
+    of the values, by number; a value beyond them is called by its number. ``is_computed``: the values come out of a
+    training or a search, so that the engine asks once for those of all splits and keeps them in the run's folder.
+    ``may_be_fewer``: ``num_values`` is the most that there may be.
     """
 
     names: Sequence[str] = ()
+    is_computed = False
+    may_be_fewer = False
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         """A source whose names depend on the data sets ``self.names`` here."""

@@ -39,10 +39,12 @@ class Groups:
 class SourceOfGroups(Protocol):
     """Says which value of an attribute each image has; a group is a pair (class, value).
 
-    ``names`` of the values, by number; a value beyond them is called by its number.
+    ``names`` of the values, by number; a value beyond them is called by its number. ``may_be_fewer``: ``num_values`` is the
+    most that there may be, so that some values have no image.
     """
 
     names: Sequence[str]
+    may_be_fewer: bool
 
     def num_values(self, split: Split) -> int:
         """A, the number of values. ``UserError`` where the source cannot tell them; asks for no image features."""
@@ -54,8 +56,9 @@ class SourceOfGroups(Protocol):
 class AttributeSources:
     """The attributes that a run offers, and the groups that the source ``choice`` (TRAINER.GROUPS) makes.
 
-    ``build_source()`` builds that source when groups are asked for. ``groups_by`` says which source gave groups so far;
-    None: nobody asked.
+    ``pseudo`` is what zero-shot CLIP sees of the run's names, ``proposed`` (None: as ``pseudo``) what it sees of the names
+    that an audit proposes. ``build_source()`` builds the source when groups are asked for. ``groups_by`` says which source
+    gave groups so far (None: nobody asked), ``asked`` of which splits.
     """
 
     def __init__(
@@ -65,10 +68,13 @@ class AttributeSources:
         pseudo: PseudoAttributes,
         discovered: DiscoveredAttributes,
         build_source: Callable[[], SourceOfGroups],
+        proposed: PseudoAttributes | None = None,
     ) -> None:
         self.choice, self.data, self.pseudo, self.discovered = choice, data, pseudo, discovered
+        self.proposed = proposed or pseudo
         self._build_source = build_source
         self.groups_by: str | None = None
+        self.asked: list[str] = []
 
     @cached_property
     def source(self) -> SourceOfGroups:
@@ -78,11 +84,17 @@ class AttributeSources:
     def groups(self, split: Split) -> Groups:
         """The groups of a split. ``UserError`` as ``check_groups``, and where a source finds nothing."""
         self.groups_by = self.choice
+        if split.name not in self.asked:
+            self.asked.append(split.name)
         source, values = self.source, self.source.num_values(split)
-        attribute = source.of(split)
+        attribute = self.values(split)
         named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
         names = tuple(f"{c} / {a}" for c in told_apart(self.data.classnames) for a in named)
         return Groups(torch.where(attribute < 0, -1, split.label * values + attribute), names)
+
+    def values(self, split: Split) -> Tensor:
+        """The value that the source gives each image of a split, [N]; -1: unknown."""
+        return self.source.of(split)
 
     def num_groups(self) -> int:
         """G = C A of the training split, without asking for image features. ``UserError`` as ``check_groups``."""

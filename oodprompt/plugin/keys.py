@@ -12,7 +12,7 @@ from oodprompt.config.keys import check_values, declared_keys, get_cfg_default, 
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.transforms import is_random
 
-_SECTIONS = ("DATASET.", "REGIONS.", "DISCOVERY.")
+_SECTIONS = ("DATASET.", "REGIONS.", "DISCOVERY.", "TRAINER.GROUP_SOURCES.")
 _KEYS = (
     "TRAINER.BASE",
     "TRAINER.STACK",

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PSEUDO_ATTRIBUTES = "pseudo_attributes.json"
+GROUP_QUALITY = "group_quality.json"
+
+
+def quality_line(split: str, row: dict[str, Any]) -> str:
+    """The quality of a run's groups on a split (an entry of ``group_quality`` of results.json) in words."""
+    information = row["adjusted_mutual_information"]
+    shared = "" if information is None else f", adjusted mutual information {information:.2f}"
+    return (
+        f"Groups by {row['source']} ({split}): {100 * row['agreement']:.1f}% agree with the attribute labels, "
+        f"{100 * row['worst_group_agreement']:.1f}% in the worst group{shared}; {row['num_groups']} groups"
+    )
 
 
 def write_pseudo_attributes(

@@ -74,6 +74,7 @@ def results_markdown(results: dict[str, Any]) -> str:
         ]
     else:
         parts.append(f"\n{NO_GROUPS}.")
+    parts += _quality(results.get("group_quality") or {})
     rows = [(c["class"], f"{c['num_samples']:,}", percent(c["accuracy"])) for c in results["classes"]]
     parts += ["\n## Classes\n", markdown_table(("class", "images", "accuracy"), rows)]
     if results.get("other_predictions"):
@@ -86,6 +87,34 @@ def results_markdown(results: dict[str, Any]) -> str:
     if results.get("selections"):
         parts += ["\n## Which epoch\n", selections_table(results["selections"])]
     return "\n".join(parts) + "\n"
+
+
+def _quality(quality: dict[str, dict[str, Any]]) -> list[str]:
+    """How far the groups of the training are those of the attribute labels, as a table; nothing where it is not known."""
+    if not quality:
+        return []
+    rows = []
+    for split, row in quality.items():
+        information = row["adjusted_mutual_information"]
+        rows.append(
+            (
+                row["source"],
+                split,
+                row["num_groups"],
+                percent(row["agreement"]),
+                percent(row["worst_group_agreement"]),
+                "" if information is None else f"{information:.2f}",
+            )
+        )
+    header = (
+        "groups by",
+        "split",
+        "groups",
+        "agree with the labels",
+        "in the worst group",
+        "adjusted mutual information",
+    )
+    return ["\n## Groups that training used\n", markdown_table(header, rows)]
 
 
 NO_GROUPS = (

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from sklearn.metrics import mutual_info_score, silhouette_samples
+from sklearn.metrics import mutual_info_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
@@ -32,6 +32,7 @@ from sklearn.svm import SVC
 from oodprompt.discovery.clustering import cluster_regions
 from oodprompt.discovery.result import Clustering
 from oodprompt.errors import UserError, nearest
+from oodprompt.methods.clusters import best_clusters, silhouettes
 
 Prediction = Literal["image", "region"]
 Start = Literal["confusion", "kmeans"]
@@ -431,15 +432,8 @@ def _mixture_clusters(reduced: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 def _best_mixture(reduced: np.ndarray, seed: int, largest: int = 10) -> np.ndarray:
     """Clusters [n] of the K with the highest mean over clusters of their mean silhouette; one where none can be had."""
-    best_score, best = -np.inf, np.zeros(len(reduced), dtype=np.int64)
-    for k in range(2, min(largest, len(reduced) - 1) + 1):
-        clusters = _mixture_clusters(reduced, k, seed)
-        if len(np.unique(clusters)) < 2:
-            continue
-        score = _means(_silhouettes(reduced, clusters), clusters).mean()
-        if score >= best_score:
-            best_score, best = score, clusters
-    return best
+    best = best_clusters(reduced, lambda k: (_mixture_clusters(reduced, k, seed), None), largest)
+    return np.zeros(len(reduced), dtype=np.int64) if best is None else best[0]
 
 
 def _split_further(
@@ -451,7 +445,7 @@ def _split_further(
         inside = clusters == c
         k = min(parts, int(inside.sum()))
         split[inside] = c * parts + (_mixture_clusters(reduced[inside], k, seed) if k > 1 else 0)
-    before, after = _silhouettes(reduced, clusters), _silhouettes(reduced, split)
+    before, after = silhouettes(reduced, clusters), silhouettes(reduced, split)
     result, free = clusters.copy(), int(clusters.max()) + 1
     for part in np.unique(split):
         inside = split == part
@@ -461,17 +455,6 @@ def _split_further(
             result[inside] = free
             free += 1
     return result
-
-
-def _silhouettes(points: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Silhouette of every point; 0 where there is one cluster, or as many as points."""
-    if not 2 <= len(np.unique(clusters)) < len(points):
-        return np.zeros(len(points))
-    return silhouette_samples(points, clusters)
-
-
-def _means(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    return np.array([values[clusters == c].mean() for c in np.unique(clusters)])
 
 
 def _clusters(samples: _Samples, clustering: Clustering | None, seed: int) -> tuple[np.ndarray, np.ndarray]:

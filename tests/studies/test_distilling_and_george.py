@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import silhouette_samples
 
+from oodprompt.methods.clusters import silhouettes
 from oodprompt.studies import baselines
 from tests.helpers.planted import one_hot, soft, unit
 
@@ -92,9 +93,9 @@ def test_silhouette_of_clusters_counts_each_cluster_once(monkeypatch: pytest.Mon
     monkeypatch.setattr(baselines, "_mixture_clusters", lambda points, k, seed: tried[k])
     by_cluster, by_sample = {}, {}
     for k, clusters in tried.items():
-        silhouettes = silhouette_samples(points, clusters)
-        by_cluster[k] = np.mean([silhouettes[clusters == c].mean() for c in range(k)])
-        by_sample[k] = silhouettes.mean()
+        values = silhouette_samples(points, clusters)
+        by_cluster[k] = np.mean([values[clusters == c].mean() for c in range(k)])
+        by_sample[k] = values.mean()
     best = max(by_cluster, key=by_cluster.get)
     assert best != max(by_sample, key=by_sample.get)
     np.testing.assert_array_equal(baselines._best_mixture(points, 0, largest=5), tried[best])
@@ -103,7 +104,7 @@ def test_silhouette_of_clusters_counts_each_cluster_once(monkeypatch: pytest.Mon
 def test_few_or_equal_points_are_one_cluster() -> None:
     for points in (np.zeros((1, 2)), np.arange(4.0).reshape(2, 2)):
         np.testing.assert_array_equal(baselines._best_mixture(points, 0), np.zeros(len(points)))
-    assert not baselines._silhouettes(np.arange(6.0).reshape(3, 2), np.arange(3)).any()
+    assert not silhouettes(np.arange(6.0).reshape(3, 2), np.arange(3)).any()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Sources of groups (TRAINER.GROUPS): attribute labels, pseudo-attributes, discovered regions.
-
-A source of your own is a ``GroupSource`` in a file that ``--import`` names (CONTRIBUTING.md).
-"""
+"""Sources of groups that need no model of their own: attribute labels, pseudo-attributes, discovered regions."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from yacs.config import CfgNode
 
 from oodprompt.config.registry import GROUP_SOURCE_REGISTRY
 from oodprompt.errors import UserError
+from oodprompt.methods.attributes import PseudoAttributes
 from oodprompt.methods.contracts import Context, GroupSource
 from oodprompt.methods.splits import Split
 
@@ -42,13 +40,29 @@ class ZeroShotAttributes(GroupSource):
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:
         super().__init__(cfg, context)
-        self.names = context.attributes.pseudo.names
+        self.seen = self._attributes(context)
+        self.names = self.seen.names
+
+    def _attributes(self, context: Context) -> PseudoAttributes:
+        return context.attributes.pseudo
 
     def num_values(self, split: Split) -> int:
-        return len(self.context.attributes.pseudo.text)
+        return len(self.seen.text)
 
     def of(self, split: Split) -> Tensor:
-        return self.context.attributes.pseudo.of(split)
+        return self.seen.of(split)
+
+
+@GROUP_SOURCE_REGISTRY.register(name="audit")
+class ProposedAttributes(ZeroShotAttributes):
+    """What zero-shot CLIP sees of the names that an audit of the training images proposes; neither labels nor names.
+
+    The names are those of the first proposal: words whose presence in the images goes with the class. They take the place
+    of the data set's names. ``UserError`` where no word goes with the class.
+    """
+
+    def _attributes(self, context: Context) -> PseudoAttributes:
+        return context.attributes.proposed
 
 
 @GROUP_SOURCE_REGISTRY.register(name="regions")

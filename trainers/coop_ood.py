@@ -28,7 +28,8 @@ the spurious attribute's values, no labels, settle it. t_a are the text features
           z is constant (exact, one small product per step), else x = z_u of the batch
 
 ``ANCHOR: regions`` takes the presence of the regions that RaVL's discovery finds (absent, present) for the attribute, and
-the means of the frozen features of images without and with them for t_a: then not even names are needed.
+the means of the frozen features of images without and with them for t_a: then not even names are needed. ``groups`` does
+the same with the values of TRAINER.GROUPS.
 
 Source: Zhang et al., "Amend to Alignment: Decoupled Prompt Tuning for Mitigating Spurious Correlation in
 Vision-Language Models", ICML 2024 (PMLR 235). The abstract and the authors' figure settle the two linear layers, the
@@ -64,6 +65,7 @@ from oodprompt.methods.dependence import (
     within_class_moments,
     within_classes,
 )
+from oodprompt.methods.groups import GroupAttributes
 from oodprompt.methods.heads import Head
 
 declare(
@@ -115,8 +117,8 @@ declare(
         "ANCHOR": Key(
             "none",
             "none: the method of the paper; attributes: anchored on the names of the attribute; regions: on the presence of "
-            "the regions that discovery finds (DISCOVERY.*), without names.",
-            choices=("none", "attributes", "regions"),
+            "the regions that discovery finds (DISCOVERY.*), without names; groups: on the values of TRAINER.GROUPS.",
+            choices=("none", "attributes", "regions", "groups"),
         ),
         "ANCHOR_ALPHA": Key(0.0, "Weight of L_s when anchored.", at_least=0),
         "ANCHOR_BETA": Key(3000.0, "Weight of L_c when anchored and the image tower is frozen.", at_least=0),
@@ -187,7 +189,8 @@ class DecoupledProjections(Debiaser):
         self.steps_taken = 0  # the same where the host need not wait for it
         if self.anchored:
             # [A, d]; not in the checkpoint: they follow from CLIP and the names, or from what discovery found
-            text = context.attributes.pseudo.text if keys.ANCHOR == "attributes" else torch.zeros(2, width)
+            count = GroupAttributes(context.attributes).count if keys.ANCHOR == "groups" else 2
+            text = context.attributes.pseudo.text if keys.ANCHOR == "attributes" else torch.zeros(count, width)
             self.register_buffer("attribute_text", text, persistent=False)
         statistics = keys.ANCHOR_STATISTICS
         if statistics == "auto":
@@ -226,10 +229,10 @@ class DecoupledProjections(Debiaser):
         self.steps_taken = int(self.steps)
         if self.anchored:
             train, attributes = self.context.data.train, self.context.attributes
-            anchor: PseudoAttributes | DiscoveredAttributes = attributes.pseudo
-            if self.keys.ANCHOR == "regions":
-                anchor = attributes.discovered
-                self.attribute_text = attributes.discovered.prototypes(train)
+            anchor: PseudoAttributes | DiscoveredAttributes | GroupAttributes = attributes.pseudo
+            if self.keys.ANCHOR in ("regions", "groups"):
+                anchor = attributes.discovered if self.keys.ANCHOR == "regions" else GroupAttributes(attributes)
+                self.attribute_text = anchor.prototypes(train)
             self.pseudo_attribute = anchor.of(train)
             self.posterior = standardise_within(anchor.posterior(train), train.label)  # [N, A]
             if self.statistics == "train":

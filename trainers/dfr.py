@@ -24,6 +24,7 @@ ICLR 2023 (arXiv 2204.02937), DFR on validation data; the authors' dfr_evaluate_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,14 @@ class LastLayer(Debiaser):
         self.bias = nn.Parameter(torch.zeros(classes))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
+    @cached_property
+    def waits(self) -> bool:
+        """Whether groups are asked for after the training, whose model is the first model that makes them.
+
+        That is where DFR is alone: its base is then trained by cross-entropy alone.
+        """
+        return self.cfg.TRAINER.NAME == "DFR" and not self.cfg.TRAINER.STACK and self.context.attributes.are_computed
+
     def check(self) -> None:
         val = self.context.data.val
         if val is None:
@@ -103,6 +112,12 @@ class LastLayer(Debiaser):
             )
 
     def before_train(self) -> None:
+        if not self.waits:
+            self._look_at_groups()
+        if self.cfg.TEST.SPLIT == "val":
+            logger.warning("Note: DFR fits its last layer on validation data, so results on them are too good")
+
+    def _look_at_groups(self) -> None:
         val = self.context.data.val
         assert val is not None, "check has seen to it"
         groups = self.context.attributes.groups(val)
@@ -112,8 +127,6 @@ class LastLayer(Debiaser):
                 f"Note: {(~self.known).sum():,} of {len(self.known):,} validation images have no attribute label; DFR is "
                 "fitted on the others"
             )
-        if self.cfg.TEST.SPLIT == "val":
-            logger.warning("Note: DFR fits its last layer on validation data, so results on them are too good")
 
     def predict(self, alignment: Alignment) -> Tensor:
         if self.training or not self.fitted:
@@ -134,6 +147,9 @@ class LastLayer(Debiaser):
             return
         held_out = self.context.data.val
         assert held_out is not None, "check has seen to it"
+        if self.waits:
+            self.context.first_stage.adopt(epoch + 1)
+            self._look_at_groups()
         train, val = (
             self.context.first_stage.outputs(s)[0].double().cpu().numpy() for s in (self.context.data.train, held_out)
         )

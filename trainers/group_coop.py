@@ -9,6 +9,7 @@ feature, s = exp(logit_scale) and groups g = (y, a) numbered y A + a, as TRAINER
 
 The engine adds the cross-entropy of the prediction, so the loss of a sample here is -log p(y, a | x) less that; where the
 prediction sums over groups it is -log p(a | y, x). Either way the total is L. Groups are not needed for a prediction.
+Where a source of groups says only how many values a class may have, the groups without training images take no part.
 
 Source: Kim, Oh, Kwak, "GroupCoOp: Group-robust Fine-tuning via Group Prompt Learning", arXiv 2509.23781. That each
 group of a class has a learned prompt, that these act as several classifiers of the class, and that groups may be
@@ -71,6 +72,7 @@ class GroupPrompts(Debiaser):
     model_name = "groupcoop"
     predicts = True
     not_loaded = ("token_prefix", "token_suffix")
+    present: Tensor | None  # [C A], which groups have training images; None: as all count
 
     @classmethod
     def default_base(cls, cfg: CfgNode) -> str:
@@ -89,6 +91,8 @@ class GroupPrompts(Debiaser):
         noise = torch.randn(len(names), *start.shape)
         ctx = start.cpu() + keys.NOISE * noise if words else INIT_STD * noise
         self.prompts = ContextPrompts(self, context.clip, names, ahead, ctx)
+        fewer = context.attributes.may_be_fewer
+        self.register_buffer("present", torch.ones(len(names), dtype=torch.bool) if fewer else None)
         self._latest: tuple[Alignment | None, Tensor | None] = None, None
         logger.info(f'Initial context: "{ahead}", {n_ctx} tokens, one for each of {len(names)} groups')
 
@@ -102,12 +106,21 @@ class GroupPrompts(Debiaser):
         present = N_g > 0
         balanced = N_g.sum() / (present.sum() * N_g.clamp(min=1))
         self.w = balanced if self.keys.BALANCE else torch.ones_like(balanced)  # [G]
+        if self.present is not None:
+            by_class = present.unflatten(0, (-1, self.A))
+            self.present.copy_((by_class | ~by_class.any(dim=1, keepdim=True)).flatten())
 
     def group_logits(self, alignment: Alignment) -> Tensor:
         """l, [B, C, A]."""
         with self.context.autocast():
             text = self.prompts.text_features().float()  # [C A, d]
-        return (alignment.logit_scale * alignment.image_features @ text.T).unflatten(1, (-1, self.A))
+        l = alignment.logit_scale * alignment.image_features @ text.T
+        return (l if self.present is None else l + self._bias(self.present)).unflatten(1, (-1, self.A))
+
+    @staticmethod
+    def _bias(present: Tensor) -> Tensor:
+        """What takes groups that are not ``present`` out of the logits, [C A]; finite, as exports want it."""
+        return torch.where(present, 0.0, -1e4)
 
     def predict(self, alignment: Alignment) -> Tensor:
         l = self.group_logits(alignment)
@@ -117,7 +130,10 @@ class GroupPrompts(Debiaser):
     def head(self, head: Head) -> Head:
         with self.context.autocast():
             text = self.prompts.text_features().float()
-        return replace(head, class_vectors=text, text_map=None, members=self.A, aggregate=self.keys.AGGREGATE)
+        bias = None if self.present is None else self._bias(self.present)
+        return replace(
+            head, class_vectors=text, text_map=None, bias=bias, members=self.A, aggregate=self.keys.AGGREGATE
+        )
 
     def contribute(self, step: Step) -> Contribution:
         alignment, l = self._latest

@@ -66,6 +66,15 @@ class FirstStage:
             self._fitted[epochs] = self._fit(epochs, None)
         return self._fitted[epochs]
 
+    def adopt(self, epochs: int) -> None:
+        """Let the run's own learner as it stands be what ``fit(epochs)`` returns: it was trained by cross-entropy alone."""
+        learner = self.encoder.learner
+        with evaluating(*self._models()):
+            self._fitted[epochs] = (
+                learner,
+                self.encoder.outputs("train", learner, lambda alignment: alignment.logits)[1],
+            )
+
     def forget(self) -> None:
         """Free the memory of the learners that were trained."""
         self._fitted.clear()

@@ -30,6 +30,8 @@ class KeptGroups:
     A run that is resumed takes those that it kept. Only a process that ``writes`` writes the file.
     """
 
+    is_computed = True
+
     def __init__(self, source: SourceOfGroups, data: LabelledData, cfg: CfgNode, state: RunState, writes: bool) -> None:
         self.source, self._data, self.cfg, self.state, self.writes = source, data, cfg, state, writes
         self.names, self.may_be_fewer = source.names, source.may_be_fewer

@@ -187,6 +187,9 @@ class FirstStage(Protocol):
         ``learner``: of this one, which ``fit`` returned.
         """
 
+    def adopt(self, epochs: int) -> None:
+        """Let the run's own learner as it stands be what ``fit(epochs)`` returns: it was trained by cross-entropy alone."""
+
     def forget(self) -> None:
         """Free the memory of the learners that were trained. The engine asks for it when debiasers are ready to train."""
 

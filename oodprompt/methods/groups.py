@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oodprompt.data.dataset import told_apart
+from oodprompt.errors import UserError
 from oodprompt.methods.attributes import DiscoveredAttributes, PseudoAttributes
 from oodprompt.methods.splits import LabelledData, Split
 
@@ -40,11 +42,12 @@ class SourceOfGroups(Protocol):
     """Says which value of an attribute each image has; a group is a pair (class, value).
 
     ``names`` of the values, by number; a value beyond them is called by its number. ``may_be_fewer``: ``num_values`` is the
-    most that there may be, so that some values have no image.
+    most that there may be, so that some values have no image. ``is_computed``: the values come out of a training or a search.
     """
 
     names: Sequence[str]
     may_be_fewer: bool
+    is_computed: bool
 
     def num_values(self, split: Split) -> int:
         """A, the number of values. ``UserError`` where the source cannot tell them; asks for no image features."""
@@ -83,17 +86,27 @@ class AttributeSources:
 
     def groups(self, split: Split) -> Groups:
         """The groups of a split. ``UserError`` as ``check_groups``, and where a source finds nothing."""
-        self.groups_by = self.choice
-        if split.name not in self.asked:
-            self.asked.append(split.name)
         source, values = self.source, self.source.num_values(split)
         attribute = self.values(split)
         named = [source.names[a] if a < len(source.names) else str(a) for a in range(values)]
         names = tuple(f"{c} / {a}" for c in told_apart(self.data.classnames) for a in named)
         return Groups(torch.where(attribute < 0, -1, split.label * values + attribute), names)
 
+    @property
+    def are_computed(self) -> bool:
+        """Whether the groups come out of a training or a search, which may take long."""
+        return self.source.is_computed
+
+    @property
+    def may_be_fewer(self) -> bool:
+        """Whether ``num_groups`` is the most that there may be, so that some groups have no image."""
+        return self.source.may_be_fewer
+
     def values(self, split: Split) -> Tensor:
         """The value that the source gives each image of a split, [N]; -1: unknown."""
+        self.groups_by = self.choice
+        if split.name not in self.asked:
+            self.asked.append(split.name)
         return self.source.of(split)
 
     def num_groups(self) -> int:
@@ -103,6 +116,38 @@ class AttributeSources:
     def check_groups(self, split: Split) -> None:
         """``UserError`` where names or attribute labels are missing; asks for no features."""
         self.source.num_values(split)
+
+
+class GroupAttributes:
+    """The values of the source of groups with the face of ``PseudoAttributes``: an attribute that nobody need name."""
+
+    def __init__(self, attributes: AttributeSources) -> None:
+        self.attributes = attributes
+        self.names = attributes.source.names
+
+    @property
+    def count(self) -> int:
+        """A, the number of values, some of which may have no image. ``UserError`` as ``check_groups``."""
+        return self.attributes.source.num_values(self.attributes.data.train)
+
+    def of(self, split: Split) -> Tensor:
+        """a of every image of the split, [N]."""
+        return self.attributes.values(split)
+
+    def posterior(self, split: Split) -> Tensor:
+        """One-hot a, [N, A]; zeros where it is unknown."""
+        a = self.of(split)
+        return F.one_hot(a.clamp(min=0), self.count).float() * (a >= 0).unsqueeze(1)
+
+    def prototypes(self, split: Split) -> Tensor:
+        """Normalised means of the frozen features of the images of each value, [A, d]; zeros for a value without any."""
+        a = self.posterior(split)
+        if (a.sum(dim=0) > 0).sum() < 2:
+            raise UserError(
+                f"TRAINER.GROUPS {self.attributes.choice}: all images of the {split.name} split have one value, which tells "
+                "nothing apart; take another source"
+            )
+        return F.normalize(a.T @ split.features(), dim=-1)
 
 
 def per_group(values: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:

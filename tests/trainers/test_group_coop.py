@@ -45,7 +45,9 @@ def debiaser(clip: CLIP, groups: Sequence[int] = GROUPS, values: int = 2, **keys
         clip=clip,
         data=SimpleNamespace(classnames=NAMES, train=None),
         attributes=SimpleNamespace(
-            num_groups=lambda: len(names), groups=lambda split: Groups(torch.tensor(groups), names)
+            may_be_fewer=False,
+            num_groups=lambda: len(names),
+            groups=lambda split: Groups(torch.tensor(groups), names),
         ),
         autocast=contextlib.nullcontext,
     )

@@ -30,7 +30,7 @@ declare(
 declare(
     "TRAINER.GROUP_SOURCES.EIIL",
     {
-        "FIRST_EPOCHS": Key(2, "Epochs of the first model, the reference.", at_least=1),
+        "FIRST_EPOCHS": Key(0, "Epochs of the first model, the reference; 0: OPTIM.MAX_EPOCH.", at_least=0),
         "STEPS": Key(10_000, "Steps of Adam over the assignments.", at_least=1),
         "LR": Key(0.001, "Learning rate of Adam.", above=0),
     },
@@ -96,14 +96,15 @@ class InferredEnvironments(_FirstModel):
         q      = argmax_q  (mean_i q_i r_i)^2 + (mean_i (1 - q_i) r_i)^2,     q_i = sigmoid(w_i) in (0, 1)
         a_i    = [q_i > 1/2]
 
-    The objective is the penalty of IRMv1 in both environments. f is the run's prompt learner after FIRST_EPOCHS epochs of
+    The objective is the penalty of IRMv1 in both environments. It is greatest where q_i = 1 for r_i > 0 and 0 for others, or
+    the other way round. With two classes r_i > 0 where f errs, so that the groups become those of ``errors``. f is the run's prompt learner after FIRST_EPOCHS epochs of
     cross-entropy alone. Adam takes STEPS steps of rate LR from w_i ~ N(0, 1), drawn with SEED. A validation image goes to
     the environment that its r_i draws it to, which is where those steps lead.
 
     Source: Creager, Jacobsen, Zemel, "Environment Inference for Invariant Learning", ICML 2021 (arXiv 2010.07249), and the
-    authors' opt_utils.py: the objective, Adam with 10,000 steps of 0.001, the start. One epoch of the reference is what
-    others take on Waterbirds; here a warm-up may fill the first. Ours: the objective is taken times the number of images,
-    which changes nothing but that Adam's epsilon does not hold back the images of large data sets.
+    authors' opt_utils.py: the objective, Adam with 10,000 steps of 0.001, the start. Others take one epoch of the reference on
+    Waterbirds; ours is as many as the run has, since prompts start from zero-shot CLIP. Ours too: the objective is taken
+    times the number of images, so that Adam's epsilon does not hold back the images of large data sets.
     """
 
     section = "EIIL"

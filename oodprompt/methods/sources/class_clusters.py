@@ -43,7 +43,9 @@ declare(
 declare(
     "TRAINER.GROUP_SOURCES.SPARE",
     {
-        "FIRST_EPOCHS": Key(2, "Epochs after which the outputs of the first model are clustered.", at_least=1),
+        "FIRST_EPOCHS": Key(
+            0, "T: epochs after which the outputs of the first model are clustered; 0: OPTIM.MAX_EPOCH.", at_least=0
+        ),
         "K_MAX": _K_MAX,
     },
 )
@@ -165,9 +167,10 @@ class EarlyOutputClusters(_ClassClusters):
     with it from images without.
 
     Source: Yang, Gan, Karolina Dziugaite, Mirzasoleiman, "Identifying Spurious Biases Early in Training through the Lens
-    of Simplicity Bias", AISTATS 2024 (arXiv 2305.18761), and its authors' library: probabilities, K-means, the silhouette,
-    and T of 1 or 2 epochs on Waterbirds. Its sampling by powers of the clusters' sizes is left to the debiaser. K up to 10
-    is ours. Prompts start from zero-shot CLIP and a warm-up may fill the first epoch, so that T counts more here.
+    of Simplicity Bias", AISTATS 2024 (arXiv 2305.18761), and its authors' library: probabilities, K-means and the
+    silhouette. Its sampling by powers of the clusters' sizes is left to the debiaser. Ours: K up to 10, and T, which is 1
+    or 2 there on Waterbirds. Prompts start from zero-shot CLIP and are slow to take to a shortcut, so that T is as many
+    epochs as the run has.
     """
 
     section = "SPARE"

@@ -125,13 +125,11 @@ class InferredEnvironments(_FirstModel):
     def _assignments(self, r: Tensor) -> Tensor:
         """q [N] from r [N]."""
         generator = torch.Generator().manual_seed(derive_seed(self.cfg.SEED, GROUP_SOURCE))
-        w = torch.randn(len(r), generator=generator, dtype=torch.float64).to(r.device).requires_grad_()
+        w = torch.randn(len(r), generator=generator, dtype=torch.float64).to(r.device)
         adam = torch.optim.Adam([w], lr=self.keys.LR)
-        with torch.enable_grad():
-            for _ in range(self.keys.STEPS):
-                q = w.sigmoid()
-                gain = (q * r).sum().square() + ((1 - q) * r).sum().square()
-                adam.zero_grad()
-                (-gain / len(r)).backward()
-                adam.step()
-        return w.detach().sigmoid()
+        for _ in range(self.keys.STEPS):
+            q = w.sigmoid()
+            # The gradient of -N times the objective; (q r) and ((1 - q) r) are the derivatives of the two risks.
+            w.grad = -2 * ((2 * q - 1) * r).mean() * r * q * (1 - q)
+            adam.step()
+        return w.sigmoid()

@@ -89,11 +89,14 @@ def test_planted_groups_are_found_and_found_again(name: str) -> None:
     train, val = planted("train", 120, 0), planted("val", 60, 1)
     keys = {"eiil": {"STEPS": 500, "LR": 0.05}, "ssa": {"SHARE": 0.5}}.get(name, {})
     ours = source(name, train, val, **keys)
+    meaning = []
     for split in (train, val):
         value = ours.of(split)
         quality = group_quality(value, split.label, split.attribute)
         assert quality.worst_group_agreement == 1 and quality.num_groups == 4
         assert value.min() >= 0 and value.max() < ours.num_values(split)
+        meaning.append({*zip(split.label.tolist(), split.attribute.tolist(), value.tolist(), strict=True)})
+    assert meaning[0] == meaning[1]  # a value means the same in both splits
     assert torch.equal(source(name, train, val, **keys).of(train), ours.of(train))
 
 
@@ -295,7 +298,12 @@ def test_kept_groups_of_other_images_or_damaged_ones_are_refused(tmp_path: Path)
     made.of = lambda split: pytest.fail("computed again")
     assert torch.equal(kept(data, 1).of(val), val.attribute)
     with pytest.raises(UserError, match=r"groups\.npz is of other train images; delete it"):
-        kept(LabelledData(planted("train", 22, 0), val, ["a", "b"], [], 2), 1).of(train)
+        kept(
+            LabelledData(
+                Split("train", 1 - train.label, train.attribute, train.features, train.paths), val, ["a", "b"], [], 2
+            ),
+            1,
+        ).of(train)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:100])
     with pytest.raises(UserError, match=r"groups\.npz is damaged .*delete it"):
         kept(data, 1).of(train)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import multiprocessing
 import os
 import shlex
@@ -30,6 +31,8 @@ from oodprompt.terminal import exit_status
 LOCK, PROMPT = ".benchmark.lock", "$ "
 LOCKED = 75  # exit status of a process that found its folder locked
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a training imports on its way, PyTorch's compiler with its first optimiser step: three seconds in every process.
+_ON_THE_WAY = ("torch._dynamo", "torchvision.transforms", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
 PATIENCE = 10.0  # seconds that a child has to end after SIGTERM
 
 
@@ -140,6 +143,14 @@ def may_fork() -> bool:
     return not (torch.cuda._is_in_bad_fork() and torch.cuda.device_count())
 
 
+def _import_ahead() -> None:
+    """Import what every job would import, for all forks of this process; nothing of it starts a thread or asks CUDA."""
+    if sys.platform == "linux" and "torch" in sys.modules:
+        for name in _ON_THE_WAY:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
 def stop(children: Sequence[Child]) -> None:
     """End children and what they have started: SIGTERM, and SIGKILL for those that do not end."""
     for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, PATIENCE)):
@@ -225,6 +236,8 @@ def run_here(todo: Sequence[Job], at_once: int, gpus: Sequence[str], progress: P
 
     What another process does (one left by a killed runner, or a second runner) is waited for.
     """
+    if len(todo) > 1:
+        _import_ahead()
     waiting, failed = list(todo), []
     running: dict[int, tuple[Job, Child]] = {}
     slots = list(range(at_once))

@@ -25,6 +25,7 @@ _SERVER = """
 import gc, json, os, runpy, sys
 import torch
 import oodprompt.cli, oodprompt.trainers, oodprompt.datasets, oodprompt.engine
+import torch._dynamo, torchvision.transforms, torch.utils.tensorboard, matplotlib.backends.backend_agg  # on the way
 
 torch.set_num_threads(1)
 gc.freeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -14,13 +13,6 @@ from oodprompt.errors import UserError
 from oodprompt.studies import baselines
 from oodprompt.studies.baselines import BASELINE_VARIANTS, DISCOVERY_BASELINES
 from tests.helpers.planted import CLASSES, EVERY, IDS, OF_SAMPLES, planted, soft, without_errors
-
-
-@pytest.fixture
-def few_mixtures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """George tries two and three clusters of a class and two parts of a cluster, not ten and five: it only takes longer."""
-    monkeypatch.setattr(baselines, "_best_mixture", functools.partial(baselines._best_mixture, largest=3))
-    monkeypatch.setattr(baselines, "_split_further", functools.partial(baselines._split_further, parts=2))
 
 
 def test_first_variant_is_the_default() -> None:

@@ -55,6 +55,7 @@ def test_tables_average_over_seeds_then_settings() -> None:
     assert [cell.strip() for cell in row.split("|")[2:-1]][-1] == gain
 
 
+@pytest.mark.usefixtures("few_mixtures", "undrawn")
 def test_grid_runs_and_goes_on_where_it_was(
     idx_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_mitigations_start_from_models_in_which_discovery_found_something(
     assert (tmp_path / "settings.png").stat().st_size > 5000
 
 
+@pytest.mark.usefixtures("few_mixtures", "undrawn")
 def test_settings_of_coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, rng = [], np.random.default_rng(0)
     for _ in range(8):

@@ -41,6 +41,15 @@ class FeatureFile:
     lists: dict[str, tuple[str, ...]]
     words: dict[str, str]
 
+    def holds_what(self, other: FeatureFile) -> bool:
+        """Whether ``other`` has the same features, rows, lists and words, bit by bit."""
+        return (
+            (self.lists, self.words, self.rows.keys()) == (other.lists, other.words, other.rows.keys())
+            and self.features.dtype is other.features.dtype
+            and torch.equal(self.features, other.features)
+            and all(np.array_equal(values, other.rows[name]) for name, values in self.rows.items())
+        )
+
 
 def is_feature_file(path: Path) -> bool:
     """Whether the path ends as a file of features does."""

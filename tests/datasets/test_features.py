@@ -362,3 +362,13 @@ def test_the_command_writes_what_it_says(data_root: Path, tmp_path: Path, capsys
     assert found.features.dtype == torch.float16 and found.words["backbone"] == "tiny"
     assert extracting.main(["--output", str(tmp_path / "f.csv"), *words]) == 2
     assert "ends in .npz or .safetensors" in capsys.readouterr().err
+
+
+def test_without_a_config_file_images_are_prepared_as_for_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CfgNode] = []
+    monkeypatch.setattr(extracting, "extract", lambda cfg, *_: made.append(cfg) or __file__)
+    monkeypatch.setenv("OODPROMPT_IMPORT", "")
+    extracting.run(["--backbone", "ViT-L/14@336px", "--output", "f.npz", "DATALOADER.TEST.BATCH_SIZE", "7"])
+    keys = made[0].INPUT
+    assert (keys.INTERPOLATION, tuple(keys.TRANSFORMS), tuple(keys.SIZE)) == ("bicubic", ("normalize",), (336, 336))
+    assert keys.PIXEL_MEAN[0] == 0.48145466 and made[0].DATALOADER.TEST.BATCH_SIZE == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from oodprompt.backbones.weights import BACKBONE_REGISTRY, SHAPES
@@ -29,12 +30,15 @@ SETTINGS: dict[str, Any] = {
 _PIXELS = ("INPUT.INTERPOLATION", "INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD")
 
 
-def settings_of(backbone: str) -> dict[str, Any]:
-    """``SETTINGS``, and the size of images that the backbone takes.
+def settings_of(backbone: str, given: Collection[str] = ()) -> dict[str, Any]:
+    """``SETTINGS``, and the size of images that the backbone takes, beside the keys that are ``given``.
 
-    Backbones of other libraries and of the user's say so themselves.
+    Backbones of other libraries and of the user's say so themselves. The words of CTX_INIT give way to a number of
+    context vectors.
     """
+    has_number = "TRAINER.COOP.N_CTX" in given and "TRAINER.COOP.CTX_INIT" not in given
+    settings = {key: value for key, value in SETTINGS.items() if not (has_number and key == "TRAINER.COOP.CTX_INIT")}
     if ":" in backbone or backbone in BACKBONE_REGISTRY:
-        return {key: value for key, value in SETTINGS.items() if key not in _PIXELS}
+        return {key: value for key, value in settings.items() if key not in _PIXELS}
     pixels = 48 if backbone == "tiny" else SHAPES[backbone].image_resolution if backbone in SHAPES else 224
-    return SETTINGS | {"INPUT.SIZE": (pixels, pixels)}
+    return settings | {"INPUT.SIZE": (pixels, pixels)}

@@ -71,7 +71,7 @@ def train(
         given = of_data | keys_of(settings, [method, base_name, *stack], name) | {k: plain(v) for k, v in own.items()}
         if output is not None:
             given["OUTPUT_DIR"] = str(output)
-        prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""))
+        prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""), given)
         cfg = setup_cfg(_with(args, prepared | given), notes.append)
         keys_again = prepared | given | {"OUTPUT_DIR": cfg.OUTPUT_DIR, "SEED": cfg.SEED}
         with (

@@ -66,6 +66,10 @@ def keys_of_data(data: Any, root: str | Path | None) -> dict[str, Any]:
         elif name == "CSV":
             keys["DATASET.CSV.FILE"] = str(path / "metadata.csv" if path.is_dir() else path)
         else:
+            if root is not None:
+                raise UserError(
+                    f"root=: the folder of data= is the root, {path}; leave root= out, or give the data set's name"
+                )
             keys["DATASET.ROOT"] = str(path)
     return keys
 

@@ -19,7 +19,7 @@ from oodprompt.engine.settings import settings_of
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 from oodprompt.errors import UserError, nearest
 from oodprompt.library.data import keys_of_data, name_of, written_data
-from oodprompt.library.keywords import keys_of, plain
+from oodprompt.library.keywords import keys_of, plain, refuse_two_values
 from oodprompt.library.run import Run
 from oodprompt.library.state import Processes, call
 from oodprompt.terminal import logged
@@ -68,7 +68,11 @@ def train(
         of_data = keys_of_data(data, root)
         base_name, stack = _others(method, base, config_file, own, settings)
         name = name_of(data) or _named(own, config_file, dataset_config_file, "DATASET.NAME")
-        given = of_data | keys_of(settings, [method, base_name, *stack], name) | {k: plain(v) for k, v in own.items()}
+        of_words = keys_of(settings, [method, base_name, *stack], name)
+        parameters = {"TRAINER.NAME": method, "TRAINER.BASE": base, "MODEL.BACKBONE.NAME": backbone} | of_data
+        parameters["OUTPUT_DIR"] = None if output is None else str(output)
+        refuse_two_values(own, of_words, {key: value for key, value in parameters.items() if value is not None})
+        given = of_data | of_words | {key: plain(value) for key, value in own.items()}
         if output is not None:
             given["OUTPUT_DIR"] = str(output)
         prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""), given)

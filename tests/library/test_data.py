@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from oodprompt.errors import UserError
-from oodprompt.library.data import written_data
+from oodprompt.library.data import keys_of_data, written_data
 
 
 def arrays(**changed: Any) -> dict[str, Any]:
@@ -24,3 +24,10 @@ def test_the_same_arrays_are_the_same_data(tmp_path: Path) -> None:
     for other in (arrays(label=["b", "a"]), arrays(template="{}"), arrays(image_features=np.ones((2, 2)))):
         with pytest.raises(UserError, match="has the data of another run"), written_data(other, tmp_path):
             pass
+
+
+def test_a_folder_of_images_is_its_own_root(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert keys_of_data(tmp_path, None) == {"DATASET.NAME": "Folders", "DATASET.ROOT": str(tmp_path)}
+    with pytest.raises(UserError, match=f"root=: the folder of data= is the root, {tmp_path}; leave root= out"):
+        keys_of_data(tmp_path, "data")

@@ -366,7 +366,7 @@ def test_silent_unless_asked(train: Train, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(logger, "handlers", [])  # tests show messages
     silent = train("CoOp", data="ShapesOnScenes", n_ctx=3, **TINY | SMALL)
     silent.evaluate()
-    assert silent.trainer.learner.ctx.shape[0] == 3  # and not the four words that a run without settings begins with
+    assert silent.trainer.learner.ctx.shape[0] == 3  # and not the four words of SETTINGS
     assert capsys.readouterr() == ("", "")
     log = (silent.folder / "log.txt").read_text()
     assert "Finish training" in log and logger.handlers == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ class Features(FilesDataset):
         values = _column(files, "attribute", _default=-1)
         named = values.dtype.kind == "U"
         if named:
-            called = np.array(["" if missing(value) else value.strip() for value in values.tolist()])
+            called = np.array(["" if _is_unknown(value, given) else value.strip() for value in values.tolist()])
             known = list(given) or sorted_values({*called.tolist()} - {""})
         else:
             _check_numbers(files, values, "attribute", -1, len(given) or None)
@@ -163,7 +164,7 @@ def _column(files: Sequence[FeatureFile], name: str, _default: int | None = None
             raise UserError(f"{file.path} has no entry {name!r}; give it one value for each row")
         values = file.rows[name]
         if values.dtype.kind == "S":
-            values = values.astype(str)
+            values = np.char.decode(values, "utf-8", "surrogateescape")
         if values.dtype.kind not in "iuU":
             raise UserError(f"{file.path}: {name} must be whole numbers or words, not {values.dtype}")
         parts.append(values if values.dtype.kind == "U" else values.astype(np.int64))
@@ -188,11 +189,14 @@ def _check_numbers(files: Sequence[FeatureFile], values: np.ndarray, name: str, 
         raise UserError(f"{_place(files, row)} has the {name} {values[row]}, but {why}")
 
 
+def _is_unknown(value: str, names: Sequence[str]) -> bool:
+    """Whether a word says that a value is missing, and is none of the ``names`` that the file gives."""
+    return missing(value) and value.strip() not in names
+
+
 def _labels(files: Sequence[FeatureFile], wanted: tuple[str, ...]) -> tuple[np.ndarray, list[str]]:
     """(label of each row, class names)."""
     values, names = _column(files, "label"), list(wanted or files[0].lists.get("class_names", ()))
-    if len(set(names)) < len(names):
-        raise UserError(f"{files[0].path}: class_names holds a name twice: {', '.join(names)}"[:300])
     if values.dtype.kind != "U":
         if not names:
             raise UserError(
@@ -201,7 +205,17 @@ def _labels(files: Sequence[FeatureFile], wanted: tuple[str, ...]) -> tuple[np.n
             )
         _check_numbers(files, values, "label", 0, len(names))
         return values, names
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(
+            f"{files[0].path}: class_names holds a name twice, {twice[0]}, and labels are names; give numbers as labels"
+        )
     distinct, row, inverse = np.unique(values, return_index=True, return_inverse=True)
+    for name, first in zip(distinct.tolist(), row.tolist(), strict=True):
+        if _is_unknown(name, names):
+            raise UserError(
+                f"{_place(files, first)} has the label {name!r}, which says that it is not known; take the row out, or "
+                "list the name in class_names"
+            )
     names = names or sorted_values(distinct.tolist())
     number_of = {name: number for number, name in enumerate(names)}
     for name, first in zip(distinct.tolist(), row.tolist(), strict=True):

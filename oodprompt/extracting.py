@@ -21,7 +21,7 @@ DESCRIPTION = """Compute the image features of a data set by a frozen CLIP and w
   oodprompt features --root photos --backbone ViT-B/16 --output photos.npz DATASET.NAME Folders
   oodprompt train --trainer CoOpOOD --backbone ViT-B/16 DATASET.NAME Features DATASET.FEATURES.FILE photos.npz
 
-Images are taken by the test transform. The results of runs on the file are those of runs on the images.
+Images are taken by the test transform. Without --config-file they are prepared as for CLIP. The results of runs on the file are those of runs on the images.
 """
 DTYPES = ("float32", "float16")
 
@@ -46,6 +46,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     for name in others:  # flags of training that setup_cfg looks for
         setattr(args, name, None)
     args.trainer, args.eval_only, args.model_dir = "ZeroshotCLIP", False, ""
+    if not args.config_file:
+        from oodprompt.engine.settings import settings_of  # here: it takes PyTorch
+
+        given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+        prepared = settings_of(args.backbone or given.get("MODEL.BACKBONE.NAME", ""))
+        args.opts = [*(word for pair in prepared.items() for word in pair), *args.opts]
     cfg = setup_cfg(args)
     path = extract(cfg, args.output, args.dtype)
     print(f"Wrote {path} ({os.path.getsize(path):,} bytes)")

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from oodprompt.config import extensions
-from oodprompt.config.keys import declared_keys
+from oodprompt.config.keys import declared_keys, section_of, sections_of
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.terminal import Parser, exit_status
 
@@ -33,21 +33,17 @@ def describe(name: str) -> str:
         parts.append("Files (ROOT is --root):\n" + textwrap.indent(textwrap.dedent(tree).strip("\n"), "  "))
     if address := getattr(data, "address", ""):
         parts.append(f"Where to get it: {address}")
-    inside = [line for key, line in _keys(name)]
-    if inside:
+    if inside := _keys(name):
         parts.append("Keys:\n" + "\n".join(inside))
     return "\n\n".join(parts)
 
 
-def _keys(name: str) -> list[tuple[str, str]]:
-    """(section, line) of each key of the data set's own section: its name in capitals, or the name's beginning."""
-    found = []
-    for key, entry in declared_keys().items():
-        parts = key.split(".")
-        if parts[0] == "DATASET" and len(parts) == 3 and name.upper().startswith(parts[1]):
-            text = f"  {key} ({entry.default!r}): {entry.doc}"
-            found.append((parts[1], textwrap.fill(text, 110, subsequent_indent="      ")))
-    return found
+def _keys(name: str) -> list[str]:
+    """A paragraph for each key of the data set's own section."""
+    section = section_of(name, sections_of("DATASET"))
+    lines = {key: f"  {key} ({entry.default!r}): {entry.doc}" for key, entry in declared_keys().items()}
+    own = [line for key, line in lines.items() if section and key.startswith(f"DATASET.{section}.")]
+    return [textwrap.fill(line, 110, subsequent_indent="      ") for line in own]
 
 
 def run(argv: Sequence[str] | None = None) -> None:

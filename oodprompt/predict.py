@@ -44,7 +44,7 @@ def images_of(places: Sequence[Path]) -> list[Path]:
         else:
             raise UserError(f"there is no file or folder {place}")
     note_passed_over(passed_over, "the folders given")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _line(cells: Iterable[Any]) -> str:
@@ -117,7 +117,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     show_messages()
     args = build_parser().parse_args(argv)
     extensions.add(args.imports)
-    paths = images_of(args.images)
+    paths = list(dict.fromkeys(images_of(args.images)))  # a row for each file
 
     if args.backbone_path and args.model_file is None:
         raise UserError("--backbone-path goes with --model-file; a run names its backbone in its config.yaml")

@@ -52,6 +52,7 @@ class ContextLearner(PromptLearner):
     """Context vectors ``ctx`` [M, e] (or [C, M, e] with CSC) ahead of, around or behind the class names."""
 
     not_loaded = ("token_prefix", "token_suffix")
+    sections = ("COOP",)
     ctx: nn.Parameter
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:

@@ -46,6 +46,7 @@ class FixedPrompts(PromptLearner):
     """
 
     not_loaded = ("text_features",)
+    sections = ("ZEROSHOT",)
     text_features: Tensor
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,17 @@ def declared_keys() -> dict[str, Key]:
     """All keys by their dotted names."""
     register_all()
     return dict(_KEYS)
+
+
+def sections_of(top: str) -> set[str]:
+    """The sections of keys under ``top``: of "DATASET" those of data sets, of "TRAINER" those of methods."""
+    return {name.split(".")[1] for name in declared_keys() if name.startswith(f"{top}.") and name.count(".") == 2}
+
+
+def section_of(name: str, sections: Collection[str]) -> str:
+    """The section of a method or data set: its name in capitals, or the longest section that the name begins with."""
+    upper = name.upper()
+    return upper if upper in sections else max((s for s in sections if upper.startswith(s)), key=len, default="")
 
 
 def check_values(cfg: CfgNode, names: Iterable[str] | None = None) -> None:

@@ -7,10 +7,12 @@ Large tables are mapped from the file, not read: those of .safetensors, and thos
 from __future__ import annotations
 
 import json
+import numbers
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ LISTS = ("class_names", "attribute_names", "attribute_prompts")
 WORDS = ("template", "backbone", "backbone_digest")
 ENDINGS = (".npz", ".safetensors")
 _TEXTS = ("image", "caption")
+_UNKNOWN = ("attribute", *_TEXTS)  # whose values may be missing in some rows
 _LOCAL_HEADER = 30  # bytes of a zip's header of a member, ahead of its name
 
 
@@ -40,6 +43,15 @@ class FeatureFile:
     rows: dict[str, np.ndarray]
     lists: dict[str, tuple[str, ...]]
     words: dict[str, str]
+
+    def holds_what(self, other: FeatureFile) -> bool:
+        """Whether ``other`` has the same features, rows, lists and words, bit by bit."""
+        return (
+            (self.lists, self.words, self.rows.keys()) == (other.lists, other.words, other.rows.keys())
+            and self.features.dtype is other.features.dtype
+            and torch.equal(self.features, other.features)
+            and all(np.array_equal(values, other.rows[name]) for name, values in self.rows.items())
+        )
 
 
 def is_feature_file(path: Path) -> bool:
@@ -91,12 +103,18 @@ def _from_npz(path: Path) -> dict[str, Any]:
         entries = {name: file[name] for name in file.files if name != FEATURES}
         if FEATURES in file.files:
             values = _mapped(path, f"{FEATURES}.npy")
-            values = file[FEATURES] if values is None else values
-            # of a type that torch lacks, an empty tensor of bytes carries the shape to the error
-            is_number = values.dtype.kind in "fiub"
-            native = values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
-            entries[FEATURES] = torch.from_numpy(native if is_number else np.empty(values.shape, np.uint8))
+            entries[FEATURES] = _tensor_of(path, file[FEATURES] if values is None else values)
     return entries
+
+
+def _tensor_of(path: Path, values: np.ndarray) -> Tensor:
+    """Numbers as a tensor, in this machine's order of bytes; ``UserError`` for a type that torch lacks."""
+    if values.dtype.kind not in "fiub" or values.dtype.itemsize > 8:
+        raise UserError(f"{path}: {FEATURES} must be floats [N, d], not {values.dtype} {list(values.shape)}")
+    native = values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
+        return torch.from_numpy(native if min(native.strides, default=0) >= 0 else native.copy())
 
 
 def _mapped(path: Path, member: str) -> np.ndarray | None:
@@ -134,7 +152,7 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
             entries[name] = np.array(value.numpy().tobytes().decode("utf-8", "surrogateescape").split("\n"))
         elif name != FEATURES:
             entries[name] = value.numpy()
-    for name in (*LISTS, *WORDS, "label", "split", "attribute"):
+    for name in (*LISTS, *WORDS, *(name for name in ROWS if name not in _TEXTS)):
         if name in metadata:
             value = json.loads(metadata[name]) if name not in WORDS else metadata[name]
             entries[name] = value if name in WORDS else np.array(value)
@@ -154,23 +172,16 @@ def write_features(path: str | Path, image_features: Any, **entries: Any) -> Pat
     path = Path(path)
     if not is_feature_file(path):
         raise UserError(f"{path}: a file of image features ends in .npz or .safetensors")
-    table = torch.as_tensor(image_features).detach().cpu()
+    table = _table(path, image_features)
     given = {name: value for name, value in entries.items() if value is not None}
-    content = _checked(path, {FEATURES: table, **{name: _plain(value) for name, value in given.items()}})
+    content = _checked(path, {FEATURES: table, **{name: _plain(path, name, value) for name, value in given.items()}})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".npz":
             if table.dtype is torch.bfloat16:
                 raise UserError(f"{path}: .npz has no bfloat16; write .safetensors, or give float16 or float32")
             with replacing(path) as file:
-                np.savez(
-                    file,
-                    allow_pickle=False,
-                    **{FEATURES: table.numpy()},
-                    **content.rows,
-                    **content.lists,
-                    **content.words,
-                )
+                np.savez(file, **{FEATURES: table.numpy()}, **content.rows, **content.lists, **content.words)
         else:
             _to_safetensors(content, path)
     except OSError as error:
@@ -178,10 +189,64 @@ def write_features(path: str | Path, image_features: Any, **entries: Any) -> Pat
     return path
 
 
-def _plain(value: Any) -> Any:
+def _table(path: Path, values: Any) -> Tensor:
+    """Image features in any form: a tensor, an array, a DataFrame, a list of rows."""
+    if not isinstance(values, Tensor):
+        rows = list(values) if isinstance(values, (list, tuple)) else []
+        if rows and all(isinstance(row, Tensor) for row in rows):
+            if len({row.shape for row in rows}) > 1:
+                raise UserError(f"{path}: the entries of {FEATURES} differ in length")
+            return torch.stack(rows).detach().cpu()
+        return _tensor_of(path, _array(path, FEATURES, values))
+    return values.detach().cpu()
+
+
+def _array(path: Path, name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise UserError(f"{path}: the entries of {name} differ in length") from error
+
+
+def _plain(path: Path, name: str, value: Any) -> Any:
+    """An entry as a text or as an array of numbers or texts; ``UserError`` for anything else in it."""
     if isinstance(value, Tensor):
         return value.detach().cpu().numpy()
-    return value if isinstance(value, (str, np.ndarray)) else np.asarray(value)
+    if isinstance(value, str):
+        return value
+    values = _array(path, name, value)
+    if values.dtype.kind == "S":
+        return np.char.decode(values, "utf-8", "surrogateescape")
+    if values.dtype.kind == "f":  # as pandas has whole numbers of which some are missing
+        values = np.array([int(x) if x.is_integer() else x for x in values.ravel().tolist()], object).reshape(
+            values.shape
+        )
+    return values if values.dtype != object else _of_objects(path, name, values)
+
+
+def _of_objects(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    """Python's objects, as a column of a table has them, as whole numbers where all are, else as texts."""
+    entries = values.ravel().tolist()
+    known = [not _is_missing(entry) for entry in entries]
+    for row, (entry, is_known) in enumerate(zip(entries, known, strict=True)):
+        if not is_known and name not in _UNKNOWN:
+            raise UserError(f"{path}: entry {row:,} of {name} is missing; give a value, or take the row out")
+        if is_known and not isinstance(entry, (str, numbers.Integral, PurePath)):
+            raise UserError(
+                f"{path}: entry {row:,} of {name} is a {type(entry).__name__}; give a word or a whole number"
+            )
+    given = [entry for entry, is_known in zip(entries, known, strict=True) if is_known]
+    is_whole = all(isinstance(entry, numbers.Integral) and not isinstance(entry, bool) for entry in given)
+    unknown: Any = -1 if is_whole and name == "attribute" else ""
+    filled = [entry if there else unknown for entry, there in zip(entries, known, strict=True)]
+    return np.array(filled, int if is_whole and name not in _TEXTS else str).reshape(values.shape)
+
+
+def _is_missing(entry: Any) -> bool:
+    """None, NaN, or what pandas has for a missing value."""
+    return (
+        entry is None or type(entry).__name__ in ("NAType", "NaTType") or (isinstance(entry, float) and entry != entry)
+    )
 
 
 def _to_safetensors(content: FeatureFile, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import DATASET_REGISTRY
-from oodprompt.data.feature_files import FEATURES, is_feature_file, write_features
+from oodprompt.data.feature_files import FEATURES, is_feature_file, read_feature_file, write_features
 from oodprompt.engine.moved import IN_RUN
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import temporary_folder
@@ -66,6 +66,10 @@ def keys_of_data(data: Any, root: str | Path | None) -> dict[str, Any]:
         elif name == "CSV":
             keys["DATASET.CSV.FILE"] = str(path / "metadata.csv" if path.is_dir() else path)
         else:
+            if root is not None:
+                raise UserError(
+                    f"root=: the folder of data= is the root, {path}; leave root= out, or give the data set's name"
+                )
             keys["DATASET.ROOT"] = str(path)
     return keys
 
@@ -88,7 +92,7 @@ def written_data(data: Any, folder: Path) -> Iterator[dict[str, Any]]:
         with temporary_folder(folder) as temporary:
             new = temporary / path.name
             (_write_frame, _write_arrays)[kind](data, new)
-            if not is_new and not filecmp.cmp(new, path, shallow=False):
+            if not is_new and not _hold_the_same(new, path):
                 raise UserError(
                     f"output=: {folder} has the data of another run, which are others; choose another folder"
                 )
@@ -100,6 +104,13 @@ def written_data(data: Any, folder: Path) -> Iterator[dict[str, Any]]:
         if is_new and not (folder / "config.yaml").is_file():
             path.unlink(missing_ok=True)
         raise
+
+
+def _hold_the_same(one: Path, other: Path) -> bool:
+    """Whether two files have the same data; files of features with the same data differ in the order of their entries."""
+    if filecmp.cmp(one, other, shallow=False):
+        return True
+    return is_feature_file(one) and read_feature_file(one).holds_what(read_feature_file(other))
 
 
 def _kind_of_folder(path: Path) -> str:

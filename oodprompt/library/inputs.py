@@ -20,6 +20,8 @@ from oodprompt.predict import images_of
 from oodprompt.serving.classifier import of_array, of_pillow
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from oodprompt.engine.trainer import PromptTrainer
 
 _TAKES = (
@@ -29,12 +31,16 @@ _TAKES = (
 
 @dataclass
 class Inputs:
-    """What to classify: ``names``, and either ``paths``, ``pictures`` or features ``z`` [N, d]."""
+    """What to classify: ``names``, and either ``paths``, ``pictures`` or features ``z`` [N, d].
+
+    ``index`` has the names of the rows where a pandas object was given.
+    """
 
     names: list[str]
     paths: list[Path] | None = None
     pictures: list[Image.Image] | None = None
     z: Tensor | None = None
+    index: pd.Index | None = None
 
     @classmethod
     def of(cls, images: Any, trainer: PromptTrainer) -> Inputs:
@@ -53,10 +59,20 @@ class Inputs:
             if "image" not in images.columns:
                 raise UserError("predict: the DataFrame has no column 'image' with the paths of images")
             images = images["image"]
+        if type(images).__name__ == "Series":
+            found = cls._of_items(list(images))
+            if len(found.names) != len(images):
+                raise UserError("predict: the table has a folder among its images; give the paths of the images in it")
+            found.index = images.index
+            return found
         try:
             items = list(images)
         except TypeError:
             raise UserError(f"predict: a {type(images).__name__} is no image; {_TAKES}") from None
+        return cls._of_items(items)
+
+    @classmethod
+    def _of_items(cls, items: list[Any]) -> Inputs:
         if all(isinstance(item, (str, Path)) for item in items):
             paths = images_of([Path(item).expanduser() for item in items])
             return cls(list(map(str, paths)), paths=paths)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oodprompt.config.keys import declared_keys
+from oodprompt.config.keys import declared_keys, section_of, sections_of
+from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.errors import UserError, nearest
 
 # Words that everybody uses, where the key has another name.
@@ -37,8 +38,13 @@ def keys_of(settings: Mapping[str, Any], methods: Sequence[str], data: str) -> d
     ``coopood_anchor``). Of TRAINER count the sections of ``methods``, of DATASET that of the data set ``data``.
     """
     known = list(declared_keys())
-    own = [key for key in known if _is_in_use(key, methods, data)]
-    return {_key_of(word, own, known): plain(value) for word, value in settings.items() if value is not None}
+    own = _in_use(known, methods, data)
+    words = {word: _key_of(word, own, known) for word, value in settings.items() if value is not None}
+    first = {key: word for word, key in reversed(words.items())}
+    for word, key in words.items():
+        if first[key] != word:
+            raise UserError(f"{first[key]}= and {word}= both give {key}; leave one out")
+    return {key: plain(settings[word]) for word, key in words.items()}
 
 
 def _key_of(word: str, own: Sequence[str], known: Sequence[str]) -> str:
@@ -78,20 +84,33 @@ def _shortest(key: str, keys: Sequence[str]) -> str:
     return next((word for word in words if _matches(word, keys) == [key] and word not in SHORT), words[-1])
 
 
-def _is_in_use(key: str, methods: Sequence[str], data: str) -> bool:
-    parts = key.split(".")
-    if len(parts) < 3 or parts[0] not in ("TRAINER", "DATASET"):
-        return True
-    sections = {
-        name.split(".")[1] for name in declared_keys() if name.startswith(f"{parts[0]}.") and name.count(".") == 2
-    }
-    return parts[1] in {_section(name, sections) for name in (methods if parts[0] == "TRAINER" else [data])}
+def refuse_two_values(own: Mapping[str, Any], by_keywords: Mapping[str, Any], by_parameters: Mapping[str, Any]) -> None:
+    """``UserError`` where ``own``, what ``keys=`` gives, has another value for a key that the call gives otherwise."""
+    for given in (by_parameters, by_keywords):
+        for key in own.keys() & given.keys():
+            if plain(own[key]) != given[key]:
+                parameter = _PARAMETERS.get(key, "data") if given is by_parameters else ""
+                place = f"{parameter}=" if parameter else "a keyword"
+                raise UserError(f"keys=: {key} is {own[key]!r} there and {given[key]!r} by {place}; leave one out")
 
 
-def _section(name: str, sections: Iterable[str]) -> str:
-    """The section of a method or data set: its name in capitals, or the longest section that the name begins with."""
-    upper = name.upper()
-    return upper if upper in sections else max((s for s in sections if upper.startswith(s)), key=len, default="")
+def _in_use(known: Sequence[str], methods: Sequence[str], data: str) -> list[str]:
+    """The keys but those in the sections of other methods and data sets."""
+    of_methods = sections_of("TRAINER")
+    read = {section for method in methods for section in _sections_read(method, of_methods)}
+    others = {f"TRAINER.{section}" for section in of_methods - read}
+    of_data = sections_of("DATASET")
+    others |= {f"DATASET.{section}" for section in of_data - {section_of(data, of_data)}}
+    return [key for key in known if key.count(".") < 2 or ".".join(key.split(".")[:2]) not in others]
+
+
+def _sections_read(method: str, sections: Collection[str]) -> set[str]:
+    """Sections of TRAINER whose keys a method reads: its own, and those that its class names."""
+    found = {section_of(method, sections)}
+    if method in TRAINER_REGISTRY:
+        trainer = TRAINER_REGISTRY.get(method)
+        found.update(*(part.sections for part in (trainer.learner_class, trainer.debiaser_class) if part))
+    return found
 
 
 def plain(value: Any) -> Any:

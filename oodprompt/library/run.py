@@ -80,12 +80,14 @@ class Run:
         """Classify images; a row for each: image, prediction, probability, and the probability of every class.
 
         ``images``: paths or folders, PIL images, pixels uint8 [N, H, W, 3] or [H, W, 3] in RGB, or image features
-        [N, d] (floats, by the frozen backbone), one of them or a list; or a DataFrame with a column image. ``UserError`` for what cannot be read.
+        [N, d] (floats, by the frozen backbone), one of them or a list; or a DataFrame with a column image, whose rows keep
+        their index. ``UserError`` for what cannot be read.
         """
         with self._call():
             given = Inputs.of(images, self.trainer)
             probabilities = torch.cat([torch.empty(0, len(self.classes)), *given.probabilities(self.trainer)])
-        return table_of(given.names, probabilities, self.classes)
+        table = table_of(given.names, probabilities, self.classes)
+        return table if given.index is None else table.set_axis(given.index)
 
     def features(self, images: Images) -> np.ndarray:
         """Image features of this model, L2-normalised, float32 [N, d]; ``images`` as in ``predict``."""

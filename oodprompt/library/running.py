@@ -10,43 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
-from oodprompt.backbones.weights import BACKBONE_REGISTRY, SHAPES
 from oodprompt.config import extensions
 from oodprompt.config.keys import declared_keys, get_cfg_default, merge_file
 from oodprompt.config.registry import TRAINER_REGISTRY
 from oodprompt.data.distributed import leave_together
 from oodprompt.engine.arguments import build_parser, setup_cfg
+from oodprompt.engine.settings import settings_of
 from oodprompt.engine.trainer import PromptTrainer, build_trainer, load_run
 from oodprompt.errors import UserError, nearest
 from oodprompt.library.data import keys_of_data, name_of, written_data
-from oodprompt.library.keywords import keys_of, plain
+from oodprompt.library.keywords import keys_of, plain, refuse_two_values
 from oodprompt.library.run import Run
 from oodprompt.library.state import Processes, call
 from oodprompt.terminal import logged
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# Where no config file is given: CoOp's optimiser, and pixels as CLIP was trained on them. Nothing is drawn at random, so
-# that image features are computed once.
-SETTINGS: dict[str, Any] = {
-    "INPUT.INTERPOLATION": "bicubic",
-    "INPUT.PIXEL_MEAN": [0.48145466, 0.4578275, 0.40821073],
-    "INPUT.PIXEL_STD": [0.26862954, 0.26130258, 0.27577711],
-    "INPUT.TRANSFORMS": ("normalize",),
-    "DATALOADER.TEST.BATCH_SIZE": 100,
-    "DATALOADER.NUM_WORKERS": min(4, os.cpu_count() or 1),  # of more torch warns
-    "TRAINER.COOP.CTX_INIT": "a photo of a",
-    "TRAINER.COOP.N_CTX": 4,
-    "OPTIM.NAME": "sgd",
-    "OPTIM.LR": 0.002,
-    "OPTIM.LR_SCHEDULER": "cosine",
-    "OPTIM.MAX_EPOCH": 50,
-    "OPTIM.WARMUP_EPOCH": 1,
-    "OPTIM.WARMUP_TYPE": "constant",
-    "OPTIM.WARMUP_CONS_LR": 1e-5,
-}
-_PIXELS = ("INPUT.INTERPOLATION", "INPUT.PIXEL_MEAN", "INPUT.PIXEL_STD")
 
 
 def train(
@@ -73,7 +52,7 @@ def train(
 
     Other keywords are config keys in lower case (``anchor="attributes"``, ``attribute_names=["beach", "meadow"]``,
     ``epochs=20``, ``seed=1``); ``keys`` takes them by their full names. Without ``config_file``, the optimiser is that of
-    CoOp's paper and images are prepared as for CLIP (``oodprompt.library.running.SETTINGS``). ``imports`` are files with
+    CoOp's paper and images are prepared as for CLIP (``oodprompt.engine.settings.SETTINGS``). ``imports`` are files with
     methods of your own. ``verbose`` prints what the command line prints.
 
     Raises ``UserError`` for what the caller can mend.
@@ -89,10 +68,14 @@ def train(
         of_data = keys_of_data(data, root)
         base_name, stack = _others(method, base, config_file, own, settings)
         name = name_of(data) or _named(own, config_file, dataset_config_file, "DATASET.NAME")
-        given = of_data | keys_of(settings, [method, base_name, *stack], name) | {k: plain(v) for k, v in own.items()}
+        of_words = keys_of(settings, [method, base_name, *stack], name)
+        parameters = {"TRAINER.NAME": method, "TRAINER.BASE": base, "MODEL.BACKBONE.NAME": backbone} | of_data
+        parameters["OUTPUT_DIR"] = None if output is None else str(output)
+        refuse_two_values(own, of_words, {key: value for key, value in parameters.items() if value is not None})
+        given = of_data | of_words | {key: plain(value) for key, value in own.items()}
         if output is not None:
             given["OUTPUT_DIR"] = str(output)
-        prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""))
+        prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""), given)
         cfg = setup_cfg(_with(args, prepared | given), notes.append)
         keys_again = prepared | given | {"OUTPUT_DIR": cfg.OUTPUT_DIR, "SEED": cfg.SEED}
         with (
@@ -172,14 +155,6 @@ def _with(args: argparse.Namespace, keys: Mapping[str, Any]) -> argparse.Namespa
     copy = argparse.Namespace(**vars(args))
     copy.opts = [word for pair in keys.items() for word in pair]
     return copy
-
-
-def settings_of(backbone: str) -> dict[str, Any]:
-    """``SETTINGS``, and the size of images that the backbone takes; backbones of other libraries and of the user's say so themselves."""
-    if ":" in backbone or backbone in BACKBONE_REGISTRY:
-        return {key: value for key, value in SETTINGS.items() if key not in _PIXELS}
-    pixels = 48 if backbone == "tiny" else SHAPES[backbone].image_resolution if backbone in SHAPES else 224
-    return SETTINGS | {"INPUT.SIZE": (pixels, pixels)}
 
 
 def _named(own: Mapping[str, Any], *rest: Any) -> Any:

@@ -64,7 +64,8 @@ class PromptLearner(nn.Module):
     ``foreign``, a pattern of the keys that upstream's checkpoints have beyond ours and that are passed over;
     ``trains_image_tower``, whether image features change during training (so that they must not be cached);
     ``needs_frozen_features`` and ``needs_captions``, whether alignments carry ``frozen_image_features`` and
-    ``caption_features`` in training; ``ce_weight``, the weight of the cross-entropy in its objective.
+    ``caption_features`` in training; ``ce_weight``, the weight of the cross-entropy in its objective; ``sections``, those
+    of TRAINER that it reads beside that of its name, whose keys are then keywords of ``oodprompt.train``.
     """
 
     model_name = "prompt_learner"
@@ -74,6 +75,7 @@ class PromptLearner(nn.Module):
     needs_frozen_features = False
     needs_captions = False
     ce_weight = 1.0
+    sections: tuple[str, ...] = ()
     clip: CLIP
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], template: str, clip: CLIP) -> None:
@@ -258,8 +260,8 @@ class Debiaser(nn.Module):
     for the sizes of groups: ``"size"`` (weights by the groups' sizes in training), ``"batch"`` (weights by their sizes
     in the batch), ``"sampler"`` (all groups are drawn equally often) or ``""`` (nothing); ``epoch_order``, None or a
     function that takes the place of the sampler. It maps (epoch, random numbers) to the indices of the training images
-    of an epoch, in order; every epoch must have the same number of images. Of a stack one debiaser may predict, and one
-    may have an ``epoch_order``.
+    of an epoch, in order; every epoch must have the same number of images; ``sections``, as those of a prompt learner.
+    Of a stack one debiaser may predict, and one may have an ``epoch_order``.
     """
 
     model_name = "debiaser"
@@ -268,6 +270,7 @@ class Debiaser(nn.Module):
     has_own_text = False
     takes_regions = False
     group_correction = ""
+    sections: tuple[str, ...] = ()
     epoch_order: EpochOrder | None = None
 
     def __init__(self, cfg: CfgNode, context: Context) -> None:

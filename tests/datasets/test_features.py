@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -227,7 +228,12 @@ WRONG = [
     (changed(label=np.array(["cat", "dgo"] * 6)), "row 1 has the label 'dgo': did you mean 'dog'?"),
     (changed(label=np.arange(12) % 2 * 1.0), "label must be whole numbers or words, not float64"),
     (changed(class_names=None), "numbered labels and no class_names"),
-    (changed(class_names=np.array(["cat", "cat"])), "class_names holds a name twice"),
+    (
+        changed(class_names=np.array(["cat", "cat"]), label=np.array(["cat"] * 12)),
+        "holds a name twice, cat, and labels are",
+    ),
+    (changed(label=np.array(["cat", "nan"] * 6), class_names=None), "row 1 has the label 'nan', which says that it is"),
+    (changed(label=np.array(["cat", " "] * 6)), "row 1 has the label ' ', which says that it is not known"),
     (changed(class_names=np.array(["cat", "dog", "cow"])), "class 'cow' has no training row"),
     (changed(split=None), "has no entry 'split': give train, val or test for each row"),
     (changed(split=np.array(["train"] * 11 + ["tset"])), "row 11 has the split 'tset'; use train, val, test"),
@@ -247,6 +253,49 @@ def test_what_is_wrong_with_a_file_is_said(
     with pytest.raises(UserError, match=error) as raised:
         opened(make_cfg, tmp_path / "f.npz")
     assert str(tmp_path / "f.npz") in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_names_that_may_be(make_cfg: Build, tmp_path: Path) -> None:
+    """Two classes of one name, as ImageNet has them; and names that elsewhere say that a value is missing."""
+    file = write_features(tmp_path / "f.npz", **small(class_names=["missile", "missile"]))
+    assert opened(make_cfg, file).classnames == ["missile", "missile"]
+    words = np.array(["NA", "None"] * 6)
+    names = {"class_names": ["NA", "None"], "attribute_names": ["None", "NA"]}
+    data = opened(make_cfg, write_features(tmp_path / "g.npz", **small(label=words, attribute=words, **names)))
+    assert data.test.label.tolist() == [0, 1, 0, 1] and data.test.attribute.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_what_a_table_has_can_be_written(ending: str, make_cfg: Build, tmp_path: Path) -> None:
+    """Columns of pandas have objects of Python, some of them missing."""
+    labels = pd.Series(["cat", "dög"] * 6)
+    words = {"class_names": pd.Index(["cat", "dög"]), "attribute_names": None, "image": [Path("a.png"), None] * 6}
+    table = pd.DataFrame(small()["image_features"])
+    one = small(image_features=table, label=labels, attribute=["x", None, "y", float("nan")] * 3, **words)
+    data = opened(make_cfg, write_features(tmp_path / f"f.{ending}", **one))
+    assert data.classnames == ["cat", "dög"] and data.test.attribute.tolist() == [0, -1, 1, -1]
+    numbers = pd.Series([0, None] * 6, dtype="Int64")
+    other = small(label=np.char.encode(labels.tolist(), "utf-8"), attribute=numbers, class_names=None)
+    data = opened(make_cfg, write_features(tmp_path / f"g.{ending}", **other))
+    assert data.classnames == ["cat", "dög"] and data.test.attribute.tolist() == [0, -1, 0, -1]
+    file = write_features(tmp_path / f"h.{ending}", **small(domain=["one"] * 12))
+    assert read_feature_file(file).rows["domain"].tolist() == ["one"] * 12
+
+
+@pytest.mark.parametrize(
+    ("entries", "error"),
+    [
+        ({"label": ["cat", None] * 6}, "entry 1 of label is missing; give a value, or take the row out"),
+        ({"class_names": pd.Series(["cat", None])}, "entry 1 of class_names is missing"),
+        ({"label": np.array(["cat", {}] * 6, object)}, "entry 1 of label is a dict; give a word or a whole number"),
+        ({"label": [["cat"], ["cat", "dog"]]}, "the entries of label differ in length"),
+        ({"image_features": pd.DataFrame({"a": ["x"] * 12})}, r"image_features must be floats \[N, d\], not object"),
+        ({"image_features": [torch.ones(2), torch.ones(3)]}, "the entries of image_features differ in length"),
+    ],
+)
+def test_what_cannot_be_written(entries: dict[str, Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=error):
+        write_features(tmp_path / "f.npz", **small(**entries))
 
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
@@ -362,3 +411,13 @@ def test_the_command_writes_what_it_says(data_root: Path, tmp_path: Path, capsys
     assert found.features.dtype == torch.float16 and found.words["backbone"] == "tiny"
     assert extracting.main(["--output", str(tmp_path / "f.csv"), *words]) == 2
     assert "ends in .npz or .safetensors" in capsys.readouterr().err
+
+
+def test_without_a_config_file_images_are_prepared_as_for_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CfgNode] = []
+    monkeypatch.setattr(extracting, "extract", lambda cfg, *_: made.append(cfg) or __file__)
+    monkeypatch.setenv("OODPROMPT_IMPORT", "")
+    extracting.run(["--backbone", "ViT-L/14@336px", "--output", "f.npz", "DATALOADER.TEST.BATCH_SIZE", "7"])
+    keys = made[0].INPUT
+    assert (keys.INTERPOLATION, tuple(keys.TRANSFORMS), tuple(keys.SIZE)) == ("bicubic", ("normalize",), (336, 336))
+    assert keys.PIXEL_MEAN[0] == 0.48145466 and made[0].DATALOADER.TEST.BATCH_SIZE == 7

@@ -60,6 +60,15 @@ def test_keywords_that_mean_nothing_or_too_much(word: str, error: str) -> None:
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
+def test_methods_that_read_the_section_of_another() -> None:
+    for method, word, key in (
+        ("KgCoOp", "n_ctx", "TRAINER.COOP.N_CTX"),
+        ("ProGrad", "ctx_init", "TRAINER.COOP.CTX_INIT"),
+        ("FineTune", "templates", "TRAINER.ZEROSHOT.TEMPLATES"),
+    ):
+        assert keys_of({word: 1}, [method], DATA) == {key: 1}
+
+
 def test_values_are_plain() -> None:
     found = [plain(value) for value in (np.float32(0.5), np.arange(2), Path("a"), ["b", np.int64(1)], "c")]
     assert found == [0.5, [0, 1], "a", ["b", 1], "c"] and type(found[0]) is float
@@ -86,6 +95,22 @@ def test_values_are_plain() -> None:
         (lambda: oodprompt.train("CoOp", keys=["OPTIM.LR"]), "keys= is a dict of config keys"),
         (lambda: oodprompt.load(".", epoch="best"), "epoch= is a whole number, or None"),
         (lambda: oodprompt.train("CoOp", config_file="no.yaml"), "no config file at no.yaml"),
+        (
+            lambda: oodprompt.train("CoOp", keys={"OPTIM.MAX_EPOCH": 3}, epochs=5),
+            "keys=: OPTIM.MAX_EPOCH is 3 there and 5 by a keyword; leave one out",
+        ),
+        (
+            lambda: oodprompt.train("CoOp", keys={"TRAINER.NAME": "VPT"}),
+            "keys=: TRAINER.NAME is 'VPT' there and 'CoOp' by method=; leave one out",
+        ),
+        (
+            lambda: oodprompt.train("CoOp", data="ShapesOnScenes", keys={"DATASET.NAME": "CSV"}),
+            "keys=: DATASET.NAME is 'CSV' there and 'ShapesOnScenes' by data=",
+        ),
+        (
+            lambda: oodprompt.train("CoOp", epochs=3, max_epoch=4),
+            r"epochs= and max_epoch= both give OPTIM\.MAX_EPOCH; leave one out",
+        ),
         (lambda: oodprompt.train("CoOp", imports=["no.py"]), "imports=: there is no file .*no.py"),
     ],
 )

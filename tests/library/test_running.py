@@ -134,7 +134,10 @@ def test_every_form_of_an_image_has_one_prediction(run: Run, images: list[str]) 
         pd.testing.assert_frame_equal(found.drop(columns="image"), expected.drop(columns="image"), atol=1e-5)
         np.testing.assert_allclose(run.features(given), z, atol=1e-5)
     one = run.predict(images[0])
-    assert run.predict(pd.DataFrame({"image": images})).equals(expected)
+    table = pd.DataFrame({"image": [*images, images[0]]}, index=list("zyxwvu"))
+    for found in (run.predict(table), run.predict(table["image"])):  # a row for each, in the rows of the table
+        pd.testing.assert_frame_equal(found, expected.iloc[[*range(5), 0]].set_axis(table.index), atol=1e-5)
+    assert run.features([images[0]] * 2).shape == (2, 128)
     for given in (Path(images[0]), pictures[0], pixels[0], z[:1], [images[0]]):
         assert run.predict(given)[run.classes].values == pytest.approx(one[run.classes].values, abs=1e-5)
     assert len(run.predict(z[:0])) == len(run.predict([])) == 0
@@ -154,6 +157,7 @@ def test_predictions_are_those_of_the_command(run: Run, images: list[str], tmp_p
         (3, "a int is no image; give paths, PIL images"),
         ([3, "a.png"], "a list of int, str is none of images"),
         ("no/such.png", "there is no file or folder no/such.png"),
+        (pd.Series([Path(__file__).parents[2] / "docs" / "images"]), "the table has a folder among its images"),
         (np.zeros((2, 5), np.float32), "image features of this backbone have 128 entries each, not 5"),
         (np.full((2, 128), np.nan), r"a row of the image features is zero or not finite"),
         (np.zeros((2, 128), np.float32), "zero or not finite"),
@@ -360,8 +364,9 @@ def test_calls_leave_no_state_behind(train: Train, run: Run, images: list[str]) 
 
 def test_silent_unless_asked(train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logger, "handlers", [])  # tests show messages
-    silent = train("CoOp", data="ShapesOnScenes", **TINY | SMALL)
+    silent = train("CoOp", data="ShapesOnScenes", n_ctx=3, **TINY | SMALL)
     silent.evaluate()
+    assert silent.trainer.learner.ctx.shape[0] == 3  # and not the four words of SETTINGS
     assert capsys.readouterr() == ("", "")
     log = (silent.folder / "log.txt").read_text()
     assert "Finish training" in log and logger.handlers == []

@@ -13,6 +13,7 @@ imported by an entry point in the group ``oodprompt``:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -61,7 +62,7 @@ def register_all() -> None:
 
 def load() -> None:
     """Import what is named and was not imported yet; ``UserError`` for what is not there or takes a name that is taken."""
-    for point in importlib.metadata.entry_points(group="oodprompt"):
+    for point in _entry_points(tuple((place, _modified(place)) for place in sys.path)):
         if f"{point.name}={point.value}" in _done:
             continue
         _done.add(f"{point.name}={point.value}")
@@ -81,6 +82,20 @@ def load() -> None:
             if problem is None:
                 raise
             raise UserError(f"--import {name}: {problem}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _entry_points(places: tuple[tuple[str, float], ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """Those of installed packages. To read them takes longer than all else of a config, so they are read anew only where
+    ``places``, the folders that packages are in and when each was changed, are others."""
+    return tuple(importlib.metadata.entry_points(group="oodprompt"))
+
+
+def _modified(place: str) -> float:
+    try:
+        return os.stat(place or ".").st_mtime
+    except OSError:
+        return 0.0
 
 
 def digests() -> dict[str, str]:

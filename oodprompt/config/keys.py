@@ -174,12 +174,15 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
     Strings are read as Python literals where they are one ("1e-5", "(48, 48)"); the value must have the type of the
     default, where an int may stand for a float and a list for a tuple.
     """
-    known = leaves(cfg)
-    if name not in known:
-        if any(key.startswith(f"{name}.") for key in known):
+    *parents, leaf = name.split(".")
+    node: Any = cfg
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or leaf not in node or isinstance(node[leaf], CfgNode):
+        if isinstance(node, CfgNode) and leaf in node:
             raise UserError(f"{source}: {name!r} is a section, not a key")
-        raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, known)}")
-    value, default = _literal(raw), known[name]
+        raise UserError(f"{source}: unknown config key {name!r}: {_nearest_key(name, leaves(cfg))}")
+    value, default = _literal(raw), node[leaf]
     key = _KEYS.get(name)
     if key is not None and key.parse is not None:
         value = key.parse(value)
@@ -208,10 +211,6 @@ def set_key(cfg: CfgNode, name: str, raw: Any, source: str) -> None:
             f"{source}: {name} takes a value of type {type(default).__name__} (default {default!r}), "
             f"not {raw!r} of type {type(value).__name__}"
         )
-    *parents, leaf = name.split(".")
-    node = cfg
-    for parent in parents:
-        node = node[parent]
     node[leaf] = value
 
 
@@ -249,7 +248,7 @@ def merge_file(cfg: CfgNode, path: str | Path) -> list[str]:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no config file at {path}" + (f"; that folder has: {', '.join(near)}" if near else ""))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -144,12 +144,30 @@ def test_an_installed_package_is_imported(mine: Path, monkeypatch: pytest.Monkey
         SimpleNamespace(name="bad", value="c.d", load=fail),
     ]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == "oodprompt" else [])
+    monkeypatch.syspath_prepend(str(mine.parent))  # other places: what is installed is read anew
     with pytest.warns(UserWarning, match=r"bad = c\.d failed: ImportError"):
         extensions.load()
     assert "Packaged" in TRAINER_REGISTRY.registered_names()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extensions.load()  # neither again
+
+
+def test_a_package_that_is_installed_meanwhile_is_imported(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    extensions.load()
+    (site / "late.py").write_text("import sys\nsys.late = True\n")
+    (site / "late-1.dist-info").mkdir()
+    (site / "late-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1\n")
+    (site / "late-1.dist-info" / "entry_points.txt").write_text("[oodprompt]\nlate = late\n")
+    os.utime(site, (1, 1))
+    monkeypatch.setattr(sys, "late", False, raising=False)
+    extensions.load()
+    assert sys.late
 
 
 def test_commands_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import logging
 import os
 import random
 import shutil
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -329,6 +331,8 @@ def _snapshot() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "grad": torch.is_grad_enabled(),
         "warnings": list(warnings.filters),
+        "hook": threading.excepthook,
+        "path": list(sys.path),
         "handlers": list(logger.handlers),
         "level": logger.level,
         "root handlers": list(logging.getLogger().handlers),

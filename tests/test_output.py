@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch.utils.tensorboard import SummaryWriter
 from oodprompt import cli
 from oodprompt.backbones import is_too_long, tokenize
 from oodprompt.engine.evaluation import Classification
+from oodprompt.engine.trainer import PromptTrainer
 from oodprompt.errors import UserError
 from oodprompt.log import Forgiving, logger
 from tests.helpers.forks import Forks
-from tests.helpers.runs import Arguments
+from tests.helpers.runs import Arguments, interrupted_at
 
 NAMES = ("鹤", "žeriav")
 ONE = ("OPTIM.MAX_EPOCH", "1", "DATALOADER.NUM_WORKERS", "0")
@@ -279,10 +281,11 @@ def test_trackers_of_accelerate_get_the_curves(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Recorded.told.clear()
+    hook = threading.excepthook
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorded)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    command = arguments("CoOp", "out", *ONE, "TRAIN.PRINT_FREQ", "1", "TRAIN.TRACKERS", "('tensorboard', 'wandb')")
-    assert cli.main(command) == 0
+    monkeypatch.setattr("oodprompt.engine.arguments.check_trackers", lambda cfg: None)  # it need not be there
+    more = (*ONE, "TRAIN.PRINT_FREQ", "1", "TRAIN.TRACKERS", "('tensorboard', 'wandb')")
+    assert cli.main(arguments("CoOp", "out", *more)) == 0
     kinds = [kind for kind, _ in Recorded.told]
     assert kinds[:2] == ["options", "keys"] and kinds[-1] == "finish" and kinds.count("finish") == 1
     assert Recorded.told[0][1]["run_name"] == "oodprompt" and Recorded.told[1][1]["TRAINER.NAME"] == "CoOp"
@@ -291,6 +294,9 @@ def test_trackers_of_accelerate_get_the_curves(
     steps = [step for (tag, _), step in logged if tag == "train/loss"]
     assert steps == list(range(5)), logged
     assert list((tmp_path / "out" / "tensorboard").iterdir())
+    monkeypatch.setattr(PromptTrainer, "forward_backward", interrupted_at(0, 2))
+    assert cli.main(arguments("CoOp", "broken off", *more)) == 1
+    assert [kind for kind, _ in Recorded.told].count("finish") == 2 and threading.excepthook is hook
 
 
 @pytest.mark.parametrize("method, what", [("__init__", ""), ("log", "the rest of "), ("finish", "the end of ")])
@@ -298,7 +304,7 @@ def test_a_tracker_that_fails_costs_a_line(
     method: str, what: str, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Recorded)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("oodprompt.engine.arguments.check_trackers", lambda cfg: None)  # it need not be there
     monkeypatch.setattr(Recorded, method, fails)
     assert cli.main(arguments("CoOp", "out", *ONE, "TRAIN.TRACKERS", "mlflow")) == 0
     log = (tmp_path / "out" / "log.txt").read_text()

@@ -30,7 +30,7 @@ ENVIRONMENT = "OODPROMPT_IMPORT"
 # What comes with the package. They are imported by name, as those of others are: nothing below depends on them.
 OWN = ("oodprompt.config.defaults", "oodprompt.trainers", "oodprompt.datasets")
 _done: set[str] = set()
-_digests: dict[str, str] = {}
+_digests: dict[str, str] = {}  # of files, by their whole paths
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +46,19 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add(names: Sequence[str]) -> None:
-    """Have files (``.py``) and modules imported by ``load``, here and in processes that are started from here."""
+    """Have files (``.py``) and modules imported by ``load``, here and in processes that are started from here.
+
+    ``UserError`` for a file that was imported and has been edited since: Python keeps what it held then.
+    """
     for name in names:
         if os.pathsep in name:
             raise UserError(f"--import {name}: a path with {os.pathsep!r} in it cannot be given; rename the folder")
+        path = Path(_resolved(name))
+        if str(path) in _done & _digests.keys() and path.is_file() and _digests[str(path)] != _digest(path):
+            raise UserError(
+                f"--import {name}: the file was edited after it was imported, and Python keeps the old code; restart the "
+                "program (in a notebook: the kernel)"
+            )
     os.environ[ENVIRONMENT] = os.pathsep.join(dict.fromkeys([*named(), *map(_resolved, names)]))
 
 
@@ -100,7 +109,11 @@ def _modified(place: str) -> float:
 
 def digests() -> dict[str, str]:
     """File name -> digest of what it held when it was imported, to notice that it was edited between two runs."""
-    return dict(_digests)
+    return {Path(path).name: digest for path, digest in _digests.items()}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _in_a_line(error: BaseException) -> str | None:
@@ -141,7 +154,7 @@ def _import_file(path: Path) -> None:
         raise UserError(f"--import: there is no file {path}")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    _digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    _digests[str(path)] = _digest(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, "Python knows how to load every .py file"
     module = importlib.util.module_from_spec(spec)

@@ -19,6 +19,7 @@ from oodprompt.data.dataset import DatasetBase, digest
 from oodprompt.engine import checkpoint
 from oodprompt.engine.evaluation import CRITERIA
 from oodprompt.engine.loop import RunState
+from oodprompt.engine.moved import are_in_run
 from oodprompt.engine.optim import TrainedModels, scales_losses
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
@@ -59,9 +60,11 @@ class RunIdentity:
         }
 
     def changed_keys(self, old: dict[str, Any]) -> dict[str, str]:
-        """Key -> its values then and now, in words, of those that differ."""
-        new = self.config
-        return {key: f"{key} was {old[key]!r}, now {new[key]!r}" for key in old if key in new and old[key] != new[key]}
+        """Key -> its values then and now, in words, of those that differ, but for data in the run's folder that moved."""
+        new, folder = self.config, self.config["OUTPUT_DIR"]
+        keys = [key for key in old if key in new and old[key] != new[key]]
+        keys = [key for key in keys if not are_in_run(key, old[key], new[key], folder)]
+        return {key: f"{key} was {old[key]!r}, now {new[key]!r}" for key in keys}
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
         """``UserError`` where the checkpoint at ``path``, which holds ``facts``, is of another run."""

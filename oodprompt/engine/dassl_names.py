@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +44,15 @@ class DasslNames:
 
     def models(self) -> list[nn.Module]:
         return list(self._models.values())
+
+    @contextlib.contextmanager
+    def closing_progress(self) -> Iterator[None]:
+        """The bar and the trackers of the training in the block are closed afterwards, also where it breaks off."""
+        try:
+            yield
+        finally:
+            if self.progress is not None:
+                self.progress.close()
 
     def update_lr(self) -> None:
         """Advance every learning rate by an epoch."""

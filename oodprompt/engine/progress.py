@@ -88,4 +88,6 @@ class Progress:
         self._bar.close()
 
     def close(self) -> None:
+        """Close the bar and the trackers."""
+        self.close_bar()
         self._trackers.close()

@@ -90,12 +90,26 @@ class _Tracker:
         if self._writer is not None:
             with optional(f"the end of {self.title}"):
                 self.end()
+            self._writer = None
 
 
-def _no_traceback(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread. Of a full disk or the like the next write tells; a traceback would be printed too."""
-    if not (failed.exc_type and issubclass(failed.exc_type, OSError)):
-        threading.__excepthook__(failed)
+class _NoTraceback:
+    """The hook for errors in threads while TensorBoard writes in one, until ``end``; other errors go to the hook before.
+
+    Of a full disk or the like the next write tells; a traceback would be printed too.
+    """
+
+    def __init__(self) -> None:
+        self._before = threading.excepthook
+        threading.excepthook = self
+
+    def __call__(self, failed: threading.ExceptHookArgs) -> None:
+        if not (failed.exc_type and issubclass(failed.exc_type, OSError)):
+            self._before(failed)
+
+    def end(self) -> None:
+        if threading.excepthook is self:  # else it is that of a later run, which goes on
+            threading.excepthook = self._before
 
 
 class _TensorBoard(_Tracker):
@@ -114,14 +128,21 @@ class _TensorBoard(_Tracker):
     def start(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter  # here: the first step need not wait for it
 
-        threading.excepthook = _no_traceback
-        return SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        self._hook = _NoTraceback()
+        try:
+            return SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        except BaseException:
+            self._hook.end()
+            raise
 
     def add(self, tag: str, value: float, step: int) -> None:
         self._writer.add_scalar(tag, value, step)
 
     def end(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self._hook.end()
 
 
 class _OfAccelerate(_Tracker):

@@ -158,13 +158,14 @@ class PromptTrainer(DasslNames):
     @device.one_line_for_kernels()
     def train(self) -> None:
         """Train from where the output folder stands, then test."""
-        with self.encoder.lasting_workers():
-            self.before_train()
-            for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
-                self.before_epoch()
-                self.run_epoch()
-                self.after_epoch()
-        self.after_train()
+        with self.closing_progress():
+            with self.encoder.lasting_workers():
+                self.before_train()
+                for self.epoch in range(self.start_epoch, self.max_epoch):  # noqa: B020
+                    self.before_epoch()
+                    self.run_epoch()
+                    self.after_epoch()
+            self.after_train()
 
     def before_train(self) -> None:
         device.set_torch(self.cfg, self.device)  # another run may have been built meanwhile
@@ -270,8 +271,6 @@ class PromptTrainer(DasslNames):
         elif self.history and self.state.is_main_process:
             write_training_curves(self.history, self.output_dir)
         logger.info(f"Elapsed: {datetime.timedelta(seconds=round(time.time() - self.time_start))}")
-        if self.progress is not None:
-            self.progress.close()
 
     def _deploy(self) -> None:
         """Load the model that is tested."""

@@ -14,11 +14,12 @@ from oodprompt.data.feature_files import FEATURES, is_feature_file, read_feature
 from oodprompt.engine.moved import IN_RUN
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import temporary_folder
+from oodprompt.reports.results import RESULTS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FRAME_KEY, _ARRAYS_KEY = "DATASET.CSV.FILE", "DATASET.FEATURES.FILE"
+_OUTCOMES = (RESULTS, "audit.json", "*/model*.pth.tar*")  # what was made of the data in a folder
 _TAKES = (
     "give a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, a csv file, a pandas DataFrame with columns image, label and "
     "split, a file of image features (.npz, .safetensors), a dict of arrays with image_features, or a data set's name"
@@ -79,25 +80,27 @@ def written_data(data: Any, folder: Path) -> Iterator[dict[str, Any]]:
     """Data that are in memory, in a file of the run's ``folder``: the key of the file, nothing for data in files.
 
     A run can only be loaded again where its data are kept, so that tables and arrays become files. ``UserError`` where
-    the folder has other data of another run. What was written is removed where a run is refused before it began.
+    the folder has other data, of which another run was trained. What was written is removed where a run is refused before it began.
     """
     kind = next((i for i, fits in enumerate((_is_frame(data), isinstance(data, Mapping))) if fits), None)
     if kind is None:
         yield {}
         return
     folder = folder.absolute()
-    path = folder / IN_RUN[kind]
+    key, name = list(IN_RUN.items())[kind]
+    path = folder / name
     is_new = not path.is_file()
     try:
         with temporary_folder(folder) as temporary:
             new = temporary / path.name
             (_write_frame, _write_arrays)[kind](data, new)
-            if not is_new and not _hold_the_same(new, path):
+            has_outcome = any(True for pattern in _OUTCOMES for _ in folder.glob(pattern))
+            if not is_new and has_outcome and not _hold_the_same(new, path):
                 raise UserError(
                     f"output=: {folder} has the data of another run, which are others; choose another folder"
                 )
             new.replace(path)
-        yield {(_FRAME_KEY, _ARRAYS_KEY)[kind]: str(path)}
+        yield {key: str(path)}
     except OSError as error:
         raise UserError(f"output=: cannot write {path}: {error.strerror or error}") from error
     except UserError:

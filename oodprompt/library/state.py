@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +94,7 @@ def untouched() -> Iterator[None]:
     python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     settings, environment, folder = _torch_settings(), dict(os.environ), os.getcwd()
-    handlers, level = list(logger.handlers), logger.level
+    handlers, level, hook = list(logger.handlers), logger.level, threading.excepthook
     try:
         with warnings.catch_warnings():
             yield
@@ -108,6 +109,7 @@ def untouched() -> Iterator[None]:
             os.environ.clear()
             os.environ.update(environment)
         os.chdir(folder)
+        threading.excepthook = hook
         logger.handlers[:] = handlers
         logger.setLevel(level)
 

@@ -111,6 +111,19 @@ def test_the_same_file_by_two_names_is_imported_once(mine: Path, monkeypatch: py
     assert TRAINER_REGISTRY.get("Mine").__name__ == "Mine"
 
 
+def test_a_file_that_was_edited_needs_a_new_program(mine: Path) -> None:
+    extensions.add([str(mine)])
+    extensions.load()
+    mine.write_text(f"{FILE}# edited")
+    with pytest.raises(
+        UserError, match="^--import .*mine.py: the file was edited after it was imported.*; restart the"
+    ):
+        extensions.add([str(mine)])
+    extensions.load()  # a run that has begun goes on
+    mine.write_text(FILE)
+    extensions.add([str(mine)])
+
+
 def test_modules_and_the_path_of_others_are_left_alone(mine: Path) -> None:
     mine.rename(mine.parent / "json.py")
     (mine.parent / "random.py").write_text("1 / 0")

@@ -8,6 +8,8 @@ import logging
 import os
 import random
 import shutil
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,13 +233,15 @@ def test_a_table_is_its_csv_file(outcome: Run, train: Train, frame: pd.DataFrame
     assert outcome.evaluate().worst_group is not None and outcome.classes == ["circle", "diamond"]
 
 
-def test_a_run_with_its_table_can_be_moved(outcome: Run, tmp_path: Path) -> None:
+def test_a_run_with_its_table_can_be_moved(outcome: Run, train: Train, frame: pd.DataFrame, tmp_path: Path) -> None:
     shutil.copytree(outcome.folder, tmp_path / "moved")
     config = tmp_path / "moved" / "config.yaml"
     config.write_text(config.read_text().replace(str(outcome.folder), "/gone"))
     assert not Path("/gone").exists()
     moved = oodprompt.load(tmp_path / "moved")
     assert moved.evaluate().content == outcome.evaluate().content and moved.folder == tmp_path / "moved"
+    again = train("CoOp", data=frame, root=None, output=tmp_path / "moved", **TINY)  # goes on, where nothing is left
+    assert again.evaluate().content == outcome.evaluate().content
 
 
 def test_features_in_memory_and_in_a_file(outcome: Run, train: Train, frame: pd.DataFrame, tmp_path: Path) -> None:
@@ -329,6 +333,8 @@ def _snapshot() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "grad": torch.is_grad_enabled(),
         "warnings": list(warnings.filters),
+        "hook": threading.excepthook,
+        "path": list(sys.path),
         "handlers": list(logger.handlers),
         "level": logger.level,
         "root handlers": list(logging.getLogger().handlers),

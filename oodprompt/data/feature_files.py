@@ -181,7 +181,8 @@ def write_features(path: str | Path, image_features: Any, **entries: Any) -> Pat
             if table.dtype is torch.bfloat16:
                 raise UserError(f"{path}: .npz has no bfloat16; write .safetensors, or give float16 or float32")
             with replacing(path) as file:
-                np.savez(file, **{FEATURES: table.numpy()}, **content.rows, **content.lists, **content.words)
+                arrays: dict[str, Any] = {FEATURES: table.numpy(), **content.rows, **content.lists, **content.words}
+                np.savez(file, **arrays)
         else:
             _to_safetensors(content, path)
     except OSError as error:

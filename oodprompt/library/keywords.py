@@ -66,13 +66,17 @@ def _key_of(word: str, own: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _matches(word: str, keys: Iterable[str]) -> list[str]:
-    """Keys that ``word`` says in lower case, from some part of their names on; the whole name wins."""
+    """Keys that ``word`` says in lower case, from some part of their names on; the whole name wins.
+
+    Keys of sources of groups are said from GROUP_SOURCES on: a run uses one source, and their short names are those of others.
+    """
     found = []
     for key in keys:
         parts = key.lower().split(".")
         if word == "_".join(parts):
             return [key]
-        if any(word == "_".join(parts[i:]) for i in range(1, len(parts))):
+        latest = 2 if parts[1:2] == ["group_sources"] else len(parts)
+        if any(word == "_".join(parts[i:]) for i in range(1, latest)):
             found.append(key)
     return found
 

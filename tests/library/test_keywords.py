@@ -33,6 +33,7 @@ METHODS, DATA = ["CoOpOOD", "CoOp"], "ShapesOnScenes"
         ("trainer_prec", "TRAINER.PREC"),
         ("grid", "REGIONS.GRID"),
         ("threshold", "DISCOVERY.THRESHOLD"),
+        ("group_sources_ssa_threshold", "TRAINER.GROUP_SOURCES.SSA.THRESHOLD"),
     ],
 )
 def test_keywords(word: str, key: str) -> None:

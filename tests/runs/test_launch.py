@@ -43,6 +43,20 @@ def started(job: Shell) -> Iterator[launch.Child]:
         stop([child])
 
 
+def test_what_every_job_imports_is_imported_once_ahead_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "on_the_way.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(launch, "_ON_THE_WAY", ("no_module_of_this_name", "on_the_way"))
+    monkeypatch.setattr(Shell, "is_finished", lambda job: True)
+    jobs = [Shell(tmp_path / name) for name in ("one", "two")]
+    run_here(jobs[:1], 1, [], quiet())
+    assert "on_the_way" not in sys.modules
+    run_here(jobs, 1, [], quiet(2))
+    assert sys.modules.pop("on_the_way", None)
+
+
 # --- one job -----------------------------------------------------------------------------------------------------
 
 

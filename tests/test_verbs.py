@@ -73,6 +73,7 @@ def test_discover_is_the_script(
         ("oodprompt tra", {"train"}),
         ("oodprompt predict --model-d", {"--model-dir"}),
         ("oodprompt features --dtype flo", {"float32", "float16"}),
+        ("oodprompt export --onn", {"--onnx"}),
     ],
 )
 def test_the_shell_completes_verbs_and_flags(line: str, words: set[str], tmp_path: Path) -> None:

@@ -17,9 +17,7 @@ checked against the run on real images before they are kept.
 """
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Export a model and say how far it is from the run."""
-    show_messages()
+def build_parser() -> Parser:
     parser = Parser(prog="oodprompt export", description=DESCRIPTION)
     parser.add_argument("--model-dir", type=Path, required=True, help="output folder of a run")
     parser.add_argument("--load-epoch", type=int, help="epoch whose model is taken; else the best model, else the last")
@@ -29,7 +27,13 @@ def run(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", help="folder that holds the data sets, where it is not the run's")
     parser.add_argument("--images", nargs="+", type=Path, default=[], help="images to check on; else the run's own")
     extensions.add_flag(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Export a model and say how far it is from the run."""
+    show_messages()
+    args = build_parser().parse_args(argv)
     extensions.add(args.imports)
     from oodprompt.serving.exporting import export  # here: it takes PyTorch, for which --help does not wait
 

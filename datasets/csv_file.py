@@ -16,7 +16,7 @@ from oodprompt.config.keys import declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images, Texts
 from oodprompt.data.dataset import prompts_of_names
-from oodprompt.data.tables import missing, normalised, portable, read_rows
+from oodprompt.data.tables import SPLITS, missing, normalised, portable, read_rows
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import inside
 from oodprompt.log import logger
@@ -41,8 +41,6 @@ declare(
         "CLASSNAMES": ((), "Names of numbered classes, or the order of named ones; empty: as in the file, sorted."),
     },
 )
-
-_SPLITS = {"train": 0, "0": 0, "val": 1, "valid": 1, "validation": 1, "1": 1, "test": 2, "2": 2}
 
 
 class _Values:
@@ -121,10 +119,10 @@ class _Rows:
         for value, line in self.split.line_of.items():
             self._refuse_blank(line, "image", "label", value)
             word = normalised([value])[value].lower()
-            if word not in _SPLITS:
+            if word not in SPLITS:
                 where = f"{self.path}, line {line}"
                 raise UserError(f"{where}: {self.keys.SPLIT} is train, val, test, 0, 1 or 2, not {value.strip()!r}")
-            meaning[value] = _SPLITS[word]
+            meaning[value] = SPLITS[word]
         return self.split.mapped(meaning)
 
     def attributes(self, named: Sequence[str]) -> dict[tuple[str, ...], str]:

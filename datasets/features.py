@@ -16,7 +16,7 @@ from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.columns import Images, Texts
 from oodprompt.data.dataset import prompts_of_names
 from oodprompt.data.feature_files import ENDINGS, FEATURES, FeatureFile, is_feature_file, read_feature_file
-from oodprompt.data.tables import missing
+from oodprompt.data.tables import SPLITS, missing
 from oodprompt.data.vectors import Vectors
 from oodprompt.errors import UserError, nearest
 
@@ -31,7 +31,6 @@ declare(
     },
 )
 
-_SPLITS = {"train": 0, "0": 0, "val": 1, "valid": 1, "validation": 1, "1": 1, "test": 2, "2": 2}
 _SPLIT_OF_FILE = re.compile(r"(train|val|test)([-_.].*)?")
 
 
@@ -235,15 +234,15 @@ def _splits(files: Sequence[FeatureFile]) -> np.ndarray:
                     f"{file.path} has no entry 'split': give train, val or test for each row, or a folder of files that are "
                     "named train, val and test"
                 )
-            parts.append(np.full(len(file.features), _SPLITS[found[1]]))
+            parts.append(np.full(len(file.features), SPLITS[found[1]]))
             continue
         values = _column([file], "split")
         distinct, row, inverse = np.unique(values, return_index=True, return_inverse=True)
         words = [str(value).strip().lower() for value in distinct.tolist()]
         for word, first in zip(words, row.tolist(), strict=True):
-            if word not in _SPLITS:
+            if word not in SPLITS:
                 raise UserError(f"{file.path}: row {first:,} has the split {word!r}; use train, val, test, 0, 1 or 2")
-        parts.append(np.array([_SPLITS[word] for word in words])[inverse.reshape(-1)])
+        parts.append(np.array([SPLITS[word] for word in words])[inverse.reshape(-1)])
     return np.concatenate(parts)
 
 

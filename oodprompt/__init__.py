@@ -32,7 +32,8 @@ __version__ = "0.1.0"
 # In a checkout, `trainers/` and `datasets/` lie beside this folder; setup.py installs them as subpackages. With the
 # checkout on this package's path, `oodprompt.trainers` means the same folder whichever way Python found us.
 _checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "trainers" / "coop_ood.py").is_file():
+IS_CHECKOUT = (_checkout / "trainers" / "coop_ood.py").is_file()
+if IS_CHECKOUT:
     __path__.append(str(_checkout))
 
 # Imported when they are first asked for: they take PyTorch, for which ``oodprompt --help`` does not wait.
@@ -55,12 +56,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _import_torch()
-    try:
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not _PLACES[name].startswith(error.name):
-            raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
 
 def _import_torch() -> None:

@@ -11,8 +11,7 @@ _PACKAGE = Path(oodprompt.__file__).resolve().parent
 
 def configs() -> Path:
     """The folder of our configuration files: ``configs/`` of the checkout, else of the installed package."""
-    beside = _PACKAGE.parent / "configs"
-    return beside if (_PACKAGE.parent / "trainers" / "coop_ood.py").is_file() else _PACKAGE / "configs"
+    return (_PACKAGE.parent if oodprompt.IS_CHECKOUT else _PACKAGE) / "configs"
 
 
 def find_config(name: str | Path) -> Path:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from oodprompt.errors import UserError
 
+# How a table names the splits of its rows, and their numbers.
+SPLITS = {"train": 0, "0": 0, "val": 1, "valid": 1, "validation": 1, "1": 1, "test": 2, "2": 2}
 SEPARATORS = (",", ";", "\t", "|")
 # What pandas' read_csv takes for a missing value, by letter: "NA" and "None" are missing, "na" and "none" are values.
 MISSING = frozenset(

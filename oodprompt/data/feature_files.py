@@ -28,6 +28,7 @@ FEATURES = "image_features"
 ROWS = ("label", "split", "attribute", "domain", "image", "caption")  # one entry a row
 LISTS = ("class_names", "attribute_names", "attribute_prompts")
 WORDS = ("template", "backbone", "backbone_digest")
+ENTRIES = (FEATURES, *ROWS, *LISTS, *WORDS)
 ENDINGS = (".npz", ".safetensors")
 _TEXTS = ("image", "caption")
 _UNKNOWN = ("attribute", *_TEXTS)  # whose values may be missing in some rows
@@ -73,10 +74,9 @@ def read_feature_file(path: Path) -> FeatureFile:
 
 
 def _checked(path: Path, entries: dict[str, Any]) -> FeatureFile:
-    known = (FEATURES, *ROWS, *LISTS, *WORDS)
     for name in entries:
-        if name not in known:
-            raise UserError(f"{path}: unknown entry {name!r}: {nearest(name, known)}")
+        if name not in ENTRIES:
+            raise UserError(f"{path}: unknown entry {name!r}: {nearest(name, ENTRIES)}")
     if FEATURES not in entries:
         raise UserError(f"{path} has no entry {FEATURES!r} [N, d]; it has {', '.join(sorted(entries)) or 'none'}")
     features = entries.pop(FEATURES)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from oodprompt.config.keys import get_cfg_default
 from oodprompt.config.registry import DATASET_REGISTRY
-from oodprompt.data.feature_files import FEATURES, is_feature_file, read_feature_file, write_features
+from oodprompt.data.feature_files import ENTRIES, FEATURES, is_feature_file, read_feature_file, write_features
 from oodprompt.engine.moved import IN_RUN
 from oodprompt.errors import UserError, nearest
 from oodprompt.files import temporary_folder
@@ -59,7 +59,7 @@ def keys_of_data(data: Any, root: str | Path | None) -> dict[str, Any]:
     name = name_of(data)
     keys: dict[str, Any] = {"DATASET.NAME": name} if name else {}
     if root is not None:
-        keys["DATASET.ROOT"] = str(root)
+        keys["DATASET.ROOT"] = str(Path(root).expanduser())
     if isinstance(data, (str, Path)) and str(data) != name:
         path = Path(data).expanduser().absolute()
         if name == "Features":
@@ -143,6 +143,9 @@ def _write_frame(frame: pd.DataFrame, path: Path) -> None:
         )
     if frame.empty:
         raise UserError("data=: the DataFrame has no rows")
+    for row, (image, is_missing) in enumerate(zip(frame["image"], frame["image"].isna(), strict=True)):
+        if is_missing or not str(image).strip():
+            raise UserError(f"data=: row {row:,} of the DataFrame has no image; give its path, or take the row out")
     table = frame.copy()
     table["image"] = [str(Path(str(path)).expanduser().absolute()) for path in frame["image"]]
     table.to_csv(path, index=False, encoding="utf-8", errors="backslashreplace")
@@ -151,4 +154,9 @@ def _write_frame(frame: pd.DataFrame, path: Path) -> None:
 def _write_arrays(data: Mapping[str, Any], path: Path) -> None:
     if FEATURES not in data:
         raise UserError(f"data=: the dict has no {FEATURES!r} [N, d]; it has {', '.join(map(str, data)) or 'nothing'}")
-    write_features(path, **data)
+    if unknown := [name for name in data if name not in ENTRIES]:
+        raise UserError(f"data=: unknown entry {unknown[0]!r} of the dict: {nearest(str(unknown[0]), ENTRIES)}")
+    try:
+        write_features(path, **data)
+    except UserError as error:  # the file is a temporary one, of which nobody knows
+        raise UserError(str(error).replace(f"{path}: ", "data=: ")) from error

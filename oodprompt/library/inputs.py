@@ -50,9 +50,9 @@ class Inputs:
         if isinstance(images, Image.Image):
             images = [images]
         if isinstance(images, Tensor):
-            images = images.detach().cpu().float().numpy() if images.is_floating_point() else images.cpu().numpy()
-        if isinstance(images, np.ndarray):
-            return cls._of_array(images, trainer)
+            images = _array(images)
+        if isinstance(images, np.ndarray) and images.dtype.kind not in "USO":
+            return cls._of_array(images[None] if images.dtype.kind == "f" and images.ndim == 1 else images, trainer)
         if isinstance(images, Mapping):
             raise UserError(f"predict: a {type(images).__name__} is no image; {_TAKES}")
         if type(images).__name__ == "DataFrame":
@@ -60,19 +60,25 @@ class Inputs:
                 raise UserError("predict: the DataFrame has no column 'image' with the paths of images")
             images = images["image"]
         if type(images).__name__ == "Series":
-            found = cls._of_items(list(images))
+            found = cls._of_items(list(images), trainer)
             if len(found.names) != len(images):
                 raise UserError("predict: the table has a folder among its images; give the paths of the images in it")
             found.index = images.index
             return found
         try:
-            items = list(images)
+            items = images.ravel().tolist() if isinstance(images, np.ndarray) else list(images)
         except TypeError:
             raise UserError(f"predict: a {type(images).__name__} is no image; {_TAKES}") from None
-        return cls._of_items(items)
+        return cls._of_items(items, trainer)
 
     @classmethod
-    def _of_items(cls, items: list[Any]) -> Inputs:
+    def _of_items(cls, items: list[Any], trainer: PromptTrainer) -> Inputs:
+        items = [_array(item) if isinstance(item, Tensor) else item for item in items]
+        is_row = [isinstance(item, np.ndarray) and item.dtype.kind == "f" and item.ndim == 1 for item in items]
+        if items and all(is_row):
+            if len({len(row) for row in items}) > 1:
+                raise UserError("predict: the rows of image features differ in length")
+            return cls._of_array(np.stack(items), trainer)
         if all(isinstance(item, (str, Path)) for item in items):
             paths = images_of([Path(item).expanduser() for item in items])
             return cls(list(map(str, paths)), paths=paths)
@@ -137,6 +143,11 @@ class Inputs:
             for start in range(0, len(pictures), size):
                 pixels = [encoder.data.transform_test(picture) for picture in pictures[start : start + size]]
                 yield {"img": torch.stack(pixels)}
+
+
+def _array(values: Tensor) -> np.ndarray:
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
 
 
 def _numbers(count: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from oodprompt.data.dataset import told_apart
+from oodprompt.engine import device
 from oodprompt.errors import UserError
 from oodprompt.library.inputs import Inputs
 from oodprompt.library.results import Results
@@ -103,7 +105,7 @@ class Run:
         """
         from oodprompt.discovering import discover_in
 
-        out = Path(folder) if folder is not None else self.folder
+        out = Path(folder).expanduser() if folder is not None else self.folder
         with self._call():
             discover_in(self.trainer, out)
         return out / "discovery.html"
@@ -116,7 +118,7 @@ class Run:
         from oodprompt import serving
 
         with self._call():
-            return serving.export(self, file, **options)
+            return serving.export(self, Path(file).expanduser(), **options)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -124,5 +126,8 @@ class Run:
         keys = self.cfg.TRAINER
         return {"trainer": keys.NAME, "base": self.trainer.base_name, "stack": list(keys.STACK)}
 
-    def _call(self) -> Any:
-        return call(self._processes, self.verbose)
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        with call(self._processes, self.verbose):
+            device.set_torch(self.cfg, self.trainer.device)  # the call before put the program's settings back
+            yield

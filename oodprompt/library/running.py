@@ -59,7 +59,8 @@ def train(
     """
     processes = Processes()
     with call(processes, verbose):
-        extensions.add([str(name) for name in imports])
+        extensions.add([str(Path(name).expanduser()) for name in imports])
+        output = None if output is None else str(Path(output).expanduser())
         args, notes = _arguments(config_file, dataset_config_file), list[str]()
         _check_method(method)
         args.trainer, args.base, args.backbone = method, base, backbone
@@ -70,11 +71,11 @@ def train(
         name = name_of(data) or _named(own, config_file, dataset_config_file, "DATASET.NAME")
         of_words = keys_of(settings, [method, base_name, *stack], name)
         parameters = {"TRAINER.NAME": method, "TRAINER.BASE": base, "MODEL.BACKBONE.NAME": backbone} | of_data
-        parameters["OUTPUT_DIR"] = None if output is None else str(output)
+        parameters["OUTPUT_DIR"] = output
         refuse_two_values(own, of_words, {key: value for key, value in parameters.items() if value is not None})
         given = of_data | of_words | {key: plain(value) for key, value in own.items()}
         if output is not None:
-            given["OUTPUT_DIR"] = str(output)
+            given["OUTPUT_DIR"] = output
         prepared = {} if config_file else settings_of(backbone or given.get("MODEL.BACKBONE.NAME", ""), given)
         cfg = setup_cfg(_with(args, prepared | given), notes.append)
         keys_again = prepared | given | {"OUTPUT_DIR": cfg.OUTPUT_DIR, "SEED": cfg.SEED}
@@ -103,15 +104,16 @@ def load(
     """
     processes = Processes()
     with call(processes, verbose):
-        extensions.add([str(name) for name in imports])
-        if not Path(folder).is_dir():
+        extensions.add([str(Path(name).expanduser()) for name in imports])
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
             raise UserError(f"load: there is no folder {folder}; give the output folder of a run")
         _check_keys(keys)
         if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int)):
             raise UserError(f"load: epoch= is a whole number, or None for the best model or the last, not {epoch!r}")
         own = {name: plain(value) for name, value in (keys or {}).items()}
         words: list[Any] = [word for pair in own.items() for word in pair]
-        given = {"root": str(root) if root is not None else None, "output_dir": str(folder)}
+        given = {"root": str(Path(root).expanduser()) if root is not None else None, "output_dir": str(folder)}
         return Run(load_run(folder, epoch, words, **given), processes, verbose)
 
 
@@ -146,8 +148,8 @@ def _check_keys(own: Mapping[str, Any] | None) -> None:
 
 def _arguments(config_file: str | Path | None, dataset_config_file: str | Path | None) -> argparse.Namespace:
     args = build_parser().parse_args([])
-    args.config_file = str(config_file) if config_file else None
-    args.dataset_config_file = str(dataset_config_file) if dataset_config_file else None
+    args.config_file = str(Path(config_file).expanduser()) if config_file else None
+    args.dataset_config_file = str(Path(dataset_config_file).expanduser()) if dataset_config_file else None
     return args
 
 

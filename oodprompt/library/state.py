@@ -30,6 +30,11 @@ _PARAMETERS = {
     "--load-epoch": "epoch=",
     "--model-dir": "the folder",
     "--import": "imports=",
+    "--output": "output=",
+    "--resume": "resume=",
+    "--onnx": "onnx=",
+    "--with-backbone": "with_backbone=True",
+    "--images": "images=",
     "--split": "split=",
     "--vocabulary": "vocabulary=",
     "--sensitive": "sensitive=True",
@@ -104,6 +109,8 @@ def untouched() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+        elif torch.cuda.is_available() and torch.cuda.is_initialized():  # it started inside, from the program's seed
+            torch.cuda.manual_seed_all(torch.initial_seed())
         _set_torch(settings)
         if dict(os.environ) != environment:
             os.environ.clear()

@@ -21,12 +21,15 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from yacs.config import CfgNode
 
 import oodprompt
 from oodprompt import cli, predict
 from oodprompt.config.registry import DATASET_REGISTRY, TRAINER_REGISTRY
+from oodprompt.engine import device
 from oodprompt.errors import UserError
 from oodprompt.library.run import Run
+from oodprompt.library.state import Processes, call, untouched
 from oodprompt.log import logger
 from tests.helpers.runs import CONFIG, command_line, no_pictures
 
@@ -130,6 +133,9 @@ def test_every_form_of_an_image_has_one_prediction(run: Run, images: list[str]) 
         z,
         torch.from_numpy(3 * z),
         z.astype(float),
+        list(z),
+        list(torch.from_numpy(z)),
+        list(torch.from_numpy(pixels)),
     ):
         found = run.predict(given)
         assert found["image"].tolist() == list("01234")
@@ -140,7 +146,7 @@ def test_every_form_of_an_image_has_one_prediction(run: Run, images: list[str]) 
     for found in (run.predict(table), run.predict(table["image"])):  # a row for each, in the rows of the table
         pd.testing.assert_frame_equal(found, expected.iloc[[*range(5), 0]].set_axis(table.index), atol=1e-5)
     assert run.features([images[0]] * 2).shape == (2, 128)
-    for given in (Path(images[0]), pictures[0], pixels[0], z[:1], [images[0]]):
+    for given in (Path(images[0]), pictures[0], pixels[0], z[:1], z[0], [images[0]], np.array(images[:1])):
         assert run.predict(given)[run.classes].values == pytest.approx(one[run.classes].values, abs=1e-5)
     assert len(run.predict(z[:0])) == len(run.predict([])) == 0
 
@@ -163,6 +169,7 @@ def test_predictions_are_those_of_the_command(run: Run, images: list[str], tmp_p
         (np.zeros((2, 5), np.float32), "image features of this backbone have 128 entries each, not 5"),
         (np.full((2, 128), np.nan), r"a row of the image features is zero or not finite"),
         (np.zeros((2, 128), np.float32), "zero or not finite"),
+        ([np.ones(128), np.ones(5)], "the rows of image features differ in length"),
         (np.zeros((4, 4), np.uint8), r"an array of uint8 \[4, 4\] is no image"),
         (np.zeros((2, 3, 8, 8), np.float32), r"an array of float32 \[2, 3, 8, 8\] is no image"),
         ([np.zeros((4, 4))], r"an array of type float64 and shape \(4, 4\) is no image"),
@@ -286,6 +293,9 @@ def test_errors_speak_of_parameters(run: Run, train: Train) -> None:
         train("KgCoOp", data="ShapesOnScenes", output=run.folder, **TINY | SMALL)
     with pytest.raises(UserError, match="check the folder and epoch="):
         oodprompt.load(run.folder, epoch=9)
+    with pytest.raises(UserError, match="^output=, onnx=, with_backbone=True, images=, resume= or --backbone-path$"):
+        with call(Processes()):
+            raise UserError("--output, --onnx, --with-backbone, --images, --resume or --backbone-path")
 
 
 def test_folders(train: Train, frame: pd.DataFrame, tmp_path: Path) -> None:
@@ -307,6 +317,9 @@ def test_folders(train: Train, frame: pd.DataFrame, tmp_path: Path) -> None:
         ("no/such/folder", "there is no folder or file .*no/such/folder; give a folder of"),
         ({"label": [0]}, r"the dict has no 'image_features' \[N, d\]; it has label"),
         (pd.DataFrame({"image": ["a"], "lable": ["b"], "split": ["c"]}), "no column 'label': did you mean 'lable'"),
+        (pd.DataFrame({"image": ["a", None], "label": "b", "split": "c"}), "row 1 of the DataFrame has no image; give"),
+        ({"image_features": np.eye(2), "path": "a"}, "^data=: unknown entry 'path' of the dict"),
+        ({"image_features": np.eye(2), "label": [0]}, "^data=: label must have one entry for each of the 2 rows"),
         (pd.DataFrame({"image": [], "label": [], "split": []}), "the DataFrame has no rows"),
         (__file__, "is neither a csv file nor one of image features"),
         (Path(__file__).parent, "has neither folders train and test, nor a metadata.csv, nor"),
@@ -352,15 +365,26 @@ def nothing_changes() -> Iterator[None]:
     assert [key for key in before if before[key] != after[key]] == []
 
 
-def test_calls_leave_no_state_behind(train: Train, run: Run, images: list[str]) -> None:
+def test_calls_leave_no_state_behind(
+    train: Train, run: Run, images: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     PartialState._reset_state()
+    calls: list[bool] = []
+
+    def set_as_on_a_gpu(cfg: CfgNode, _: torch.device) -> None:
+        calls.append(cfg.TRAIN.DETERMINISTIC)
+        torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
+
+    monkeypatch.setattr(device, "set_torch", set_as_on_a_gpu)
     with nothing_changes():
         trained = train(
             "GroupDRO", data="ShapesOnScenes", groups="true", keys={"TRAIN.DETERMINISTIC": True}, **TINY | SMALL
         )
     with nothing_changes():
+        calls.clear()
         trained.evaluate()
         trained.predict(images)
+    assert calls == [True] * 2  # each call computes as the run was trained
     with nothing_changes():
         oodprompt.load(trained.folder).features(images)
     with nothing_changes(), pytest.raises(UserError):
@@ -368,9 +392,25 @@ def test_calls_leave_no_state_behind(train: Train, run: Run, images: list[str]) 
     assert run.evaluate().accuracy > 0  # an older run works on, as the processes are its own
 
 
-def test_silent_unless_asked(train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_that_starts_inside_is_as_if_it_had_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, seeds = iter([False, True]), list[int]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: next(started))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(17)
+    seeds.clear()
+    with untouched():
+        torch.random.default_generator.manual_seed(3)
+    assert seeds == [17]
+
+
+def test_silent_unless_asked(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logger, "handlers", [])  # tests show messages
-    silent = train("CoOp", data="ShapesOnScenes", n_ctx=3, **TINY | SMALL)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    silent = train("CoOp", data="ShapesOnScenes", n_ctx=3, output="~/run", **TINY | SMALL)
+    assert silent.folder == tmp_path / "run"
     silent.evaluate()
     assert silent.trainer.learner.ctx.shape[0] == 3  # and not the four words of SETTINGS
     assert capsys.readouterr() == ("", "")

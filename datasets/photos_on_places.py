@@ -31,7 +31,7 @@ from yacs.config import CfgNode
 from oodprompt.config.keys import Key, declare
 from oodprompt.config.registry import DATASET_REGISTRY
 from oodprompt.data.dataset import DatasetBase
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.errors import UserError
 from oodprompt.log import logger, progress
 
@@ -58,6 +58,7 @@ _PROMPTS = {
     "farm": ("a photo of a farm.", "a photo of a barn.", "farm background"),
 }
 _UNKNOWN = "{key}: there is no {value!r}: {known}"
+_RULES = PixelRules()  # of photographs of 8 bits, whatever images the run reads
 _RECIPE = 1  # to be raised when the same keys give other pixels
 
 declare(
@@ -229,9 +230,9 @@ def _build(folder: Path, source: Path, keys: CfgNode) -> None:
         one = turns.next(("object", *group), objects[keys.CLASSES[y]])
         other = turns.next(("place", *group), places[keys.PLACES[a]])
         if one.path not in cuts:
-            cuts[one.path] = cut_out(read_image(str(one.path)), one.box)
+            cuts[one.path] = cut_out(read_image(str(one.path), _RULES), one.box)
         if other.path not in opened:
-            opened[other.path] = read_image(str(other.path))
+            opened[other.path] = read_image(str(other.path), _RULES)
         rng = np.random.default_rng([keys.BUILD_SEED, 0, i])
         pixels = compose(rng, cuts[one.path], opened[other.path], keys.SIZE, tuple(keys.SCALE))
         name = f"images/{split}_{i:06d}_{keys.CLASSES[y]}_{keys.PLACES[a]}.png"

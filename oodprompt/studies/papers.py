@@ -133,7 +133,7 @@ def provenance(settings: Settings, args: argparse.Namespace) -> str:
     return "\n".join(["Settings (paper: published; ours: chosen by us):", *lines])
 
 
-def check_data(settings: Settings, args: argparse.Namespace) -> None:
+def check_tree(settings: Settings, args: argparse.Namespace) -> None:
     """Read the lists of the data set; the ``UserError`` of the data set where its files are not as expected."""
     file = find_config(f"configs/datasets/{args.dataset}.yaml")
     line = ["--dataset-config-file", str(file), "--config-file", settings["config"], "--root", args.root]
@@ -180,7 +180,7 @@ def run(folder: Path, argv: Sequence[str] | None = None) -> None:
             grid.write_text(content, encoding="utf-8")
             benchmark.run([str(grid), *words, "--dry-run"])
         return
-    check_data(settings, args)
+    check_tree(settings, args)
     print(said, flush=True)
     grid = args.out / "grid.yaml"
     write_atomically(grid, content)

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 from oodprompt.config.keys import check_values, get_cfg_default, set_key
 from oodprompt.data.dataset import DatasetBase, build_dataset
-from oodprompt.data.images import read_image
+from oodprompt.data.images import PixelRules, read_image
 from oodprompt.reports.style import write_figure
 from oodprompt.terminal import Parser, exit_status
 
 
-def photos_figure(dataset: DatasetBase, examples: int = 4) -> Figure:
+def photos_figure(dataset: DatasetBase, rules: PixelRules, examples: int = 4) -> Figure:
     """The first ``examples`` test images of every group, side by side; a row per place and a heading per class."""
     names, places = dataset.classnames, dataset.attribute_names
     columns = len(names) * examples
@@ -33,7 +33,7 @@ def photos_figure(dataset: DatasetBase, examples: int = 4) -> Figure:
             mine = [d for d in dataset.test if (d.label, d.attribute) == (y, a)]
             for i, datum in enumerate(mine[:examples]):
                 axes = figure.add_subplot(grid[a, y * examples + i])
-                axes.imshow(read_image(datum.impath), interpolation="bilinear")
+                axes.imshow(read_image(datum.impath, rules), interpolation="bilinear")
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
                 if not i and not y:
@@ -54,7 +54,7 @@ def main() -> None:
     for key, value in zip(args.opts[::2], args.opts[1::2], strict=True):
         set_key(cfg, key, value, "the command line")
     check_values(cfg)
-    write_figure(photos_figure(build_dataset(cfg)), args.out)
+    write_figure(photos_figure(build_dataset(cfg), PixelRules.of(cfg)), args.out)
     print(f"Wrote {args.out}")
 
 

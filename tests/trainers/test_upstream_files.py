@@ -80,13 +80,14 @@ def test_upstreams_checkpoints_are_evaluated_by_the_command_line(
     method, seen = METHODS[name], []
     state = upstream_state(name, theirs)
     directory = write(tmp_path / "theirs", method.folder, state)
-    predict = Objective.predict
+    predictions = Objective.predictions
 
-    def recorded(self: Objective, alignment: Any) -> Tensor:
-        seen.append(predict(self, alignment))
-        return seen[-1]
+    def recorded(self: Objective, alignment: Any) -> dict[str, Tensor]:
+        found = predictions(self, alignment)
+        seen.append(found[""])
+        return found
 
-    monkeypatch.setattr(Objective, "predict", recorded)
+    monkeypatch.setattr(Objective, "predictions", recorded)
     epoch = ["--load-epoch", 50] if name in ("CoOp", "MaPLe") else []  # else the one that the file `checkpoint` names
     cli.run(arguments(name, "ours", *method.keys, "--eval-only", "--model-dir", directory, *epoch))
     batches = list(build(name, *method.keys).test_loader)

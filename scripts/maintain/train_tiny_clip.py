@@ -19,13 +19,15 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from oodprompt.datasets.rendering import COLOURS, SCENES, SHAPES, Difficulty, render, visible_colours
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -192,24 +194,67 @@ def contrastive_loss(logits: Tensor, truth: Tensor, named: Tensor) -> Tensor:
     """CLIP's loss where a caption is true of every image that has all it names.
 
     ``logits`` [B images, B captions]; ``truth`` [B, 3] attributes of the images; ``named`` [B, 3] which of them
-    caption j names. Targets are uniform over the true pairs, in both directions.
+    caption j names.
     """
-    true = ((truth[:, None] == truth[None]) | ~named[None]).all(dim=2).float()
-    by_image = -(F.log_softmax(logits, 1) * true).sum(1) / true.sum(1)
+    return loss_of_true_pairs(logits, ((truth[:, None] == truth[None]) | ~named[None]).all(dim=2))
+
+
+def loss_of_true_pairs(logits: Tensor, true: Tensor) -> Tensor:
+    """CLIP's loss of ``logits`` [images, captions], with targets uniform over the ``true`` pairs, in both directions.
+
+    Images of which no caption is true are left out of the direction from images to captions.
+    """
+    known, true = true.any(dim=1), true.float()
+    by_image = -(F.log_softmax(logits[known], 1) * true[known]).sum(1) / true[known].sum(1)
     by_text = -(F.log_softmax(logits, 0) * true).sum(0) / true.sum(0)
     return (by_image.mean() + by_text.mean()) / 2
 
 
-def openai_state_dict(model: CLIP, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """The trained model in OpenAI's layout: the full vocabulary, all positions, fp16."""
-    state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+def optimizer_of(parts: Sequence[nn.Module], **options: Any) -> torch.optim.AdamW:
+    """AdamW with weight decay for matrices and kernels alone."""
+    trained = [p for part in parts for p in part.parameters()]
+    decay, rest = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **options)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int, warm_up: int) -> None:
+    """The learning rate of a step: it rises for ``warm_up`` steps to ``rate`` and falls as a cosine."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * (step / steps)))
+
+
+def resumed(checkpoint: Path, steps: int, **parts: Any) -> int:
+    """The number of steps done, 0 without a checkpoint; ``parts`` (model, heads, optimizer) get their states of then."""
+    if not checkpoint.exists():
+        return 0
+    saved = torch.load(checkpoint, weights_only=True, map_location="cuda" if torch.cuda.is_available() else "cpu")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    print(f"resumed from {checkpoint} at step {saved['step']} of {steps}", flush=True)
+    return int(saved["step"])
+
+
+def save(checkpoint: Path, step: int, **parts: Any) -> None:
+    """Write what ``resumed`` reads."""
+    buffer = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, buffer)
+    write_atomically(checkpoint, buffer.getvalue())
+
+
+def openai_state_dict(model: nn.Module, tokens: Sequence[int], longest: int = LONGEST) -> dict[str, Tensor]:
+    """The trained model in OpenAI's layout: the full vocabulary, all positions, fp16.
+
+    ``tokens``: those of the compact ids from 0, ``UNKNOWN``, on; ``longest``: tokens of the longest training caption.
+    """
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     compact = state["token_embedding.weight"]
     full = compact[UNKNOWN].repeat(SHAPE.vocab_size, 1)
-    full[torch.tensor(vocabulary.tokens[1:])] = compact[1:]
+    full[torch.tensor(tokens[1:])] = compact[1:]
     state["token_embedding.weight"] = full
     # Positions beyond the longest training caption act like its last one.
-    state["positional_embedding"][LONGEST:] = state["positional_embedding"][LONGEST - 1]
-    return {key: value.half() for key, value in state.items()}
+    state["positional_embedding"][longest:] = state["positional_embedding"][longest - 1]
+    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
 
 
 @torch.no_grad()
@@ -271,21 +316,10 @@ def main() -> None:
         torch.nn.Linear(SHAPE.embed_dim, n) for n in (len(SHAPES), len(COLOURS), len(SCENES))
     ).to(device)
     trained = [*model.parameters(), *heads.parameters()]
-    decay = [p for p in trained if p.ndim >= 2]
-    rest = [p for p in trained if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr
-    )
+    optimizer = optimizer_of([model, heads], lr=args.lr)
     steps = args.samples // args.batch
     checkpoint = args.work_dir / "checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-        print(f"resumed from {checkpoint} at step {start} of {steps}", flush=True)
+    start = resumed(checkpoint, steps, model=model, heads=heads, optimizer=optimizer)
 
     stream = DataLoader(
         Renders(args.seed, args.batch, start, steps),
@@ -297,9 +331,7 @@ def main() -> None:
     bar = tqdm(stream, total=steps, initial=start, desc="tiny CLIP", unit="step", disable=None)
     for step, (images, tokens, truth, named) in enumerate(bar, start):
         progress = step / steps
-        lr = args.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, args.lr, step, steps, warm_up=100)
         tokens, truth, named = tokens.to(device), truth.to(device), named.to(device)
         with torch.autocast(device, torch.bfloat16):
             z = model.encode_image(pixels(images.to(device))).float()
@@ -319,25 +351,15 @@ def main() -> None:
         bar.set_postfix(loss=f"{running:.3f}")
         done = step + 1
         if done % args.save_every == 0 or done == steps:
-            buffer = io.BytesIO()
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "heads": heads.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": done,
-                },
-                buffer,
-            )
-            write_atomically(checkpoint, buffer.getvalue())
+            save(checkpoint, done, model=model, heads=heads, optimizer=optimizer)
             rate = (done - start) * args.batch / (time.time() - began)
-            scores = zero_shot(openai_state_dict(model, vocabulary))
+            scores = zero_shot(openai_state_dict(model, vocabulary.tokens))
             print(
                 f"step {done}/{steps}  loss {running:.3f}  {rate:.0f} pairs/s  scale {model.logit_scale.exp().item():.1f}  "
                 f"held-out shape {scores['shape mean']:.3f}  scene {scores['scene mean']:.3f}",
                 flush=True,
             )
-    state = openai_state_dict(model, vocabulary)
+    state = openai_state_dict(model, vocabulary.tokens)
     save_gzip(state, args.out)
     scores = zero_shot(state)
     write_atomically(args.work_dir / "zero_shot.json", json.dumps(scores, indent=2).encode())

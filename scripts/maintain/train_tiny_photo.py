@@ -33,7 +33,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from train_tiny_clip import article, pixels, save_gzip
+from train_tiny_clip import (
+    UNKNOWN,
+    article,
+    loss_of_true_pairs,
+    openai_state_dict,
+    optimizer_of,
+    pixels,
+    resumed,
+    save,
+    save_gzip,
+    set_rate,
+)
 
 from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.backbones.tokenizer import encode, tokenize
@@ -42,7 +53,6 @@ from oodprompt.files import write_atomically
 SIZE, PER_CLASS = 64, HELD_OUT_FROM
 SHAPE = CLIPShape(256, SIZE, (2, 2, 2, 1), 24, None, 77, 49408, 128, 2, 2)
 LONGEST = 20  # tokens of the longest training caption
-UNKNOWN = 0  # compact id of every word that captions do not use
 ON_PLACES = 0.15  # share of pictures that are put together
 SMALL = 0.6  # of the training sees pictures of half the size, which costs a quarter
 TEMPLATES = [
@@ -64,7 +74,7 @@ class Words:
         self.words = [names for names, _ in groups]
         self.true_of = np.array([[wnid in members for wnid in self.wnids] for _, members in groups])  # [K, 200]
         self.of_class = [np.flatnonzero(self.true_of[:, c]) for c in range(len(self.wnids))]
-        self.places = [self.wnids.index(wnid) for wnid in PLACES]
+        self.places = [self.wnids.index(wnid) for wnid in PLACES if wnid in self.wnids]
         texts = [
             *TEMPLATES,
             *WITH_PLACE,
@@ -206,30 +216,6 @@ def image_features(model: nn.Module, x: Tensor) -> Tensor:
     return tower.attnpool(F.interpolate(x, size=SIZE // 32))
 
 
-def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
-    """CLIP's loss, [pictures, captions], with targets uniform over the true pairs, in both directions.
-
-    Pictures of which no caption is true are left out of the direction from pictures to captions.
-    """
-    true = true.float()
-    known = true.any(dim=1)
-    by_image = -(F.log_softmax(logits[known], 1) * true[known]).sum(1) / true[known].sum(1)
-    by_text = -(F.log_softmax(logits, 0) * true).sum(0) / true.sum(0)
-    return (by_image.mean() + by_text.mean()) / 2
-
-
-def openai_state_dict(model: nn.Module, words: Words) -> dict[str, Tensor]:
-    """The trained model in OpenAI's layout: the full vocabulary, all positions, fp16."""
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    compact = state["token_embedding.weight"]
-    full = compact[UNKNOWN].repeat(SHAPE.vocab_size, 1)
-    full[torch.tensor(words.tokens[1:])] = compact[1:]
-    state["token_embedding.weight"] = full
-    # Positions beyond the longest training caption act like its last one.
-    state["positional_embedding"][LONGEST:] = state["positional_embedding"][LONGEST - 1]
-    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-
-
 @torch.no_grad()
 def zero_shot(state: dict[str, Tensor], words: Words, images: Tensor, label: Tensor) -> dict[str, float]:
     """Top-1 over the classes, and place against place (mean and worst over pairs of places), on validation photographs."""
@@ -273,15 +259,6 @@ def zero_shot(state: dict[str, Tensor], words: Words, images: Tensor, label: Ten
     return {key: round(value, 4) for key, value in result.items()}
 
 
-def parameter_groups(modules: list[nn.Module]) -> list[dict]:
-    """Weight decay for matrices and kernels alone."""
-    trained = [p for module in modules for p in module.parameters()]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.05},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data/tiny-imagenet-200"))
@@ -304,16 +281,9 @@ def main() -> None:
     model = model.to(device, memory_format=torch.channels_last)
     # A linear head on the image features helps, most at first; it is not kept.
     head = nn.Linear(SHAPE.embed_dim, len(words.wnids)).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups([model, head]), lr=args.lr, betas=(0.9, 0.98))
-    steps, start = args.samples // args.batch, 0
-    checkpoint = args.work_dir / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        head.load_state_dict(saved["head"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-        print(f"resumed from {checkpoint} at step {start} of {steps}", flush=True)
+    optimizer = optimizer_of([model, head], lr=args.lr, betas=(0.9, 0.98))
+    steps, checkpoint = args.samples // args.batch, args.work_dir / "checkpoint.pt"
+    start = resumed(checkpoint, steps, model=model, head=head, optimizer=optimizer)
 
     pairs = Pairs(photos, words, args.seed, args.batch, steps)
     loader = DataLoader(
@@ -327,9 +297,7 @@ def main() -> None:
     bar = tqdm(loader, total=steps, initial=start, desc="tiny-photo", unit="step", disable=None)
     for step, (x, tokens, classes, true) in enumerate(bar, start):
         progress = step / steps
-        lr = args.lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, args.lr, step, steps, warm_up=200)
         size = SIZE // 2 if progress < SMALL else SIZE
         x = augmented(pixels(x), torch.Generator().manual_seed(args.seed * 1_000_003 + step), size)
         x, tokens, classes, true = (t.to(device) for t in (x, tokens, classes, true))
@@ -338,7 +306,7 @@ def main() -> None:
             z = image_features(model, x).float()
             w = model.encode_text(tokens).float()
         logits = model.logit_scale.exp() * F.normalize(z, dim=1) @ F.normalize(w, dim=1).T
-        loss = contrastive_loss(logits, true)
+        loss = loss_of_true_pairs(logits, true)
         loss = loss + max(0.3, 1 - progress) * F.cross_entropy(head(z), classes, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -350,26 +318,18 @@ def main() -> None:
         bar.set_postfix(loss=f"{running:.3f}")
         done = step + 1
         if done % args.save_every == 0 or done == steps:
-            buffer = io.BytesIO()
-            parts = {
-                "model": model.state_dict(),
-                "head": head.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": done,
-            }
-            torch.save(parts, buffer)
-            write_atomically(checkpoint, buffer.getvalue())
+            save(checkpoint, done, model=model, head=head, optimizer=optimizer)
             rate = (done - start) * args.batch / (time.time() - began)
             model.eval()
             some = torch.arange(0, len(labels), 1 if done == steps else 5)
-            scores = zero_shot(openai_state_dict(model, words), words, images[some], labels[some])
+            scores = zero_shot(openai_state_dict(model, words.tokens, LONGEST), words, images[some], labels[some])
             print(
                 f"step {done}/{steps}  loss {running:.3f}  {rate:.0f} pairs/s  scale {model.logit_scale.exp().item():.1f}  "
                 f"top-1 {scores['top-1']:.3f}  places {scores['place mean']:.3f}",
                 flush=True,
             )
     model.eval()
-    state = openai_state_dict(model, words)
+    state = openai_state_dict(model, words.tokens, LONGEST)
     save_gzip(state, args.out)
     scores = zero_shot(state, words, images, labels)
     write_atomically(args.work_dir / "zero_shot.json", json.dumps(scores, indent=2).encode())

@@ -1,10 +1,10 @@
 """PhotosOnPlaces: real photographs of animals or vehicles before photographs of places, in Waterbirds' form.
 
-The class is the animal, the spurious attribute the place behind it. Both are photographs of Tiny ImageNet: the animal is
-cut softly out of its own and laid onto the place. In ``train`` class i is on place i with probability CORRELATION (else
-on another place, evenly); ``val`` and ``test`` have equally many images of every group.
-Files: ``<ROOT>/photos_on_places/<key>/{metadata.csv, images/*.png}`` with Waterbirds' columns and the two photographs of
-each image; ``<key>`` names the settings that made them.
+The class is the animal, the spurious attribute the place behind it. Both are photographs of Tiny ImageNet. The animal
+is cut softly out of its photograph and laid onto the place. In ``train``, the share CORRELATION of class i is on place
+i. The rest is spread evenly over the other places. ``val`` and ``test`` have equally many images of every group.
+Files: ``<ROOT>/photos_on_places/<key>/{metadata.csv, images/*.png}``. ``metadata.csv`` has Waterbirds' columns and
+names the two photographs of each image. ``<key>`` names the settings that made the files.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ declare(
     },
 )
 
-# Photographs in which nobody would recognise the animal; in which people, animals or words hide the place; or which show
-# both land and water. They were chosen by eye, and by no model.
+# Photographs that are left out. Nobody would recognise the animal; or people, animals or words hide the place; or both
+# land and water are shown. They were chosen by eye, without a model.
 LEFT_OUT: dict[str, tuple[int, ...]] = {  # numbers of training photographs
     "n02085620": (426, 433, 435, 439, 467, 482, 496),
     "n02094433": (402, 404, 445, 474, 478, 479),
@@ -134,9 +134,9 @@ Photos = Mapping[str, Sequence[Photograph]]  # by the name of what they show
 class PhotosOnPlaces(DatasetBase):
     """Animals or vehicles (class) on places (spurious attribute): photographs of Tiny ImageNet, joined on first use.
 
-    Training and validation images are made from the photographs of Tiny ImageNet's training folders from number 400 on,
-    without a photograph in common; test images from its validation photographs. The embedded CLIP of photographs has
-    seen none of them.
+    Training and validation images are made from the photographs of Tiny ImageNet's training folders from number 400 on.
+    The two splits have no photograph in common. Test images are made from its validation photographs. The embedded CLIP
+    of photographs has seen none of them.
     """
 
     dataset_dir = "photos_on_places"
@@ -162,7 +162,7 @@ class PhotosOnPlaces(DatasetBase):
 
 
 def photographs(source: Path, objects: Shown, places: Shown) -> dict[str, tuple[Photos, Photos]]:
-    """For each split the photographs of what ``objects`` and ``places`` name, from Tiny ImageNet's folder ``source``.
+    """For each split, the photographs of the named ``objects`` and ``places``, from Tiny ImageNet's folder ``source``.
 
     How many are used, and left out, is logged. Raises ``UserError`` for a name without a photograph in a split.
     """
@@ -172,10 +172,11 @@ def photographs(source: Path, objects: Shown, places: Shown) -> dict[str, tuple[
     found: dict[str, tuple[Photos, Photos]] = {}
     small = 0
     for split in SPLITS:
-        everything, in_front, behind = (
-            {name: [p for wnid in ids for p in by_wnid[split][wnid] if keep(p)] for name, ids in shown.items()}
-            for shown, keep in ((objects, bool), (objects, _is_large), (places, bool))
+        everything, behind = (
+            {name: [p for wnid in ids for p in by_wnid[split][wnid]] for name, ids in shown.items()}
+            for shown in (objects, places)
         )
+        in_front = {name: [p for p in mine if _is_large(p)] for name, mine in everything.items()}
         small += sum(map(len, everything.values())) - sum(map(len, in_front.values()))
         found[split] = in_front, behind
         for name in (name for photos in found[split] for name, mine in photos.items() if not mine):

@@ -71,6 +71,7 @@ def audit(
     with call(processes, verbose):
         extensions.add([str(name) for name in imports])
         own = {key: plain(value) for key, value in (keys or {}).items()}
+        model_dir = None if model_dir is None else Path(model_dir).expanduser()
         options = Options(str(vocabulary), sensitive, split, regions)
         folder, files = folder_of(output, model_dir), (config_file, dataset_config_file)
         if model_dir is not None:
@@ -85,7 +86,7 @@ def audit(
 
 def folder_of(output: str | Path | None, model_dir: str | Path | None) -> Path:
     """Where an audit writes: ``output``, else "audit", which is in the folder of a run that is audited."""
-    return Path(output) if output is not None else Path(model_dir or "") / "audit"
+    return Path(output).expanduser() if output is not None else Path(model_dir or "") / "audit"
 
 
 def check_model_dir(model_dir: str | Path, backbone: str | None, files: Sequence[str | Path | None]) -> None:

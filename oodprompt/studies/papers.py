@@ -1,7 +1,7 @@
 """Benchmarks of papers on CLIP weights that the user has: a grid of methods, then a table beside published numbers.
 
 ``settings.yaml`` says what is trained and which settings are published, ``published.csv`` holds the numbers. Runs are those
-of ``scripts/benchmark.py``; the grid file that they are of is left beside them.
+of ``scripts/benchmark.py``; their grid file is left beside them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ DESCRIPTION = """Train methods on a benchmark of papers and print them beside pu
     bash scripts/papers/waterbirds.sh DATA [--backbones RN50 ViT-L/14] [--seeds 1 2 3] [--learners CoOp KgCoOp]
         [--debiasers GroupDRO DebiasedPT] [--gpus 0 1]
 
-Learners are trained alone, debiasers over every learner that is trained. Those that train nothing or bring prompts of their
-own run once. Rerun the same command to skip what is finished and resume what is not. Ends in OUT/published.md.
+Learners are trained alone, debiasers over every learner that is trained. Methods that train nothing or bring prompts
+of their own run once. Rerun the same command to skip what is finished and resume what is not. The tables are in
+OUT/published.md.
 """
 Settings = dict[str, Any]
 
 
 def read_arguments(settings: Settings, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; ``UserError`` for names that ``settings`` has not."""
+    """The command line; ``UserError`` for names that ``settings`` lacks."""
     kinds = {kind: list(settings[kind]) for kind in ("learners", "debiasers")}
     usual = {kind: [n for n in names if settings[kind][n].get("default", True)] for kind, names in kinds.items()}
     parser = Parser(prog="reproduce.py", description=DESCRIPTION)
@@ -54,9 +55,9 @@ def read_arguments(settings: Settings, argv: Sequence[str] | None = None) -> arg
     parser.add_argument("--out", type=Path, help="default: output/papers/DATASET")
     parser.add_argument("--jobs", type=int, help="runs at the same time; default: one per GPU of --gpus, else one")
     parser.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="each run sees one of them")
-    parser.add_argument("--together", default="off", metavar="auto|N|off", help="as of scripts/benchmark.py")
-    parser.add_argument("--slurm", default="", metavar="PARTITION", help="as of scripts/benchmark.py")
-    parser.add_argument("--slurm-opts", nargs="+", default=[], metavar="KEY=VALUE", help="as of scripts/benchmark.py")
+    parser.add_argument("--together", default="off", metavar="auto|N|off", help="as in scripts/benchmark.py")
+    parser.add_argument("--slurm", default="", metavar="PARTITION", help="as in scripts/benchmark.py")
+    parser.add_argument("--slurm-opts", nargs="+", default=[], metavar="KEY=VALUE", help="as in scripts/benchmark.py")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; needs no data")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys for every run")
     args = parser.parse_args(argv)
@@ -134,14 +135,14 @@ def provenance(settings: Settings, args: argparse.Namespace) -> str:
 
 
 def check_tree(settings: Settings, args: argparse.Namespace) -> None:
-    """Read the lists of the data set; the ``UserError`` of the data set where its files are not as expected."""
+    """Read the lists of the data set; ``UserError`` where its files are not as expected."""
     file = find_config(f"configs/datasets/{args.dataset}.yaml")
     line = ["--dataset-config-file", str(file), "--config-file", settings["config"], "--root", args.root]
     build_dataset(config_of([*line, "--trainer", "ZeroshotCLIP", "--seed", "1", *args.opts]))
 
 
 def our_rows(settings: Settings, args: argparse.Namespace, grid: Path) -> list[OurRow]:
-    """The rows of all methods on all backbones; of a seed that lacks a test domain there are no numbers."""
+    """The rows of all methods on all backbones; a seed that lacks a test domain has no numbers."""
     entries = settings["learners"] | settings["debiasers"]
     targets = targets_of(settings["datasets"][args.dataset])
     methods: dict[str, Method] = {method.name: method for method in read_grid(grid).methods}
@@ -156,7 +157,7 @@ def our_rows(settings: Settings, args: argparse.Namespace, grid: Path) -> list[O
                 found = [results for folder in folders if (results := finished_results(folder)) is not None]
                 if len(found) == len(targets):
                     seeds.append(over_targets(found))
-            rows.append(OurRow(row, backbone, entries[parts[0]]["labels"], parts[:1], seeds))
+            rows.append(OurRow(row, backbone, entries[parts[0]]["labels"], parts[0], seeds))
     return rows
 
 
@@ -167,7 +168,9 @@ def run(folder: Path, argv: Sequence[str] | None = None) -> None:
     published = read_published(folder / "published.csv", args.dataset)
     content = yaml.safe_dump(grid_of(settings, args), sort_keys=False, width=1000)
     words = ["--seeds", *map(str, args.seeds), "--root", args.root, "--out", str(args.out)]
-    words += ["--jobs", str(args.jobs or len(args.gpus) or 1), "--together", args.together]
+    words += ["--together", args.together]
+    if args.jobs or not args.slurm:
+        words += ["--jobs", str(args.jobs or len(args.gpus) or 1)]
     for flag in ("gpus", "slurm_opts", "opts"):
         if values := getattr(args, flag):
             words += [f"--{flag.replace('_', '-')}", *values]

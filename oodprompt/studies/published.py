@@ -53,7 +53,7 @@ class OurRow:
     method: str
     backbone: str
     labels: str
-    names: tuple[str, ...]
+    name: str
     seeds: Sequence[dict[str, float | None]]
 
 
@@ -96,7 +96,7 @@ def beside_published(rows: Sequence[OurRow], published: Sequence[Published]) -> 
     own = []
     for row in rows:
         cells = [spread(v for seed in row.seeds if (v := seed[key]) is not None) for key in MEASURES]
-        beside = [_same(row.names, backbone, published) for backbone in (row.backbone, WHOLE_NETWORK)]
+        beside = [_same(row.name, backbone, published) for backbone in (row.backbone, WHOLE_NETWORK)]
         own.append([row.method, row.backbone, row.labels, *cells, len(row.seeds) or "-", *beside])
     header = ["method", "backbone", "attribute labels", "worst group, %", "average, %", "adjusted average, %", "seeds"]
     header += ["published: worst group / average", f"published, {WHOLE_NETWORK}"]
@@ -126,7 +126,7 @@ def beside_published(rows: Sequence[OurRow], published: Sequence[Published]) -> 
 
 
 _NOTES = """Our numbers are means ± standard deviations over seeds. *Attribute labels*: who knows the attribute of training images \
-/ of validation images, "names" stands for the names of its values. *Adjusted average* weighs each group by its share of the \
+/ of validation images; "names" stands for the names of its values. *Adjusted average* weighs each group by its share of the \
 training images; papers print one or the other average. *ours* is our name of the same method.
 
 Published numbers differ in prompts, weights, splits and in what chose the epoch. Zero-shot numbers of one backbone differ by \
@@ -134,9 +134,9 @@ several points from paper to paper. "ImageNet RN50" is a whole network that is t
 is a gain over zero-shot CLIP. *Second-hand* numbers were not read in the paper: look there before you quote them."""
 
 
-def _same(names: Sequence[str], backbone: str, published: Sequence[Published]) -> str:
-    """The published numbers of the methods that we call ``names`` on a backbone, with the numbers of their rows."""
-    found = [(i, p) for i, p in enumerate(published, 1) if p.ours in names and p.backbone == backbone]
+def _same(name: str, backbone: str, published: Sequence[Published]) -> str:
+    """The published numbers of the methods that we call ``name`` on a backbone, with the numbers of their rows."""
+    found = [(i, p) for i, p in enumerate(published, 1) if p.ours == name and p.backbone == backbone]
     return "; ".join(f"{p.worst_group} / {p.average or '-'} [{i}]" for i, p in found) or "-"
 
 

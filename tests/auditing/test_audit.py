@@ -257,3 +257,4 @@ def test_what_makes_no_sense_is_refused_from_python(
 def test_an_audit_of_a_run_goes_to_its_folder() -> None:
     assert auditing.folder_of(None, "run") == Path("run/audit") and auditing.folder_of(None, None) == Path("audit")
     assert auditing.folder_of("out", "run") == Path("out")
+    assert auditing.folder_of("~/audit", None) == Path.home() / "audit"

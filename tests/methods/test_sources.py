@@ -145,7 +145,7 @@ def test_pseudo_labels_count_by_group() -> None:
     assert confident(p, group, labelled, 0.4).tolist() == [0, 1, 2, 3, 6]
 
 
-def test_labels_of_training_images_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_training_images_stay() -> None:
     train, val = planted("train", 60, 8), planted("val", 20, 9)
     odd = Split("train", train.label, torch.where(torch.arange(60) % 2 == 0, train.attribute, -1), train.features)
     ours = source("ssa", odd, val, SPLIT="train")
@@ -177,6 +177,14 @@ def test_a_column_gives_the_values_by_the_end_of_the_path(tmp_path: Path) -> Non
     assert ours.names == ("land", "sea") and ours.num_values(train) == 2
     assert torch.equal(ours.of(train), train.attribute)
     assert ours.of(val).tolist() == [*val.attribute[:-1].tolist(), -1]
+
+
+def test_a_row_of_images_of_two_splits_is_refused(tmp_path: Path) -> None:
+    train, val = planted("train", 12, 0), planted("val", 6, 1)
+    ours = source("csv", train, val, **a_table(tmp_path, *(row.removeprefix("train/") for row in rows_of(train))))
+    ours.of(train)
+    with pytest.raises(UserError, match=r"the row of 0\.png could be that of .*train/0\.png and of .*val/0\.png"):
+        ours.of(val)
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def test_our_rows_stand_beside_the_numbers_of_the_same_method_and_backbone(tmp_p
         {"worst_group_accuracy": worst, "accuracy": 0.9, "adjusted_average_accuracy": None} for worst in (0.25, 0.35)
     ]
     rows = [
-        OurRow("ZeroshotCLIP", backbone, "no / no", ("ZeroshotCLIP",), seeds[:n])
+        OurRow("ZeroshotCLIP", backbone, "no / no", "ZeroshotCLIP", seeds[:n])
         for backbone, n in (("RN50", 2), ("ViT-L/14", 0))
     ]
-    rows.append(OurRow("GroupDRO-CoOp", "RN50", "yes / yes", ("GroupDRO",), seeds[:1]))
+    rows.append(OurRow("GroupDRO-CoOp", "RN50", "yes / yes", "GroupDRO", seeds[:1]))
     text = beside_published(rows, read_published(file, "d"))
     table = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert table[1:4] == [

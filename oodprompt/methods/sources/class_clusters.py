@@ -21,7 +21,7 @@ from oodprompt.data.seeding import GROUP_SOURCE, derive_seed
 from oodprompt.log import logger
 from oodprompt.methods.clusters import best_clusters
 from oodprompt.methods.contracts import Context, GroupSource
-from oodprompt.methods.sources.first_model import first_model
+from oodprompt.methods.sources.first_model import first_logits, first_model
 from oodprompt.methods.splits import Split
 
 _JUDGED = 5000  # images of a class whose silhouettes choose K: they take the square of their number in time
@@ -177,9 +177,7 @@ class EarlyOutputClusters(_ClassClusters):
     by_cluster = False
 
     def _points(self, split: Split) -> np.ndarray:
-        learner, logits = first_model(self, self.keys.FIRST_EPOCHS)
-        if split.name != "train":
-            _, logits = self.context.first_stage.outputs(split, learner)
+        logits = first_logits(self, self.keys.FIRST_EPOCHS, split)
         return logits.double().softmax(dim=1).cpu().numpy()
 
     def _fit(self, points: np.ndarray, k: int) -> tuple[np.ndarray, Any]:

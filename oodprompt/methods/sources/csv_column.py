@@ -57,6 +57,7 @@ class CsvColumn(GroupSource):
         self.names = tuple(texts)
         self._number = {text: i for i, text in enumerate(texts)}
         self._values: dict[str, Tensor] = {}
+        self._taken: dict[str, str] = {}  # the image of a row, in any split
 
     def _read(self) -> dict[str, str]:
         """The text of every row by its path, without "./" and backslashes; "" is unknown."""
@@ -89,13 +90,13 @@ class CsvColumn(GroupSource):
         return self._values[split.name].to(split.label.device)
 
     def _looked_up(self, split: Split) -> Tensor:
-        paths, taken = split.paths(), dict[str, str]()
+        paths = split.paths()
         values, lacking = [], []
         for path in paths:
             row = next((name for name in _endings(path, self.file.parent) if name in self._text), None)
-            if row is not None and taken.setdefault(row, path) != path:
+            if row is not None and self._taken.setdefault(row, path) != path:
                 raise UserError(
-                    f"{self.file}: the row of {row} could be that of {taken[row]} and of {path}; give longer paths"
+                    f"{self.file}: the row of {row} could be that of {self._taken[row]} and of {path}; give longer paths"
                 )
             text = self._text[row] if row is not None else ""
             values.append(self._number[text] if text else -1)

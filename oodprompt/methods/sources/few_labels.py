@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -164,11 +165,13 @@ def confident(p: np.ndarray, group: np.ndarray, labelled: np.ndarray, threshold:
     return np.sort(np.concatenate(chosen))
 
 
+@dataclass(frozen=True)
 class _Labelled:
     """Labelled images: ``features`` [l, d], ``label`` [l] of the class, ``attribute`` [l]."""
 
-    def __init__(self, features: np.ndarray, label: np.ndarray, attribute: np.ndarray) -> None:
-        self.features, self.label, self.attribute = features, label, attribute
+    features: np.ndarray
+    label: np.ndarray
+    attribute: np.ndarray
 
 
 class _Predictor:

@@ -42,6 +42,12 @@ def first_model(source: GroupSource, epochs: int) -> tuple[PromptLearner, Tensor
     return source.context.first_stage.fit(epochs or source.cfg.OPTIM.MAX_EPOCH, None)
 
 
+def first_logits(source: GroupSource, epochs: int, split: Split) -> Tensor:
+    """The logits [N, C] of that learner on a split."""
+    learner, logits = first_model(source, epochs)
+    return logits if split.name == "train" else source.context.first_stage.outputs(split, learner)[1]
+
+
 class _FirstModel(GroupSource):
     """A source that looks at the logits of a first model."""
 
@@ -54,8 +60,7 @@ class _FirstModel(GroupSource):
 
     def _logits(self, split: Split) -> Tensor:
         """[N, C]."""
-        learner, logits = first_model(self, self.keys.FIRST_EPOCHS)
-        return logits if split.name == "train" else self.context.first_stage.outputs(split, learner)[1]
+        return first_logits(self, self.keys.FIRST_EPOCHS, split)
 
 
 @GROUP_SOURCE_REGISTRY.register(name="errors")

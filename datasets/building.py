@@ -1,18 +1,16 @@
-"""What data sets that make their own images share: building them once under ROOT, and planning their groups."""
+"""For data sets that make their own images: build the images once under ROOT, and plan their groups."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oodprompt.data.tables import write_rows
 from oodprompt.errors import UserError
-from oodprompt.files import sweep, temporary_folder
+from oodprompt.files import build_folder
 
 COLUMNS = ("img_id", "img_filename", "y", "split", "place")  # of Waterbirds' metadata.csv
 SPLITS = ("train", "val", "test")  # by the number in its column ``split``
@@ -27,18 +25,13 @@ def built_once(parent: Path, settings: Mapping[str, Any], build: Callable[[Path]
     text = json.dumps(dict(settings), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = parent / f"correlation{settings['CORRELATION']:g}-{digest}"
-    if (folder / "metadata.csv").is_file():
-        return folder
-    sweep(parent)
+
+    def fill(temporary: Path) -> None:
+        build(temporary)
+        (temporary / "settings.json").write_text(text + "\n")
+
     try:
-        with temporary_folder(parent) as temporary:
-            build(temporary)
-            (temporary / "settings.json").write_text(text + "\n")
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not (folder / "metadata.csv").is_file():
-                    raise
+        build_folder(folder, "metadata.csv", fill)
     except OSError as error:
         raise UserError(
             f"cannot {verb} {name} into {folder}: {error.strerror or error}; choose another --root"
@@ -49,8 +42,8 @@ def built_once(parent: Path, settings: Mapping[str, Any], build: Callable[[Path]
 def planned_groups(split: str, total: int, classes: int, places: int, correlation: float) -> list[tuple[int, int]]:
     """(class, place) of every image of a split, in file order.
 
-    In ``train`` the share ``correlation`` of class i has place i, and the rest the other places evenly. The other splits
-    have equally many images of every group.
+    In ``train``, a share ``correlation`` of the images of class i has place i. The rest is spread evenly over the other
+    places. The other splits have equally many images of every group.
     """
     if split != "train":
         return [(i % classes, i // classes % places) for i in range(total // (classes * places) * classes * places)]
@@ -78,8 +71,4 @@ def check_groups(section: str, keys: Mapping[str, Any], places: str) -> None:
 
 def write_list(folder: Path, rows: Iterable[Sequence[Any]], more: Sequence[str] = ()) -> None:
     """Write ``metadata.csv`` in Waterbirds' form: rows of ``COLUMNS`` and the columns ``more``."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*COLUMNS, *more])
-    writer.writerows(rows)
-    (folder / "metadata.csv").write_text(table.getvalue())
+    write_rows(folder / "metadata.csv", [*COLUMNS, *more], rows)

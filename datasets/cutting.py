@@ -78,9 +78,10 @@ def soft_mask(pixels: np.ndarray, box: Box) -> np.ndarray:
     """How much of each pixel belongs to the object in ``box``, [height, width] in 0..1; ``pixels``: uint8 [h, w, 3].
 
     The outline is an ellipse, somewhat squared, in the box. Histograms of the colours inside and outside then move it
-    towards the object's: the log of their ratio, smoothed, is added to the log odds of the distance from the middle,
-    and the histograms are made anew by the outcome (as in GrabCut: Rother et al., SIGGRAPH 2004, with smoothing in
-    place of the graph cut). The ellipse stays where a box fills its photograph, and where colours leave little of it.
+    towards the object's outline. The smoothed log of their ratio is added to the log odds of the distance from the
+    middle. The histograms are then made anew from the outcome. This is as in GrabCut (Rother et al., SIGGRAPH 2004),
+    with smoothing in place of the graph cut. The ellipse stays where a box fills its photograph, and where colours
+    leave little of it.
     """
     distance = _distance(box, pixels.shape[:2])
     ellipse = _step(distance, 1 + _SOFTNESS, 1 - _SOFTNESS) * _edges(pixels.shape[:2])

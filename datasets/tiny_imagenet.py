@@ -92,10 +92,10 @@ class Photograph:
 class TinyImageNet(FilesDataset):
     """200 classes of photographs of 64 pixels, 500 of each for training (Le and Yang, CS231n, 2015).
 
-    The published validation photographs are the test images; DATASET.VAL_PERCENT of the training photographs of each
-    class are the validation images. The test photographs, whose classes are not published, are not read. The archive
-    is downloaded into ROOT and unpacked there when neither it nor its folder is there. Source: Le, Yang, "Tiny ImageNet
-    Visual Recognition Challenge", CS231N, Stanford 2015.
+    The published validation photographs are the test images. DATASET.VAL_PERCENT of the training photographs of each
+    class are the validation images. The published test photographs have no published classes and are not read. If ROOT
+    has neither the archive nor its folder, the archive is downloaded and unpacked there. Source: Le, Yang, "Tiny
+    ImageNet Visual Recognition Challenge", CS231N, Stanford 2015.
     """
 
     dataset_dir = FOLDER
@@ -140,7 +140,7 @@ class TinyImageNet(FilesDataset):
 
 
 def found_or_downloaded(root: Path) -> Path:
-    """The folder of the unpacked archive in ``root``; without it the archive there is unpacked, and fetched if need be.
+    """The folder of the unpacked archive in ``root``. If missing, the archive is unpacked, and fetched if need be.
 
     Raises ``UserError`` with the tree for a folder that lacks one of its parts, and for a download that fails.
     """
@@ -194,7 +194,7 @@ def read_wnids(folder: Path) -> list[str]:
 def class_names(folder: Path, wnids: Sequence[str]) -> dict[str, str]:
     """A name of each class, no two the same: that of ``NAMES``, or its first in words.txt that no other class has.
 
-    A class whose names all belong to others, too, gets its id behind its first name, "crane (n03126707)".
+    If other classes have all names of a class, too, its id follows its first name: "crane (n03126707)".
     """
     path, synonyms = folder / "words.txt", dict[str, list[str]]()
     wanted = set(wnids)

@@ -25,7 +25,7 @@ def download(address: str, file: Path, sha256: str, what: str, by_hand: str) -> 
     """Write what ``address`` serves to ``file``, with its progress; missing folders are made. Returns ``file``.
 
     Raises ``UserError`` where the address cannot be read, the place cannot be written, or the bytes have another SHA256.
-    The error names ``what`` was to be downloaded, and ends with ``by_hand``, what the user can do without the download.
+    The error names ``what`` was to be downloaded. It ends with ``by_hand``: what the user can do without the download.
     """
     try:
         with urllib.request.urlopen(address, timeout=30) as source:

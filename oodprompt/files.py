@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -71,6 +71,23 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+def build_folder(folder: Path, marker: str, fill: Callable[[Path], None]) -> None:
+    """Make ``folder`` by ``fill`` in a temporary folder that is renamed, unless it holds the file ``marker`` already.
+
+    Of builds at the same time one result stays. Raises ``OSError`` when the place cannot be written.
+    """
+    if (folder / marker).is_file():
+        return
+    sweep(folder.parent)
+    with temporary_folder(folder.parent) as temporary:
+        fill(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / marker).is_file():
+                raise
 
 
 def sweep(folder: Path) -> int:

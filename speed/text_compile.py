@@ -1,8 +1,9 @@
 """What torch.compile gives to a frozen text tower on the CPU: ``python speed/text_compile.py --classes 2 10``.
 
 One step encodes the prompts of all classes and sends gradients to their context vectors. The tower has the shapes of the
-backbone and random weights. One JSON line per number of classes: milliseconds of a step as it is and compiled (medians),
-seconds that compiling took, the steps after which compiling has paid, and the largest difference of the features.
+backbone and random weights. Each number of classes gives one JSON line. It has the median milliseconds of a step as it
+is and compiled, and the seconds that compiling took. It also has the steps after which compiling has paid, and the
+largest difference of the features.
 """
 
 from __future__ import annotations

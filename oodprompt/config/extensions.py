@@ -48,7 +48,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 def add(names: Sequence[str]) -> None:
     """Have files (``.py``) and modules imported by ``load``, here and in processes that are started from here.
 
-    ``UserError`` for a file that was imported and has been edited since: Python keeps what it held then.
+    ``UserError`` for a file that was imported and has been edited since: Python keeps the old code.
     """
     for name in names:
         if os.pathsep in name:
@@ -95,8 +95,11 @@ def load() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _entry_points(places: tuple[tuple[str, float], ...]) -> tuple[importlib.metadata.EntryPoint, ...]:
-    """Those of installed packages. To read them takes longer than all else of a config, so they are read anew only where
-    ``places``, the folders that packages are in and when each was changed, are others."""
+    """The entry points of installed packages.
+
+    Reading them takes longer than all else of a config. They are read anew only if ``places`` changed: the folders of
+    packages and when each was modified.
+    """
     return tuple(importlib.metadata.entry_points(group="oodprompt"))
 
 

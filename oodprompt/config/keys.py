@@ -124,7 +124,7 @@ def declared_keys() -> dict[str, Key]:
 
 
 def sections_of(top: str) -> set[str]:
-    """The sections of keys under ``top``: of "DATASET" those of data sets, of "TRAINER" those of methods."""
+    """The sections of keys under ``top``: "DATASET" has those of data sets, "TRAINER" those of methods."""
     return {name.split(".")[1] for name in declared_keys() if name.startswith(f"{top}.") and name.count(".") == 2}
 
 

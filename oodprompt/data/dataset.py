@@ -178,16 +178,16 @@ def prompts_of_names(names: Sequence[str]) -> list[Sequence[str]]:
 
 
 def with_names(dataset: DatasetBase, names: Sequence[str], prompts: Sequence[Sequence[str]]) -> DatasetBase:
-    """The data set, its attribute having the values ``names`` in place of its own."""
+    """The data set with ``names`` as the values of its attribute, in place of its own."""
     named = copy.copy(dataset)
     named.attribute_names, named.attribute_prompts = names, prompts
     return named
 
 
 def names_are_auto(cfg: CfgNode) -> bool:
-    """Whether DATASET.ATTRIBUTE_NAMES has the names of the attribute proposed.
+    """Whether DATASET.ATTRIBUTE_NAMES asks an audit to propose the names of the attribute.
 
-    ``UserError`` for prompts beside names that they are not of, and for TRAINER.PSEUDO_NAMES beside auto.
+    ``UserError`` for prompts that belong to other names, and for TRAINER.PSEUDO_NAMES beside auto.
     """
     auto = tuple(cfg.DATASET.ATTRIBUTE_NAMES) == ("auto",)
     if auto and cfg.DATASET.ATTRIBUTE_PROMPTS:

@@ -226,7 +226,7 @@ def _plain(path: Path, name: str, value: Any) -> Any:
 
 
 def _of_objects(path: Path, name: str, values: np.ndarray) -> np.ndarray:
-    """Python's objects, as a column of a table has them, as whole numbers where all are, else as texts."""
+    """A table column of Python objects: as whole numbers if all are such, else as texts."""
     entries = values.ravel().tolist()
     known = [not _is_missing(entry) for entry in entries]
     for row, (entry, is_known) in enumerate(zip(entries, known, strict=True)):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from oodprompt.errors import UserError
 
@@ -222,3 +223,12 @@ def _where_not_utf8(path: Path) -> str:
             except UnicodeDecodeError as error:
                 return f"line {line} holds the byte 0x{content[error.start]:02x}"
     return "it holds bytes that are none"
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a csv file in a folder that is being built; a file that others may read is written atomically."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    path.write_text(table.getvalue(), encoding="utf-8")

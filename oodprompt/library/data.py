@@ -77,10 +77,10 @@ def keys_of_data(data: Any, root: str | Path | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def written_data(data: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    """Data that are in memory, in a file of the run's ``folder``: the key of the file, nothing for data in files.
+    """Write data in memory to a file in the run's ``folder``; yields the file's key, or nothing for data in files.
 
-    A run can only be loaded again where its data are kept, so that tables and arrays become files. ``UserError`` where
-    the folder has other data, of which another run was trained. What was written is removed where a run is refused before it began.
+    A run can only be loaded again if its data are kept, so tables and arrays become files. ``UserError`` if the folder
+    has other data, from which another run was trained. If a run is refused before it begins, the file is removed.
     """
     kind = next((i for i, fits in enumerate((_is_frame(data), isinstance(data, Mapping))) if fits), None)
     if kind is None:

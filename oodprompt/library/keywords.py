@@ -66,9 +66,9 @@ def _key_of(word: str, own: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _matches(word: str, keys: Iterable[str]) -> list[str]:
-    """Keys that ``word`` says in lower case, from some part of their names on; the whole name wins.
+    """Keys whose name, or its end after a dot, is ``word`` in lower case with underscores; the whole name wins.
 
-    Keys of sources of groups are said from GROUP_SOURCES on: a run uses one source, and their short names are those of others.
+    For keys of sources of groups, the word must hold GROUP_SOURCES: shorter words are those of other keys, too.
     """
     found = []
     for key in keys:
@@ -89,7 +89,7 @@ def _shortest(key: str, keys: Sequence[str]) -> str:
 
 
 def refuse_two_values(own: Mapping[str, Any], by_keywords: Mapping[str, Any], by_parameters: Mapping[str, Any]) -> None:
-    """``UserError`` where ``own``, what ``keys=`` gives, has another value for a key that the call gives otherwise."""
+    """``UserError`` if ``own`` (from ``keys=``) gives a key another value than the rest of the call."""
     for given in (by_parameters, by_keywords):
         for key in own.keys() & given.keys():
             if plain(own[key]) != given[key]:

@@ -82,8 +82,8 @@ class Run:
         """Classify images; a row for each: image, prediction, probability, and the probability of every class.
 
         ``images``: paths or folders, PIL images, pixels uint8 [N, H, W, 3] or [H, W, 3] in RGB, or image features
-        [N, d] (floats, by the frozen backbone), one of them or a list; or a DataFrame with a column image, whose rows keep
-        their index. ``UserError`` for what cannot be read.
+        [N, d] (floats, by the frozen backbone), one of them or a list. A DataFrame with a column image is taken, too, and
+        its rows keep their index. ``UserError`` for what cannot be read.
         """
         with self._call():
             given = Inputs.of(images, self.trainer)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def json_value(value: Any) -> Any:
-    """``value`` as JSON can hold it: arrays and tuples as lists, paths as text, what is not finite as None."""
+    """``value`` as JSON can hold it: arrays and tuples as lists, paths as text, numbers that are not finite as None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

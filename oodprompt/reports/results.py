@@ -90,7 +90,7 @@ def results_markdown(results: dict[str, Any]) -> str:
 
 
 def _quality(quality: dict[str, dict[str, Any]]) -> list[str]:
-    """How far the groups of the training are those of the attribute labels, as a table; nothing where it is not known."""
+    """A table of how far the training's groups agree with the attribute labels; nothing if this is not known."""
     if not quality:
         return []
     rows = []

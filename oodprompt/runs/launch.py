@@ -31,7 +31,7 @@ from oodprompt.terminal import exit_status
 LOCK, PROMPT = ".benchmark.lock", "$ "
 LOCKED = 75  # exit status of a process that found its folder locked
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a training imports on its way, PyTorch's compiler with its first optimiser step: three seconds in every process.
+# Modules that a training imports late (the first optimiser step imports PyTorch's compiler): 3 s in every process.
 _ON_THE_WAY = ("torch._dynamo", "torchvision.transforms", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
 PATIENCE = 10.0  # seconds that a child has to end after SIGTERM
 
@@ -144,7 +144,7 @@ def may_fork() -> bool:
 
 
 def _import_ahead() -> None:
-    """Import what every job would import, for all forks of this process; nothing of it starts a thread or asks CUDA."""
+    """Import what every job would import, for all forks of this process. No import starts a thread or asks CUDA."""
     if sys.platform == "linux" and "torch" in sys.modules:
         for name in _ON_THE_WAY:
             with contextlib.suppress(ImportError):

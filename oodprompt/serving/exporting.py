@@ -274,7 +274,7 @@ def _quiet() -> Any:
 
 
 def _check_onnx(pixels: Tensor, expected: Tensor, file: Path, place: Path) -> float:
-    """The largest difference of onnxruntime to the ``expected`` probabilities of ``pixels``, in batches of several sizes."""
+    """The largest difference of onnxruntime from the ``expected`` probabilities, over several batch sizes."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

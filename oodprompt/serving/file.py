@@ -110,7 +110,7 @@ def build(
     backbone_path: str | Path = "",
     device: torch.device | str = "cpu",
 ) -> Deployed:
-    """The model of a file. ``backbone_path``: the checkpoint of the backbone, where it is not as in the card.
+    """The model of a file. ``backbone_path``: the checkpoint of the backbone, if the card names another.
 
     ``UserError`` where the backbone is not the one that the model was trained on.
     """

@@ -89,9 +89,9 @@ def v_interval(tables: Sequence[NDArray[np.integer]], level: float) -> tuple[flo
     """Limits of Cramer's V that hold with probability 1 - ``level``, from the noncentral chi^2 distribution.
 
     ``tables`` [R, 2] are those of parts of the images, whose chi^2 and degrees of freedom add up; usually one. Parts that
-    say nothing (``chi_squared``) are left out. The limits of the noncentrality l are those at which the observed chi^2 is
-    the level / 2 quantile from either side; V = sqrt(l / n) for the n images of the other parts. They are 0 and 1 where no
-    part says anything. Source: Smithson, "Confidence Intervals", Sage 2003, chapter 4.
+    say nothing (``chi_squared``) are left out. The limits of the noncentrality l are those at which the observed chi^2
+    is the level / 2 quantile from either side. V = sqrt(l / n) for the n images of the other parts. The limits of V are
+    0 and 1 where no part says anything. Source: Smithson, "Confidence Intervals", Sage 2003, chapter 4.
     """
     tests = [(*chi_squared(table), int(np.sum(table))) for table in tables]
     telling = [test for test in tests if test[1]]
@@ -169,11 +169,12 @@ def associations(
     """The association of every word with the label, in the order of words; words that are too rare are left out.
 
     ``features`` [N, d] and ``label`` [N] are those of the training images, ``direction`` [W, d] those of the words.
-    ``classes`` [C, d] are text features. All are on the CPU. The score of word w in image i is s = <z_i, direction_w>; the word is present
-    where s is above the threshold of ``otsu``. The evidence for the class is e = sum_c b_c <z_i, t_c>, b_c being the mean
-    of s over class c minus the mean of these; classes without images are left out. Within classes, s moves with e at the
-    slope k (least squares, 0 at least). A second V is that of s - k e in place of s; the smaller V counts. It is small for a
-    word that only follows the evidence for the class, as "hoop" for the class ring.
+    ``classes`` [C, d] are text features. All are on the CPU. The score of word w in image i is s = <z_i, direction_w>.
+    The word is present where s is above the threshold of ``otsu``. The evidence for the class is
+    e = sum_c b_c <z_i, t_c>. Here b_c is the mean of s over class c minus the mean of these. Classes without images are
+    left out. Within classes, s moves with e at the slope k (least squares, 0 at least). A second V is that of s - k e
+    in place of s; the smaller V counts. It is small for a word that only follows the evidence for the class, as "hoop"
+    for the class ring.
     """
     number = len(classes)
     inside = Within(features, label, classes)

@@ -184,10 +184,10 @@ class _Namer:
     ) -> tuple[tuple[str, ...], float | None]:
         """(names, how their split into images of the best word and others correlates with ``present``).
 
-        The first name is the best word, the second the one with which it splits best. A word from ``opposite`` or, after
-        these, from ``others`` is preferred, if one is nearly as good. Of ``others``, the best words of other proposals with
-        a large V, those follow that raise the chi^2 of split and label much. Without a word that splits the images there are no
-        names.
+        The first name is the best word, the second the one with which it splits best. A word from ``opposite`` is
+        preferred if it is nearly as good; after these, a word from ``others``. ``others`` are the best words of other
+        proposals with a large V. Those of them follow that raise the chi^2 of split and label much. Without a word that
+        splits the images there are no names.
         """
         agreement = _correlations(self.fit[:, [best.word]] > self.fit, present)
         agreement[best.word] = -1

@@ -36,9 +36,9 @@ class Vocabulary:
 def read_vocabulary(choice: str = "", sensitive: bool = False, captions: Iterable[str] = ()) -> Vocabulary:
     """The built-in words for "", the words of ``captions`` for "captions", else those of the file ``choice``.
 
-    Words of sections whose name begins with "sensitive", in any case, are there only where they are asked for; of captions, those that
-    our own such sections hold are left out. ``UserError`` for a file that is missing, no text, or empty, and where no
-    image has a caption.
+    A section is sensitive if its name begins with "sensitive", in any case. Its words are there only where they are
+    asked for. Words of captions are left out if our own sensitive sections hold them. ``UserError`` for a file that is
+    missing, no text, or empty, and where no image has a caption.
     """
     if choice == "captions":
         return _of_captions(captions, sensitive)

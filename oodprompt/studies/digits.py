@@ -20,11 +20,11 @@ from PIL import Image
 from torchvision import datasets
 
 from oodprompt.data.seeding import derive_seed
-from oodprompt.data.tables import read_rows
+from oodprompt.data.tables import read_rows, write_rows
 from oodprompt.errors import UserError, nearest
 from oodprompt.log import progress
 from oodprompt.studies.planting import apportion, check_v, class_counts, contingency
-from oodprompt.studies.writing import Picture, Region, Sizes, build_once, digest, hold_out, write_rows, write_setting
+from oodprompt.studies.writing import Picture, Region, Sizes, build_once, digest, hold_out, write_setting
 
 Pixels = NDArray[np.uint8]
 

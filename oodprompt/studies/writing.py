@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from oodprompt.data.tables import write_rows
 from oodprompt.errors import UserError
+from oodprompt.files import build_folder
 from oodprompt.studies.planting import Table, apportion, cramers_v
 
 VERSION = 1  # of the builders; another version builds anew beside the old folders
@@ -62,41 +59,15 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def build_once(folder: Path, marker: str, fill: Callable[[Path], None]) -> Path:
-    """``folder``, made by ``fill`` in a temporary folder that is renamed, unless it holds the file ``marker`` already.
-
-    Of builds at the same time one result stays. Raises ``UserError`` when the place cannot be written.
-    """
-    if (folder / marker).is_file():
-        return folder
-    temporary = None
+    """``folder``, made as by ``build_folder``. Raises ``UserError`` when the place cannot be written."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        os.chmod(temporary, 0o755)
-        fill(temporary)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / marker).is_file():
-                raise
+        build_folder(folder, marker, fill)
     except OSError as error:
         raise UserError(
             f"cannot build {folder}: {error.strerror or error}; free some space, move what is there away, or choose "
             "another output folder"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A csv file in a folder that ``build_once`` fills."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    path.write_text(table.getvalue(), encoding="utf-8")
 
 
 def hold_out(table: Table, share: float) -> Table:

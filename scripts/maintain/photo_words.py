@@ -115,7 +115,7 @@ KINDS: dict[str, str] = {
     "land": "n02793495 n09193705 n09246464",
     "coast": "n09428293 n09332890",
 }
-# Kinds whose members are those of other kinds, and more.
+# Kinds that contain other kinds.
 WIDER: dict[str, tuple[str, ...]] = {
     "mammal": ("dog", "cat"),
     "animal": ("dog", "cat", "mammal", "bird", "fish", "amphibian", "reptile", "spider", "insect", "sea animal"),
@@ -126,7 +126,7 @@ PLACES = ("n02793495", "n09193705", "n09246464", "n09256479", "n09332890", "n094
 
 
 def names_of(root: Path, wnids: Sequence[str]) -> dict[str, list[str]]:
-    """The names of each class by its WordNet id, that of the data set first; ``root`` has words.txt."""
+    """The names of each class by its WordNet id; the data set's name comes first. ``root`` has words.txt."""
     of_data_set = class_names(root, list(wnids))
     words = (root / "words.txt").read_text(encoding="utf-8")
     known = dict(line.split("\t", 1) for line in words.splitlines())

@@ -3,10 +3,10 @@
     python scripts/maintain/sources_table.py --seeds 1 2 3
     python scripts/maintain/sources_table.py --sweep
 
-GroupDRO and DebiasedPT over CoOp train with every source on ShapesOnScenes, on the embedded ``tiny``; with ``--methods
-CoOpOOD``, CoOpOOD is anchored on it. A seed is that of the
-run and of the rendered images. A run that is finished is not run again. ``--sweep`` trains nothing but first models: it
-tells how good the groups are by the keys of their sources, on the training images of other seeds.
+GroupDRO and DebiasedPT over CoOp train with every source on ShapesOnScenes, on the embedded ``tiny``. With ``--methods
+CoOpOOD``, CoOpOOD is anchored on every source. Each seed sets both the run and the rendered images. A run that is
+finished is not run again. ``--sweep`` trains first models only. It shows the quality of groups for values of the
+sources' keys, on the training images of other seeds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _arguments(folder: Path, out: Path, trainer: str, seed: int, strength: float
 
 
 def trained(out: Path, trainer: str, source: str, seed: int, strength: float) -> Row:
-    """The results of a run, which is trained where it is not finished yet."""
+    """The results of a run. A run that is not finished is trained first."""
     folder = out / f"{strength:g}" / trainer / source.replace(" ", "_").replace("%", "percent") / str(seed)
     if (found := finished_results(folder)) is None:
         keys = ("TRAINER.GROUPS", source.split(",")[0], *SOURCES[source], *METHODS[trainer]) if source else ()
@@ -82,7 +82,7 @@ def _mean(values: Sequence[float | None], scale: float = 100, digits: int = 1) -
 
 
 def _quality(rows: Sequence[Row]) -> list[str]:
-    """The quality of the groups of runs in words; labels agree with themselves."""
+    """Mean quality of the groups of runs, as cells; empty for attribute labels, which agree with themselves."""
     quality = [row["group_quality"]["train"] for row in rows if "group_quality" in row]
     keys = (("agreement", 100.0, 1), ("worst_group_agreement", 100.0, 1), ("adjusted_mutual_information", 1.0, 2))
     return [_mean([q[key] for q in quality], scale, digits) for key, scale, digits in keys]

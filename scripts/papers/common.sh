@@ -1,5 +1,6 @@
-# Sourced by scripts/papers/*.sh: reproduce DATASET [arguments]. Trains what settings.yaml says, then prints a table beside the
-# published numbers of published.csv. PYTHON says which Python (default: .venv of the checkout, else python).
+# Sourced by scripts/papers/*.sh: reproduce DATASET [arguments]. It trains what settings.yaml says. Then it prints a
+# table beside the published numbers of published.csv. PYTHON names the Python (default: .venv of the checkout, else
+# python).
 set -euo pipefail
 
 reproduce() {

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# Read when NumPy and PyTorch are imported, below: threads that wait sleep; processes, not threads, share the cores.
+# NumPy and PyTorch read these when they are imported below. Waiting threads sleep; processes share the cores, not
+# threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -13,6 +13,7 @@ from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 from oodprompt.reports.style import write_figure
 from oodprompt.runs.aggregate import collect, in_order, upstream_summary
+from oodprompt.runs.ranks import mean_ranks, ranks_figure, ranks_table
 from oodprompt.runs.reading import LOG, subfolders, upstream_values
 from oodprompt.runs.tables import figure, tables
 from oodprompt.terminal import Parser, exit_status, program
@@ -24,6 +25,8 @@ One row for all runs whose paths differ in ``seed<N>`` alone, mean ± sample sta
 their harmonic mean where paths have ``train_base`` and ``test_new``. ``--baseline METHOD`` adds paired differences over
 common seeds to the row with that part in its path, with a paired t-test. ``NAME`` ... are the rows that are wanted, in this
 order. What is unfinished or broken is named on stderr.
+
+``--ranks FILE`` adds each method's mean rank over data sets (DIR/DATA_SET/SETTING/METHOD/seed<N>), with its 95 % interval.
 
 ``--upstream`` prints what upstream's ``parse_test_res.py DIR`` finds: DIR's folders are the seeds (with ``--multi-exp``,
 of each folder in DIR), from ``log.txt`` alone, with the population standard deviation.
@@ -67,6 +70,9 @@ def build_parser() -> Parser:
     parser.add_argument("--baseline", default="", metavar="METHOD", help="paired differences to the rows of METHOD")
     parser.add_argument("--digits", type=int, default=1, help="digits after the point")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="bars of all rows, as PNG")
+    parser.add_argument(
+        "--ranks", type=Path, metavar="FILE", help="mean ranks of the methods of DIR/DATA_SET/SETTING/METHOD, as PNG"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there as well")
     parser.add_argument("--upstream", action="store_true", help="upstream's own numbers")
     return parser
@@ -86,6 +92,13 @@ def run(argv: Sequence[str] | None = None) -> None:
     for problem in tree.problems:
         print(problem, file=sys.stderr)
     text = tables(tree, args.format, args.baseline, args.digits)
+    if args.ranks:
+        metric = args.keyword[0] if args.keyword else "worst_group_accuracy"
+        ranks, without = mean_ranks(tree.rows, metric)
+        if without:
+            print(f"without a rank, as a setting lacks them: {', '.join(without)}", file=sys.stderr)
+        text = f"{text}\n{ranks_table(ranks)}"
+        write_figure(ranks_figure(ranks), args.ranks)
     print(text, end="")
     if args.out:
         write_atomically(args.out, text)

@@ -432,3 +432,31 @@ def test_script_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
     assert (
         widths[:2] == pytest.approx([r.cells["accuracy"][0] for r in collect(root).rows[:2]]) and len(drawn.axes) == 2
     )
+
+
+def test_mean_ranks_over_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A data set of many settings weighs as much as one of a single setting; equals share the mean of their ranks."""
+    worst = {  # data set/setting -> methods
+        "shapes/0.5": {"A": 0.9, "B": 0.8, "C": 0.8},
+        "shapes/0.9": {"A": 0.9, "B": 0.5, "C": 0.4},
+        "photos/0.9": {"A": 0.1, "B": 0.3, "C": 0.2, "D": 0.9},
+    }
+    for place, methods in worst.items():
+        for name, value in methods.items():
+            for seed in (1, 2):
+                ours(tmp_path / "o" / place / name / f"seed{seed}", 0.95, value + 0.01 * seed)
+    out, err = printed(capsys, tmp_path / "o", "--ranks", tmp_path / "ranks.png")
+    assert "lacks them: D" in err and (tmp_path / "ranks.png").stat().st_size > 5000
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in out.splitlines() if " to " in line]
+    assert cells == [
+        ["B", "1.6", "1.0 to 2.4", "1.0", "2.2"],
+        ["A", "2.0", "1.0 to 3.0", "3.0", "1.0"],
+        ["C", "2.4", "2.0 to 2.9", "2.0", "2.8"],
+    ]
+
+
+def test_ranks_need_two_methods(tmp_path: Path) -> None:
+    ours(tmp_path / "0.5" / "A" / "seed1", 0.9, 0.8)
+    ours(tmp_path / "0.9" / "B" / "seed1", 0.9, 0.8)
+    with pytest.raises(UserError, match="DATA_SET/SETTING/METHOD/seed<N>"):
+        run([str(tmp_path), "--ranks", str(tmp_path / "ranks.png")])

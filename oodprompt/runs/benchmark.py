@@ -71,26 +71,24 @@ def build_parser() -> Parser:
     extensions.add_flag(parser)
     parser.add_argument("--root", default="data", help="folder that holds the data sets")
     parser.add_argument("--out", type=Path, help="default: output/<name of GRID.yaml>, else output/benchmark")
+    add_run_flags(parser, "runs at the same time; default: one per GPU of --gpus, else one, of GRID.yaml one per core")
+    parser.add_argument("--grid-help", action=_GridHelp, nargs=0, help="print what GRID.yaml may have, and end")
+    return parser
+
+
+def add_run_flags(parser: Parser, jobs: str) -> None:
+    """How the runs of any grid are trained; ``jobs`` is the help of ``--jobs``."""
+    parser.add_argument("--jobs", type=int, help=jobs)
     parser.add_argument(
-        "--jobs",
-        type=int,
-        help="runs at the same time; default: one per GPU of --gpus, else one, of GRID.yaml one per core",
-    )
-    parser.add_argument(
-        "--together",
-        default="off",
-        metavar="auto|N|off",
-        help="up to N runs in one process (default: off)",
+        "--together", default="off", metavar="auto|N|off", help="up to N runs in one process (default: off)"
     )
     parser.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="each run sees one of them")
     parser.add_argument("--slurm", default="", metavar="PARTITION", help="submit to Slurm (needs submitit)")
     parser.add_argument(
         "--slurm-opts", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's parameters, e.g. timeout_min=600"
     )
-    parser.add_argument("--grid-help", action=_GridHelp, nargs=0, help="print what GRID.yaml may have, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys for every run")
-    return parser
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -48,18 +48,13 @@ def read_arguments(settings: Settings, argv: Sequence[str] | None = None) -> arg
     parser.add_argument("dataset", choices=list(settings["datasets"]), help="the benchmark; the scripts give it")
     parser.add_argument("root", metavar="DATA", help="folder that holds the data sets")
     parser.add_argument("--backbones", nargs="+", default=settings["backbones"], metavar="NAME", help="RN50 ViT-L/14")
-    parser.add_argument("--seeds", nargs="+", type=int, default=settings["seeds"], help="default: 1 2 3")
+    seeds = " ".join(map(str, settings["seeds"]))
+    parser.add_argument("--seeds", nargs="+", type=int, default=settings["seeds"], help=f"default: {seeds}")
     for kind, names in kinds.items():
         text = f"of {', '.join(names)}; default: {'all' if usual[kind] == names else ', '.join(usual[kind])}"
         parser.add_argument(f"--{kind}", nargs="*", default=usual[kind], metavar="NAME", help=text)
     parser.add_argument("--out", type=Path, help="default: output/papers/DATASET")
-    parser.add_argument("--jobs", type=int, help="runs at the same time; default: one per GPU of --gpus, else one")
-    parser.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="each run sees one of them")
-    parser.add_argument("--together", default="off", metavar="auto|N|off", help="as in scripts/benchmark.py")
-    parser.add_argument("--slurm", default="", metavar="PARTITION", help="as in scripts/benchmark.py")
-    parser.add_argument("--slurm-opts", nargs="+", default=[], metavar="KEY=VALUE", help="as in scripts/benchmark.py")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands; needs no data")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys for every run")
+    benchmark.add_run_flags(parser, "runs at the same time; default: one per GPU of --gpus, else one")
     args = parser.parse_args(argv)
     args.out = args.out or Path("output/papers") / args.dataset
     for kind, names in kinds.items():

@@ -2,9 +2,11 @@
 
     python scripts/maintain/sources_table.py --seeds 1 2 3
     python scripts/maintain/sources_table.py --sweep
+    python scripts/maintain/sources_table.py --data photos --root DATA
 
-GroupDRO and DebiasedPT over CoOp train with every source on ShapesOnScenes, on the embedded ``tiny``. With ``--methods
-CoOpOOD``, CoOpOOD is anchored on every source. Each seed sets both the run and the rendered images. A run that is
+GroupDRO and DebiasedPT over CoOp train with every source on ShapesOnScenes, on the embedded ``tiny``, or on
+PhotosOnPlaces, on ``tiny-photo``. With ``--methods
+CoOpOOD``, CoOpOOD is anchored on every source. Each seed sets both the run and the images. A run that is
 finished is not run again. ``--sweep`` trains first models only. It shows the quality of groups for values of the
 sources' keys, on the training images of other seeds.
 """
@@ -15,6 +17,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,11 @@ from oodprompt.methods.quality import group_quality
 from oodprompt.reports.results import finished_results
 from oodprompt.reports.style import markdown_table
 
-CONFIG = "configs/trainers/DebiasedPT/tiny_shapes.yaml"
+# Config file, and the prefix of the data set's keys with the name of its seed.
+DATA = {
+    "shapes": ("configs/trainers/DebiasedPT/tiny_shapes.yaml", "DATASET.SHAPES", "RENDER_SEED"),
+    "photos": ("configs/trainers/CoOpOOD/tiny_photos.yaml", "DATASET.PHOTOS", "BUILD_SEED"),
+}
 # With the keys of docs/sweeps/debiasers.md.
 METHODS = {
     "GroupDRO": ("TRAINER.GROUPDRO.ADJUSTMENT", "1"),
@@ -56,18 +63,30 @@ SWEEP = {
 Row = dict[str, Any]
 
 
-def _arguments(folder: Path, out: Path, trainer: str, seed: int, strength: float, *keys: str) -> list[str]:
-    shapes = ("DATASET.SHAPES.CORRELATION", str(strength), "DATASET.SHAPES.RENDER_SEED", str(seed))
-    where = ("--output-dir", str(folder), "--root", str(out / "data"), "--seed", str(seed))
-    return ["--trainer", trainer, "--config-file", CONFIG, *where, *shapes, "TRAIN.VAL_FREQ", "0", *keys]
+@dataclass(frozen=True)
+class Images:
+    """The data set of all runs, with the folder that holds it, and the folder of the runs."""
+
+    name: str
+    root: Path
+    strength: float
+    out: Path
+
+    def arguments(self, folder: Path, trainer: str, seed: int, *keys: str) -> list[str]:
+        """The command line of a run."""
+        config, prefix, of_images = DATA[self.name]
+        images = (f"{prefix}.CORRELATION", str(self.strength), f"{prefix}.{of_images}", str(seed))
+        where = ("--output-dir", str(folder), "--root", str(self.root), "--seed", str(seed))
+        return ["--trainer", trainer, "--config-file", config, *where, *images, "TRAIN.VAL_FREQ", "0", *keys]
 
 
-def trained(out: Path, trainer: str, source: str, seed: int, strength: float) -> Row:
+def trained(images: Images, trainer: str, source: str, seed: int) -> Row:
     """The results of a run. A run that is not finished is trained first."""
-    folder = out / f"{strength:g}" / trainer / source.replace(" ", "_").replace("%", "percent") / str(seed)
+    name = f"{images.strength:g}" if images.name == "shapes" else f"{images.name}-{images.strength:g}"
+    folder = images.out / name / trainer / source.replace(" ", "_").replace("%", "percent") / str(seed)
     if (found := finished_results(folder)) is None:
         keys = ("TRAINER.GROUPS", source.split(",")[0], *SOURCES[source], *METHODS[trainer]) if source else ()
-        cli.run(_arguments(folder, out, trainer, seed, strength, *keys))
+        cli.run(images.arguments(folder, trainer, seed, *keys))
         found = finished_results(folder)
     assert found is not None, "a run that ends has results"
     return found
@@ -88,14 +107,14 @@ def _quality(rows: Sequence[Row]) -> list[str]:
     return [_mean([q[key] for q in quality], scale, digits) for key, scale, digits in keys]
 
 
-def table(out: Path, seeds: Sequence[int], strength: float, sources: Sequence[str], methods: Sequence[str]) -> str:
+def table(images: Images, seeds: Sequence[int], sources: Sequence[str], methods: Sequence[str]) -> str:
     """A line for each source: the quality of its groups, and accuracies of every method, in per cent."""
     lines = []
-    plain = [trained(out, "CoOp", "", seed, strength) for seed in seeds]
+    plain = [trained(images, "CoOp", "", seed) for seed in seeds]
     cells = [_mean([row[key] for row in plain]) for key in ("worst_group_accuracy", "accuracy")]
     lines.append(["none (CoOp)", "", "", "", *cells * len(methods)])
     for source in sources:
-        runs = {name: [trained(out, name, source, seed, strength) for seed in seeds] for name in methods}
+        runs = {name: [trained(images, name, source, seed) for seed in seeds] for name in methods}
         cells = [
             _mean([r[key] for r in rows]) for rows in runs.values() for key in ("worst_group_accuracy", "accuracy")
         ]
@@ -106,14 +125,14 @@ def table(out: Path, seeds: Sequence[int], strength: float, sources: Sequence[st
     )
 
 
-def swept(out: Path, seeds: Sequence[int], strength: float) -> Iterator[list[str]]:
+def swept(images: Images, seeds: Sequence[int]) -> Iterator[list[str]]:
     """A line for each source and value of its key: the quality of its groups."""
     for source, (key, values) in SWEEP.items():
         for value in values:
             rows: list[Row] = []
             for seed in seeds:
                 keys = ("TRAINER.GROUPS", source, f"TRAINER.GROUP_SOURCES.{key}", str(value), "VERBOSE", "False")
-                arguments = _arguments(out / "sweep", out, "GroupDRO", seed, strength, *keys)
+                arguments = images.arguments(images.out / "sweep", "GroupDRO", seed, *keys)
                 trainer = build_trainer(cli.setup_cfg(cli.build_parser().parse_intermixed_args(arguments)))
                 train = trainer.attributes.data.train
                 found = group_quality(trainer.attributes.values(train), train.label, train.attribute)
@@ -130,17 +149,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("output/sources_table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3; of --sweep: 101 102")
+    parser.add_argument("--data", choices=DATA, default="shapes")
+    parser.add_argument("--root", type=Path, help="folder that holds the data set; default: OUT/data")
     parser.add_argument("--correlation", type=float, default=0.95)
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), metavar="SOURCE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["GroupDRO", "DebiasedPT"])
     parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args(argv)
+    images = Images(args.data, args.root or args.out / "data", args.correlation, args.out)
     if args.sweep:
         seeds = args.seeds if args.seeds != parser.get_default("seeds") else [101, 102]
         header = ["groups by", "key", "value", "agree", "worst group agrees", "AMI", "groups"]
-        print(markdown_table(header, list(swept(args.out, seeds, args.correlation))))
+        print(markdown_table(header, list(swept(images, seeds))))
     else:
-        print(table(args.out, args.seeds, args.correlation, args.sources, args.methods))
+        print(table(images, args.seeds, args.sources, args.methods))
     return 0
 
 

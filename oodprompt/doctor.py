@@ -195,10 +195,10 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 def weights(folder: Path | None = None, seconds: float = _SECONDS) -> Section:
     """OpenAI's files in ``folder`` (default ``~/.cache/clip``), checked by SHA256; nothing is downloaded."""
-    from oodprompt.backbones.weights import OPENAI_WEIGHTS, _fetch
+    from oodprompt.backbones.weights import EMBEDDED, OPENAI_WEIGHTS, _fetch
 
     folder, end = folder or Path("~/.cache/clip").expanduser(), time.monotonic() + seconds
-    lines, problems = ["tiny: comes with the package"], []
+    lines, problems = [f"{', '.join(EMBEDDED)}: come with the package"], []
     for name, (_, file) in OPENAI_WEIGHTS.items():
         if not (folder / file).is_file():
             continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from oodprompt.backbones import open_clip_models
-from oodprompt.backbones.weights import SHAPES, TINY, load_backbone
+from oodprompt.backbones.weights import EMBEDDED, SHAPES
 from oodprompt.errors import UserError
 from oodprompt.reports.style import markdown_table
 from oodprompt.terminal import Parser, exit_status
@@ -19,11 +19,8 @@ _BY_BLOCKS, _BY_STAGES, _CROPS = "tokens, crops", "roi, crops", "crops"  # of im
 
 def rows(name: str = "") -> list[tuple[str, ...]]:
     """A row of ``COLUMNS`` for each backbone whose name holds ``name``: ours, and open_clip's where it is installed."""
-    tiny = load_backbone("tiny").shape
-    found: list[tuple[str, ...]] = [
-        ("tiny", "fast", str(tiny.image_resolution), _YES, _YES, _YES, _VIT)
-    ] * TINY.is_file()
-    for own, shape in SHAPES.items():
+    found: list[tuple[str, ...]] = []
+    for own, shape in (EMBEDDED | SHAPES).items():
         vit = shape.vision_patch is not None
         found.append(
             (own, "fast", str(shape.image_resolution), _YES, _YES, _YES if vit else _NO, _VIT if vit else _RESNET)

@@ -70,15 +70,15 @@ def _messages() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _embedded_weights_are_unpacked_once() -> Iterator[None]:
     """Every CLIP still gets tensors of its own."""
-    read, tiny = weights.read_state_dict, weights.TINY
-    tensors: dict[str, torch.Tensor] = {}
+    read, embedded = weights.read_state_dict, [weights.embedded_file(name) for name in weights.EMBEDDED]
+    tensors: dict[Path, dict[str, torch.Tensor]] = {}
 
     def kept(file: Path) -> dict[str, torch.Tensor]:
-        if file != tiny:
+        if file not in embedded:
             return read(file)
-        if not tensors:
-            tensors.update(read(file))
-        return {name: value.clone() for name, value in tensors.items()}
+        if file not in tensors:
+            tensors[file] = read(file)
+        return {name: value.clone() for name, value in tensors[file].items()}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "read_state_dict", kept)

@@ -26,7 +26,12 @@ def test_report_and_exit_status(capsys: pytest.CaptureFixture[str], data_root: P
     assert doctor.main(["--root", str(data_root)]) == 0
     assert time.monotonic() - began < 60, "it is made to take less than 10 s on an idle machine"
     out = capsys.readouterr().out
-    for part in (f"torch {torch.__version__.split('+')[0]}", "CPU: ", "tiny: comes with the package", "GiB free"):
+    for part in (
+        f"torch {torch.__version__.split('+')[0]}",
+        "CPU: ",
+        "tiny, tiny-photo: come with the package",
+        "GiB free",
+    ):
         assert part in out
     assert (
         "ShapesOnScenes: renders itself" in out and "the embedded CLIP runs on" in out and "A run is possible." in out

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from oodprompt import cli
-from oodprompt.backbones.weights import TINY
+from oodprompt.backbones.weights import embedded_file
 from oodprompt.config import extensions
 from oodprompt.data.dataset import DatasetBase
 from oodprompt.engine import checkpoint
@@ -134,7 +134,7 @@ def test_tensorboard_has_every_epoch_once_after_a_resume(arguments: Arguments, t
 
 def test_the_file_at_path_is_named_as_the_backbone(run: Run, tmp_path: Path) -> None:
     copy = tmp_path / "copy.pt.gz"
-    copy.write_bytes(TINY.read_bytes())
+    copy.write_bytes(embedded_file("tiny").read_bytes())
     assert run("ZeroshotCLIP", "path", "MODEL.BACKBONE.PATH", copy)["backbone"] == str(copy)
 
 

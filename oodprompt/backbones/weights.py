@@ -1,7 +1,7 @@
 """The one door through which every CLIP comes: ``load_backbone``.
 
 Weights in OpenAI's layout (the TorchScript archive that OpenAI publishes, a state dict in any usual form), found at a
-given path, in ``~/.cache/clip``, or downloaded and checked by SHA256; and the small ``tiny`` that the package carries.
+given path, in ``~/.cache/clip``, or downloaded and checked by SHA256; and the small CLIPs that the package carries.
 """
 
 from __future__ import annotations
@@ -49,19 +49,29 @@ SHAPES: dict[str, CLIPShape] = {
     "ViT-L/14": CLIPShape(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
     "ViT-L/14@336px": CLIPShape(768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
 }
-TINY = Path(__file__).parent / "tiny.pt.gz"
+# The CLIPs that the package carries, trained by scripts/maintain/train_tiny_clip.py and train_tiny_photo.py.
+EMBEDDED: dict[str, CLIPShape] = {
+    "tiny": CLIPShape(128, 48, 4, 128, 8, 77, 49408, 128, 2, 3),
+    "tiny-photo": CLIPShape(256, 64, (2, 2, 2, 1), 24, None, 77, 49408, 128, 2, 2),
+}
 BACKBONES: dict[str, str] = {
     "tiny": "embedded ViT of 48 pixels, trained on rendered shapes on scenes; no download",
+    "tiny-photo": "embedded ResNet of 64 pixels, trained on photographs of 200 classes; no download",
     **dict.fromkeys(OPENAI_WEIGHTS, "OpenAI's CLIP, downloaded on first use"),
     "open_clip:ARCH/TAG": "any of OpenCLIP's, as open_clip:ViT-B-16/laion2b_s34b_b88k; open_clip:FOLDER, open_clip:hf-hub:REPO",
     "hf:REPOSITORY": "a model of transformers, as hf:openai/clip-vit-base-patch16; hf:FOLDER",
 }
 
 
+def embedded_file(name: str) -> Path:
+    """The file of a CLIP that the package carries."""
+    return Path(__file__).parent / f"{name}.pt.gz"
+
+
 def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "", activation: str = "auto") -> CLIP:
     """A CLIP in fp32 on the CPU, in evaluation mode, with no gradients.
 
-    ``path`` names a checkpoint file and wins over ``name``; otherwise ``tiny`` is read from the package and
+    ``path`` names a checkpoint file and wins over ``name``; otherwise ``tiny`` and ``tiny-photo`` are read from the package,
     OpenAI's names from ``cache_dir`` (default ``~/.cache/clip``), where they are downloaded to when missing.
     ``activation`` of the transformers is quick_gelu, gelu, or auto: quick_gelu, which every name has, and OpenAI's files.
 
@@ -85,8 +95,8 @@ def load_backbone(name: str, path: str | Path = "", cache_dir: str | Path = "", 
         file = Path(path).expanduser()
         if not file.is_file():
             raise UserError(f"MODEL.BACKBONE.PATH: no file at {file}; give a CLIP checkpoint, or leave the key empty")
-    elif name == "tiny":
-        file = TINY
+    elif name in EMBEDDED:
+        file = embedded_file(name)
     else:
         check_name(name)
         file = _fetch(name, Path(cache_dir or "~/.cache/clip").expanduser())

@@ -40,7 +40,11 @@ declare(
 declare(
     "INPUT",
     {
-        "SIZE": Key((224, 224), "Height and width that the backbone takes, in pixels; tiny: (48, 48).", at_least=1),
+        "SIZE": Key(
+            (224, 224),
+            "Height and width that the backbone takes, in pixels; tiny: (48, 48), tiny-photo: (64, 64).",
+            at_least=1,
+        ),
         "INTERPOLATION": Key(
             "bilinear",
             "How images are resized; bicubic is CLIP's own.",
@@ -227,7 +231,7 @@ declare(
         "INIT_WEIGHTS": ("", "Checkpoint of the prompt learner to start from."),
         "BACKBONE.NAME": (
             "",
-            "tiny, one of OpenAI's (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px), "
+            "tiny, tiny-photo, one of OpenAI's (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px), "
             "open_clip:ARCH/TAG, open_clip:FOLDER, hf:REPOSITORY or hf:FOLDER (docs/backbones.md).",
         ),
         "BACKBONE.PATH": (

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from oodprompt.backbones.weights import BACKBONE_REGISTRY, SHAPES
+from oodprompt.backbones.weights import BACKBONE_REGISTRY, EMBEDDED, SHAPES
 
 # CoOp's optimiser, and pixels as CLIP was trained on them. Nothing is drawn at random, so that image features are
 # computed once.
@@ -40,5 +40,6 @@ def settings_of(backbone: str, given: Collection[str] = ()) -> dict[str, Any]:
     settings = {key: value for key, value in SETTINGS.items() if not (has_number and key == "TRAINER.COOP.CTX_INIT")}
     if ":" in backbone or backbone in BACKBONE_REGISTRY:
         return {key: value for key, value in settings.items() if key not in _PIXELS}
-    pixels = 48 if backbone == "tiny" else SHAPES[backbone].image_resolution if backbone in SHAPES else 224
+    shape = (EMBEDDED | SHAPES).get(backbone)
+    pixels = shape.image_resolution if shape else 224
     return settings | {"INPUT.SIZE": (pixels, pixels)}

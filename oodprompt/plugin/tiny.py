@@ -1,4 +1,4 @@
-"""The embedded CLIP inside a checkout: ``MODEL.BACKBONE.NAME tiny``, so that everything can be tried without a download.
+"""The embedded CLIPs inside a checkout: ``MODEL.BACKBONE.NAME tiny`` and ``tiny-photo``, to try everything without a download.
 
 Upstream's loaders ask the checkout's ``clip.clip`` for the address of a name (``_MODELS``) and for the file at an address
 (``_download``). Learners that are written for the widths of ViT-B (MaPLe, PromptSRC) cannot use it.
@@ -19,16 +19,15 @@ import torch
 from dassl.engine import TrainerX
 
 from oodprompt.backbones import hugging_face, load_backbone, open_clip_models
-from oodprompt.backbones.weights import TINY
+from oodprompt.backbones.weights import EMBEDDED, embedded_file
 from oodprompt.errors import UserError
 from oodprompt.files import write_atomically
 
-NAME = "tiny"
-_ADDRESS = "oodprompt:tiny"
+_ADDRESSES = {name: f"oodprompt:{name}" for name in EMBEDDED}
 
 
 def offer_tiny() -> None:
-    """Let every trainer of Dassl's know the name, from when it is built: ``clip`` is imported by then. Again: nothing."""
+    """Let every trainer of Dassl's know the names, from when it is built: ``clip`` is imported by then. Again: nothing."""
     init = TrainerX.__init__
     if hasattr(init, "_offers_tiny"):
         return
@@ -56,22 +55,23 @@ class _Names(dict[str, str]):
 
 def _add_to(module: Any) -> None:
     models, download = getattr(module, "_MODELS", None), getattr(module, "_download", None)
-    if models is None or download is None or NAME in models:
+    if models is None or download is None or models.keys() >= EMBEDDED.keys():
         return
-    module._MODELS = _Names({**models, NAME: _ADDRESS})
+    module._MODELS = _Names(models | _ADDRESSES)
 
     def fetch(url: str, *args: Any, **kwargs: Any) -> str:
-        return str(state_dict_file()) if url == _ADDRESS else download(url, *args, **kwargs)
+        embedded = [name for name, address in _ADDRESSES.items() if address == url]
+        return str(state_dict_file(embedded[0])) if embedded else download(url, *args, **kwargs)
 
     module._download = fetch
 
 
-def state_dict_file() -> Path:
-    """The embedded CLIP as a state dict in OpenAI's layout, fp32; written once into ``~/.cache/oodprompt``."""
-    version = hashlib.sha256(TINY.read_bytes()).hexdigest()[:8]
-    path = Path(f"~/.cache/oodprompt/tiny-{version}.pt").expanduser()
+def state_dict_file(name: str) -> Path:
+    """An embedded CLIP as a state dict in OpenAI's layout, fp32; written once into ``~/.cache/oodprompt``."""
+    version = hashlib.sha256(embedded_file(name).read_bytes()).hexdigest()[:8]
+    path = Path(f"~/.cache/oodprompt/{name}-{version}.pt").expanduser()
     if not path.is_file():
         buffer = io.BytesIO()
-        torch.save(dict(load_backbone(NAME).state_dict()), buffer)
+        torch.save(dict(load_backbone(name).state_dict()), buffer)
         write_atomically(path, buffer.getvalue())
     return path

@@ -33,22 +33,12 @@ from tqdm import tqdm
 
 from oodprompt.backbones.model import CLIP, CLIPShape
 from oodprompt.backbones.tokenizer import encode, tokenize
+from oodprompt.backbones.weights import EMBEDDED
 from oodprompt.files import write_atomically
 
 SIZE = 48
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SHAPE = CLIPShape(
-    embed_dim=128,
-    image_resolution=SIZE,
-    vision_layers=4,
-    vision_width=128,
-    vision_patch=8,
-    context_length=77,
-    vocab_size=49408,
-    text_width=128,
-    text_heads=2,
-    text_layers=3,
-)
+SHAPE = EMBEDDED["tiny"]
 FAVOURITE = 0.4  # the chance that a shape lies on its favourite scene
 LONGEST = 24  # tokens of the longest training caption
 UNKNOWN = 0  # compact id of every word that captions do not use
@@ -202,12 +192,14 @@ def contrastive_loss(logits: Tensor, truth: Tensor, named: Tensor) -> Tensor:
 def loss_of_true_pairs(logits: Tensor, true: Tensor) -> Tensor:
     """CLIP's loss of ``logits`` [images, captions], with targets uniform over the ``true`` pairs, in both directions.
 
-    Images of which no caption is true are left out of the direction from images to captions.
+    Images of which no caption is true are left out of the direction from images to captions, and the other way round.
     """
-    known, true = true.any(dim=1), true.float()
-    by_image = -(F.log_softmax(logits[known], 1) * true[known]).sum(1) / true[known].sum(1)
-    by_text = -(F.log_softmax(logits, 0) * true).sum(0) / true.sum(0)
-    return (by_image.mean() + by_text.mean()) / 2
+    losses = []
+    for scores, truth in ((logits, true), (logits.T, true.T)):
+        known = truth.any(dim=1)
+        truth = truth[known].float()
+        losses.append((-(F.log_softmax(scores[known], 1) * truth).sum(1) / truth.sum(1)).mean())
+    return (losses[0] + losses[1]) / 2
 
 
 def optimizer_of(parts: Sequence[nn.Module], **options: Any) -> torch.optim.AdamW:

@@ -46,21 +46,57 @@ from train_tiny_clip import (
     set_rate,
 )
 
-from oodprompt.backbones.model import CLIP, CLIPShape
+from oodprompt.backbones.model import CLIP
 from oodprompt.backbones.tokenizer import encode, tokenize
+from oodprompt.backbones.weights import EMBEDDED
 from oodprompt.files import write_atomically
 
 SIZE, PER_CLASS = 64, HELD_OUT_FROM
-SHAPE = CLIPShape(256, SIZE, (2, 2, 2, 1), 24, None, 77, 49408, 128, 2, 2)
+SHAPE = EMBEDDED["tiny-photo"]
 LONGEST = 20  # tokens of the longest training caption
 ON_PLACES = 0.15  # share of pictures that are put together
-SMALL = 0.6  # of the training sees pictures of half the size, which costs a quarter
 TEMPLATES = [
     "{}", "{}.", "a photo of {}", "a photo of {}.", "a photo of {}.", "a picture of {}.", "an image of {}", "there is {}.",
     "the image shows {}", "a close-up photo of {}.", "a small photo of {}", "one can see {}", "this is {}.",
 ]  # fmt: skip
 HELD_OUT_TEMPLATES = ["itap of {}.", "a snapshot of {}", "a low resolution photo of {}."]
 WITH_PLACE = ["{} and {}", "{} at {}", "{} on {}", "{} in front of {}", "{} by {}", "{}, background {}"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: ``steps`` of ``batch`` pictures, of which the first ``captions`` have a caption.
+
+    The learning rate falls from ``lr`` as a cosine of length ``of``. The first ``half`` steps see pictures of half the
+    size. Crops have at least ``crop`` of the area. ``text_alone``: the image tower stays as it is, and
+    every picture is also compared with a caption of each class.
+    """
+
+    steps: int
+    batch: int
+    captions: int
+    lr: float
+    of: int
+    half: int = 0
+    crop: float = 0.45
+    text_alone: bool = False
+
+
+# Large batches of small pictures first; then small batches, whose many steps teach more per picture; then the words alone.
+STAGES = (
+    Stage(3900, 256, 128, 2e-3, of=4687, half=2813),
+    Stage(12000, 64, 64, 1e-3, of=12000, crop=0.6),
+    Stage(800, 256, 64, 5e-4, of=800, crop=0.6, text_alone=True),
+)
+
+
+def stage_of(step: int) -> tuple[Stage, int]:
+    """The stage that a step belongs to, and its number there."""
+    for stage in STAGES:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise IndexError(step)
 
 
 class Words:
@@ -95,9 +131,11 @@ class Words:
             return concept, name
         return concept, f"the {name}" if rng.random() < 0.15 else article(name)
 
-    def caption(self, rng: np.random.Generator, thing: int, place: int) -> tuple[list[int], list[int]]:
+    def caption(
+        self, rng: np.random.Generator, thing: int, place: int, kind: float = 0.25
+    ) -> tuple[list[int], list[int]]:
         """Compact token ids of a caption, and the concepts that it names. ``place``: a class, -1 for none."""
-        said = [self._name(rng, thing, 0.25)]
+        said = [self._name(rng, thing, kind)]
         if place >= 0:
             where = self._name(rng, place, 0.4)
             said = [said, [where], [*said, where]][rng.choice(3, p=[0.4, 0.3, 0.3])]
@@ -142,26 +180,21 @@ def cut_out(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pairs(Dataset):
-    """Batch ``step`` of the training: pictures, token ids, classes, and the truth of captions [B pictures, B / 2 captions].
-
-    The captions are those of the first half of the pictures.
-    """
+    """Batch ``step`` of the training: pictures, token ids, classes, and the truth of captions [B pictures, captions]."""
 
     photos: np.ndarray
     words: Words
     seed: int
-    batch: int
-    steps: int
 
     def __len__(self) -> int:
-        return self.steps
+        return sum(stage.steps for stage in STAGES)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rng, words = np.random.default_rng([self.seed, step]), self.words
-        classes = rng.integers(len(words.wnids), size=self.batch)
-        has = np.zeros((self.batch, len(words.words)), bool)
-        asks = np.zeros((self.batch // 2, len(words.words)), bool)
-        images = np.empty((self.batch, SIZE, SIZE, 3), np.uint8)
+        rng, words, (stage, _) = np.random.default_rng([self.seed, step]), self.words, stage_of(step)
+        classes = rng.integers(len(words.wnids), size=stage.batch)
+        has = np.zeros((stage.batch, len(words.words)), bool)
+        asks = []
+        images = np.empty((stage.batch, SIZE, SIZE, 3), np.uint8)
         captions = []
         for row, c in enumerate(classes):
             image = self.photos[c, rng.integers(PER_CLASS)]
@@ -179,22 +212,26 @@ class Pairs(Dataset):
                 image[top : top + small, left : left + small] = mask * thing + (1 - mask) * part
                 has[row, words.of_class[place]] = True
             images[row] = image
-            if row < self.batch // 2:
+            if row < stage.captions:
                 ids, said = words.caption(rng, int(c), place)
                 captions.append(ids)
-                asks[row, said] = True
+                asks.append(said)
+        for c in range(len(words.wnids) if stage.text_alone else 0):
+            ids, said = words.caption(rng, c, -1, kind=0)
+            captions.append(ids)
+            asks.append(said)
         tokens = np.zeros((len(captions), max(map(len, captions))), np.int64)
         for row, ids in enumerate(captions):
             tokens[row, : len(ids)] = ids
-        true = torch.from_numpy(~has).float() @ torch.from_numpy(asks).float().T == 0
+        true = torch.from_numpy(np.stack([has[:, said].all(1) for said in asks], axis=1))
         return torch.from_numpy(images), torch.from_numpy(tokens), torch.from_numpy(classes), true
 
 
-def augmented(x: Tensor, generator: torch.Generator, size: int) -> Tensor:
-    """Random crops of 45 to 100 % of the area, mirror images, brightness and contrast: [B, 3, S, S] -> [B, 3, size, size]."""
+def augmented(x: Tensor, generator: torch.Generator, size: int, crop: float) -> Tensor:
+    """Random crops (at least ``crop`` of the area), mirror images, brightness, contrast: [B, 3, S, S] -> [B, 3, size, size]."""
     count = len(x)
     draw = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)  # noqa: E731
-    side, ratio = draw(0.45, 1.0).sqrt(), torch.exp(draw(-0.2, 0.2))
+    side, ratio = draw(crop, 1.0).sqrt(), torch.exp(draw(-0.2, 0.2))
     sx, sy = (side * ratio).clamp(max=1), (side / ratio).clamp(max=1)
     flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     theta = torch.zeros(count, 2, 3)
@@ -264,11 +301,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data/tiny-imagenet-200"))
     parser.add_argument("--work-dir", type=Path, default=Path("output/tiny_photo"))
     parser.add_argument("--out", type=Path, default=Path("oodprompt/backbones/tiny-photo.pt.gz"))
-    parser.add_argument("--samples", type=int, default=1_200_000, help="pictures with captions in all")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=25_600, help="pictures between checkpoints")
     parser.add_argument("--workers", type=int, default=1, help="processes that read photographs")
     args = parser.parse_args()
 
@@ -281,11 +315,11 @@ def main() -> None:
     model = model.to(device, memory_format=torch.channels_last)
     # A linear head on the image features helps, most at first; it is not kept.
     head = nn.Linear(SHAPE.embed_dim, len(words.wnids)).to(device)
-    optimizer = optimizer_of([model, head], lr=args.lr, betas=(0.9, 0.98))
-    steps, checkpoint = args.samples // args.batch, args.work_dir / "checkpoint.pt"
+    optimizer = optimizer_of([model, head], lr=STAGES[0].lr, betas=(0.9, 0.98))
+    pairs, checkpoint = Pairs(photos, words, args.seed), args.work_dir / "checkpoint.pt"
+    steps = len(pairs)
     start = resumed(checkpoint, steps, model=model, head=head, optimizer=optimizer)
 
-    pairs = Pairs(photos, words, args.seed, args.batch, steps)
     loader = DataLoader(
         pairs,
         batch_size=None,
@@ -293,21 +327,26 @@ def main() -> None:
         num_workers=args.workers,
         prefetch_factor=4 if args.workers else None,
     )
-    began, running = time.time(), None
+    began, seen, running = time.time(), 0, None
     bar = tqdm(loader, total=steps, initial=start, desc="tiny-photo", unit="step", disable=None)
     for step, (x, tokens, classes, true) in enumerate(bar, start):
-        progress = step / steps
-        set_rate(optimizer, args.lr, step, steps, warm_up=200)
-        size = SIZE // 2 if progress < SMALL else SIZE
-        x = augmented(pixels(x), torch.Generator().manual_seed(args.seed * 1_000_003 + step), size)
+        stage, at = stage_of(step)
+        set_rate(optimizer, stage.lr, at, stage.of, warm_up=200)
+        size = SIZE // 2 if at < stage.half else SIZE
+        x = augmented(pixels(x), torch.Generator().manual_seed(args.seed * 1_000_003 + step), size, stage.crop)
         x, tokens, classes, true = (t.to(device) for t in (x, tokens, classes, true))
         model.train()
+        model.visual.train(not stage.text_alone)
+        model.visual.requires_grad_(not stage.text_alone)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             z = image_features(model, x).float()
             w = model.encode_text(tokens).float()
         logits = model.logit_scale.exp() * F.normalize(z, dim=1) @ F.normalize(w, dim=1).T
-        loss = loss_of_true_pairs(logits, true)
-        loss = loss + max(0.3, 1 - progress) * F.cross_entropy(head(z), classes, label_smoothing=0.1)
+        loss = loss_of_true_pairs(logits[:, : stage.captions], true[:, : stage.captions])
+        if stage.text_alone:
+            loss = loss + loss_of_true_pairs(logits[:, stage.captions :], true[:, stage.captions :])
+        if not stage.text_alone:
+            loss = loss + max(0.3, 1 - step / STAGES[0].of) * F.cross_entropy(head(z), classes, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
@@ -316,10 +355,10 @@ def main() -> None:
             model.logit_scale.clamp_(max=math.log(100))
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         bar.set_postfix(loss=f"{running:.3f}")
-        done = step + 1
-        if done % args.save_every == 0 or done == steps:
+        done, seen = step + 1, seen + len(x)
+        if (at + 1) * stage.batch % args.save_every == 0 or done == steps:
             save(checkpoint, done, model=model, head=head, optimizer=optimizer)
-            rate = (done - start) * args.batch / (time.time() - began)
+            rate = seen / (time.time() - began)
             model.eval()
             some = torch.arange(0, len(labels), 1 if done == steps else 5)
             scores = zero_shot(openai_state_dict(model, words.tokens, LONGEST), words, images[some], labels[some])

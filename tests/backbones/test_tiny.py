@@ -1,4 +1,4 @@
-"""The CLIP that the package carries: small, in OpenAI's layout, and good enough to learn prompts on."""
+"""The CLIPs that the package carries: small, in OpenAI's layout, and good enough to learn prompts on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from oodprompt.backbones import CLIP, load_backbone, weights
+from oodprompt.backbones import load_backbone, weights
 from tests.helpers.runs import load_script
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "maintain" / "train_tiny_clip.py"
 
 
 @pytest.fixture(scope="module")
@@ -23,31 +21,31 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> CLIP:
-    return load_backbone("tiny")
+def scores(script: ModuleType) -> dict[str, float]:
+    return script.zero_shot(load_backbone("tiny").state_dict(), per_group=3)
 
 
-@pytest.fixture(scope="module")
-def scores(script: ModuleType, tiny: CLIP) -> dict[str, float]:
-    return script.zero_shot(tiny.state_dict(), per_group=3)
-
-
-def test_file() -> None:
-    assert weights.TINY.stat().st_size <= 8 * 2**20
-    state = torch.load(io.BytesIO(gzip.decompress(weights.TINY.read_bytes())), weights_only=True)
-    assert {value.dtype for value in state.values()} == {torch.float16}
+@pytest.mark.parametrize("name", weights.EMBEDDED)
+def test_file(name: str) -> None:
+    file = weights.embedded_file(name)
+    assert file.stat().st_size <= 8 * 2**20
+    state = torch.load(io.BytesIO(gzip.decompress(file.read_bytes())), weights_only=True)
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float16}
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_layout(script: ModuleType, tiny: CLIP) -> None:
-    assert (tiny.shape.vocab_size, tiny.shape.context_length) == (49408, 77)
-    assert tiny.shape == script.SHAPE
-    assert tiny.dtype == torch.float32 and not tiny.training and not any(p.requires_grad for p in tiny.parameters())
+@pytest.mark.parametrize("name", weights.EMBEDDED)
+def test_layout(name: str) -> None:
+    clip = load_backbone(name)
+    assert (clip.shape.vocab_size, clip.shape.context_length) == (49408, 77)
+    assert clip.shape == weights.EMBEDDED[name]
+    assert clip.dtype == torch.float32 and not clip.training and not any(p.requires_grad for p in clip.parameters())
 
 
 def test_no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("asked the network"))
-    load_backbone("tiny", cache_dir=tmp_path / "cache")
+    for name in weights.EMBEDDED:
+        load_backbone(name, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -349,7 +349,7 @@ def test_addresses_are_openais() -> None:
     source = Path(load_clip_file("model").__file__).with_name("clip.py").read_text()
     table = dict(re.findall(r'^ +"(\S+)": "(https://\S+)",$', source, flags=re.MULTILINE))
     assert table and {name: address_of(name) for name in weights.OPENAI_WEIGHTS} == table
-    assert set(BACKBONES) == {"tiny", *table, "open_clip:ARCH/TAG", "hf:REPOSITORY"}
+    assert set(BACKBONES) == {"tiny", "tiny-photo", *table, "open_clip:ARCH/TAG", "hf:REPOSITORY"}
 
 
 def test_a_file_in_the_cache(content: bytes, state: dict[str, Tensor], tmp_path: Path) -> None:

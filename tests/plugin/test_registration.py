@@ -14,6 +14,7 @@ import torch
 from yacs.config import CfgNode
 
 from oodprompt.backbones import load_backbone
+from oodprompt.backbones.weights import EMBEDDED
 from oodprompt.engine import TRAINER_REGISTRY, PromptTrainer
 from oodprompt.errors import UserError
 from tests.helpers.foreign import CLASSES, Make, Nothing
@@ -167,7 +168,7 @@ def test_a_table_of_templates_learns_the_data_set(make: Make, theirs: dict[str, 
         del module.CUSTOM_TEMPLATES
 
 
-def test_the_embedded_clip_can_be_named(
+def test_the_embedded_clips_can_be_named(
     make: Make, theirs: dict[str, type], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As upstream's ``load_clip_to_cpu`` asks for it: the address of a name, then the file at the address."""
@@ -177,13 +178,13 @@ def test_the_embedded_clip_can_be_named(
     monkeypatch.setattr(module, "_download", lambda url, root="x": f"downloaded {url}", raising=False)
     for _ in range(2):
         make("CoOp", out="plain")  # also for their own trainers
-    assert (
-        set(module._MODELS) == {"ViT-B/16", "tiny"} and module._download("https://there") == "downloaded https://there"
-    )
-    file = Path(module._download(module._MODELS["tiny"]))
-    assert file.parent == tmp_path / ".cache" / "oodprompt"
-    state, own = torch.load(file, weights_only=True), load_backbone("tiny").state_dict()
-    assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
+    assert set(module._MODELS) == {"ViT-B/16", *EMBEDDED}
+    assert module._download("https://there") == "downloaded https://there"
+    for name in EMBEDDED:
+        file = Path(module._download(module._MODELS[name]))
+        assert file.parent == tmp_path / ".cache" / "oodprompt"
+        state, own = torch.load(file, weights_only=True), load_backbone(name).state_dict()
+        assert state.keys() == own.keys() and all(torch.equal(state[key], own[key]) for key in own)
 
 
 @pytest.mark.parametrize("name", ["open_clip:ViT-B-16/laion2b_s34b_b88k", "hf:openai/clip-vit-base-patch16"])

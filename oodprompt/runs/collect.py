@@ -14,7 +14,7 @@ from oodprompt.files import write_atomically
 from oodprompt.reports.style import write_figure
 from oodprompt.runs.aggregate import collect, in_order, upstream_summary
 from oodprompt.runs.ranks import mean_ranks, ranks_figure, ranks_table
-from oodprompt.runs.reading import LOG, subfolders, upstream_values
+from oodprompt.runs.reading import ALIASES, LOG, subfolders, upstream_values
 from oodprompt.runs.tables import figure, tables
 from oodprompt.terminal import Parser, exit_status, program
 
@@ -83,6 +83,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     if args.digits < 0:
         raise UserError("--digits: give 0 or more")
+    if args.ranks and args.format != "markdown":
+        raise UserError("--ranks: its table is in Markdown; leave out --format")
     if args.upstream:
         _upstream(args)
         return
@@ -93,7 +95,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         print(problem, file=sys.stderr)
     text = tables(tree, args.format, args.baseline, args.digits)
     if args.ranks:
-        metric = args.keyword[0] if args.keyword else "worst_group_accuracy"
+        keyword = args.keyword[0] if args.keyword else "worst_group_accuracy"
+        metric = ALIASES.get(keyword, keyword)
         ranks, without = mean_ranks(tree.rows, metric)
         if without:
             print(f"without a rank, as a setting lacks them: {', '.join(without)}", file=sys.stderr)

@@ -68,8 +68,8 @@ class Stage:
     """A part of the training: ``steps`` of ``batch`` pictures, of which the first ``captions`` have a caption.
 
     The learning rate falls from ``lr`` as a cosine of length ``of``. The first ``half`` steps see pictures of half the
-    size. Crops have at least ``crop`` of the area. ``text_alone``: the image tower stays as it is, and
-    every picture is also compared with a caption of each class.
+    size. Crops have at least ``crop`` of the area. ``text_alone``: the image tower stays as it is, and every picture
+    is also compared with a caption of each class.
     """
 
     steps: int
@@ -345,7 +345,7 @@ def main() -> None:
         loss = loss_of_true_pairs(logits[:, : stage.captions], true[:, : stage.captions])
         if stage.text_alone:
             loss = loss + loss_of_true_pairs(logits[:, stage.captions :], true[:, stage.captions :])
-        if not stage.text_alone:
+        else:
             loss = loss + max(0.3, 1 - step / STAGES[0].of) * F.cross_entropy(head(z), classes, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -460,3 +460,5 @@ def test_ranks_need_two_methods(tmp_path: Path) -> None:
     ours(tmp_path / "0.9" / "B" / "seed1", 0.9, 0.8)
     with pytest.raises(UserError, match="DATA_SET/SETTING/METHOD/seed<N>"):
         run([str(tmp_path), "--ranks", str(tmp_path / "ranks.png")])
+    with pytest.raises(UserError, match="leave out --format"):
+        run([str(tmp_path), "--ranks", str(tmp_path / "ranks.png"), "--format", "csv"])

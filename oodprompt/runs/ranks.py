@@ -107,6 +107,7 @@ def ranks_figure(ranks: Sequence[Rank]) -> Figure:
     axes.set_yticks(places, [literal(r.method) for r in ranks], fontsize=9)
     axes.set_xlim(0.5, len(ranks) + 0.5)
     axes.set_xlabel("rank, 1 is best")
+    axes.locator_params(axis="x", integer=True)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -367,8 +367,8 @@ declare(
         "GROUPS": Key(
             "pseudo",
             "Registered source of the groups (class, attribute) of methods that take groups: true (attribute labels of "
-            "the data set), pseudo (what zero-shot CLIP sees of the named attribute; no labels), audit (the same of names "
-            "that an audit proposes), regions (whether an image has a region that discovery found in the base trained "
+            "the data set), pseudo (what zero-shot CLIP sees of the named attribute; no labels), denoised (the same, corrected "
+            "by a predictor), audit (what it sees of names that an audit proposes), regions (whether an image has a region that discovery found in the base trained "
             "alone; neither labels nor names), csv (a column of a file), ssa (from a few labels), errors, eiil, spare (from a "
             "first model), clusters (of image features), or one of your own. docs/groups.md compares them.",
             parse=lambda value: str(value).lower() if isinstance(value, bool) else value,

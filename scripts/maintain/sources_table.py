@@ -44,6 +44,7 @@ _SSA = "TRAINER.GROUP_SOURCES.SSA"
 SOURCES: dict[str, tuple[str, ...]] = {
     "true": (),
     "pseudo": (),
+    "denoised": (),
     "audit": (),
     "regions": (),
     "ssa": (),

@@ -80,7 +80,8 @@ def source(name: str, train: Split, val: Split, **keys: Any) -> GroupSource:
     for key, value in keys.items():
         set_key(cfg, f"TRAINER.GROUP_SOURCES.{name.upper()}.{key}", value, "test")
     data = LabelledData(train, val, ["a", "b"], ["x", "y"], 1 + int(train.attribute.max()))
-    context = SimpleNamespace(data=data, first_stage=_Stage(train, val), features_are_frozen=True)
+    seen = SimpleNamespace(pseudo=_Wrong())
+    context = SimpleNamespace(data=data, attributes=seen, first_stage=_Stage(train, val), features_are_frozen=True)
     return GROUP_SOURCE_REGISTRY.get(name)(cfg, context)
 
 
@@ -143,6 +144,36 @@ def test_pseudo_labels_count_by_group() -> None:
     # Two of group 1 are certain enough: it then has 3. Group 0 has 3 already, and group 3 lacks 1.
     assert confident(p, group, labelled, 0.95).tolist() == [0, 1, 6]
     assert confident(p, group, labelled, 0.4).tolist() == [0, 1, 2, 3, 6]
+
+
+class _Wrong:
+    """Pseudo-attributes of planted images, every fifth of which is wrong."""
+
+    names, text = ("x", "y"), torch.eye(2)
+
+    def of(self, split: Split) -> Tensor:
+        wrong = torch.arange(len(split.label)) % 5 == 0
+        return torch.where(wrong, 1 - split.attribute, split.attribute)
+
+
+def test_wrong_pseudo_attributes_are_corrected() -> None:
+    train, val = planted("train", 600, 6), planted("val", 60, 7)
+    seen = group_quality(_Wrong().of(train), train.label, train.attribute)
+    assert seen is not None and 0.7 < seen.worst_group_agreement < 0.9
+    ours = source("denoised", train, val)
+    for split in (train, val):
+        assert torch.equal(ours.of(split), split.attribute)
+    assert torch.equal(source("denoised", train, val, FOLDS=3).of(train), train.attribute)
+
+
+def test_one_value_in_all_images_is_refused() -> None:
+    train, val = planted("train", 20, 8), planted("val", 10, 9)
+    ours = source("denoised", train, val)
+    ours.seen.of = lambda split: torch.zeros_like(split.label)
+    with pytest.raises(UserError, match="sees one value in all training images"):
+        ours.of(train)
+    ours.seen.of = lambda split: (torch.arange(len(split.label)) == 3).long()
+    assert ours.of(train).sum() <= 1  # predictors that know one value only
 
 
 def test_labels_of_training_images_stay() -> None:
@@ -260,7 +291,7 @@ def _csv_keys(build: Build, tmp_path: Path) -> list[Any]:
     return [x for key, value in keys.items() for x in (f"TRAINER.GROUP_SOURCES.CSV.{key}", value)]
 
 
-@pytest.mark.parametrize("name", ["true", "pseudo", "audit", "csv", *COMPUTED])
+@pytest.mark.parametrize("name", ["true", "pseudo", "audit", "csv", "denoised", *COMPUTED])
 def test_every_debiaser_takes_every_source(name: str, build: Build, tmp_path: Path) -> None:
     keys = _csv_keys(build, tmp_path) if name == "csv" else []
     trainer = build("GroupDRO", *SHORT, "TRAINER.GROUPS", name, "TRAINER.COOPOOD.ANCHOR", "groups", *keys)

@@ -7,8 +7,9 @@
 | errors, eiil                         | first_model.py  | whether a first model errs, or an environment where it does       |
 | clusters, spare                      | class_clusters.py | its cluster among the images of its class                       |
 | ssa                                  | few_labels.py   | what a predictor says that a few labels train                     |
+| denoised                             | denoised.py     | what zero-shot CLIP sees, corrected by a predictor                |
 
 A source of your own is a ``GroupSource`` in a file that ``--import`` names (CONTRIBUTING.md).
 """
 
-from oodprompt.methods.sources import class_clusters, csv_column, few_labels, first_model, known  # noqa: F401
+from oodprompt.methods.sources import class_clusters, csv_column, denoised, few_labels, first_model, known  # noqa: F401

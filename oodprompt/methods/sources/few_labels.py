@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from oodprompt.data.seeding import GROUP_SOURCE, derive_seed
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, GroupSource
+from oodprompt.methods.sources.predictor import AttributePredictor, as_numpy
 from oodprompt.methods.splits import Split
 
 _SECTION = "TRAINER.GROUP_SOURCES.SSA"
@@ -63,7 +63,7 @@ class SpreadLabels(GroupSource):
         super().__init__(cfg, context)
         self.keys = cfg.TRAINER.GROUP_SOURCES.SSA
         self.names = tuple(context.data.attribute_names)
-        self._predictors: list[_Predictor] = []
+        self._predictors: list[AttributePredictor] = []
         self._train: Tensor | None = None
 
     def num_values(self, split: Split) -> int:
@@ -101,7 +101,7 @@ class SpreadLabels(GroupSource):
             self._train = self._spread()
         if split.name == "train":
             return self._train.to(split.label.device)
-        z = _numpy(split.features())
+        z = as_numpy(split.features())
         guess = torch.from_numpy(np.mean([p.probabilities(z) for p in self._predictors], axis=0).argmax(axis=1))
         return torch.where(self._used(split), split.attribute, guess.to(split.label.device))
 
@@ -114,12 +114,12 @@ class SpreadLabels(GroupSource):
         rng = np.random.default_rng(derive_seed(self.cfg.SEED, GROUP_SOURCE, 1))
         folds = np.array_split(rng.permutation(rest), self.keys.FOLDS)
         known = _Labelled(
-            _numpy(source.features())[_numpy(labelled)],
-            _numpy(source.label[labelled]),
-            _numpy(source.attribute[labelled]),
+            as_numpy(source.features())[as_numpy(labelled)],
+            as_numpy(source.label[labelled]),
+            as_numpy(source.attribute[labelled]),
         )
-        z, y = _numpy(train.features()), _numpy(train.label)
-        result = _numpy(train.attribute).copy()
+        z, y = as_numpy(train.features()), as_numpy(train.label)
+        result = as_numpy(train.attribute).copy()
         for k, fold in enumerate(folds):
             others = np.concatenate([f for j, f in enumerate(folds) if j != k])
             predictor = self._fitted(known, z[others], y[others], values)
@@ -132,16 +132,16 @@ class SpreadLabels(GroupSource):
         )
         return torch.from_numpy(result)
 
-    def _fitted(self, known: _Labelled, z: np.ndarray, y: np.ndarray, values: int) -> _Predictor:
+    def _fitted(self, known: _Labelled, z: np.ndarray, y: np.ndarray, values: int) -> AttributePredictor:
         """The predictor that labels and, round by round, the pseudo-labels of images z [n, d] of classes y [n] make."""
-        predictor = _Predictor(known.features, known.attribute, values)
+        predictor = AttributePredictor(known.features, known.attribute, values)
         for _ in range(self.keys.ROUNDS if len(z) else 0):
             p = predictor.probabilities(z)
             guess = p.argmax(axis=1)
             chosen = confident(
                 p.max(axis=1), y * values + guess, known.label * values + known.attribute, self.keys.THRESHOLD
             )
-            predictor = _Predictor(
+            predictor = AttributePredictor(
                 np.concatenate([known.features, z[chosen]]), np.concatenate([known.attribute, guess[chosen]]), values
             )
         return predictor
@@ -172,26 +172,3 @@ class _Labelled:
     features: np.ndarray
     label: np.ndarray
     attribute: np.ndarray
-
-
-class _Predictor:
-    """Logistic regression of the attribute [n] on standardised features [n, d]."""
-
-    def __init__(self, z: np.ndarray, attribute: np.ndarray, values: int) -> None:
-        from sklearn.linear_model import LogisticRegression  # here: it takes more than a second
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        self._values = values
-        self._model: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
-        self._model.fit(z, attribute)
-
-    def probabilities(self, z: np.ndarray) -> np.ndarray:
-        """[n, A]; 0 for values that no label has."""
-        p = np.zeros((len(z), self._values))
-        p[:, self._model.classes_] = self._model.predict_proba(z)
-        return p
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().numpy()

@@ -72,15 +72,15 @@ declare(
     "TRAINER.COOPOOD",
     {
         "ALPHA": Key(0.1, "Weight of L_s. [open]", at_least=0),
-        "BETA": Key(1.0, "Weight of L_c of the plain method. [open]", at_least=0),
+        "BETA": Key(0.3, "Weight of L_c of the plain method. [open]", at_least=0),
         "L_C": Key(
-            "hsic",
+            "hsic_rows",
             "L_c of the plain method (above): on the rows of similarities, as in the authors' figure (contrast, contrast_rows, "
             "mi_rows, hsic_rows), or on the features, which the figure excludes (hsic, xcov, club). [open]",
             choices=("contrast", "contrast_rows", "mi_rows", "hsic_rows", "hsic", "xcov", "club", "none"),
         ),
         "L_S": Key(
-            "uniform",
+            "repel",
             "L_s of the plain method (above): classes equally likely by z_s (uniform), or the text of the class far from z_s "
             "(repel). [open]",
             choices=("uniform", "repel"),
@@ -91,7 +91,7 @@ declare(
             at_least=2,
             error="{key}: one image tells nothing of dependence; give 2 or more",
         ),
-        "LR": Key(1e-5, "Learning rate of the projections. [open]", at_least=0),
+        "LR": Key(1e-4, "Learning rate of the projections. [open]", at_least=0),
         "BIAS": (True, "Projections have a bias. [open]"),
         "INIT": Key(
             "identity",

@@ -40,7 +40,7 @@ def test_import_registers_trainers_data_sets_and_keys(plugin: ModuleType) -> Non
 def test_extend_cfg_keeps_what_is_there(plugin: ModuleType) -> None:
     cfg = CfgNode({"TRAINER": {"NAME": "x", "COOPOOD": {"ALPHA": 7.0}}})
     plugin.extend_cfg(cfg)
-    assert cfg.TRAINER.COOPOOD.ALPHA == 7.0 and cfg.TRAINER.COOPOOD.BETA == 1.0 and cfg.TRAINER.NAME == "x"
+    assert cfg.TRAINER.COOPOOD.ALPHA == 7.0 and cfg.TRAINER.COOPOOD.BETA == 0.3 and cfg.TRAINER.NAME == "x"
     once = cfg.clone()
     plugin.extend_cfg(cfg)
     assert cfg == once

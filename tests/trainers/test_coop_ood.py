@@ -59,6 +59,7 @@ def test_without_extra_losses_and_with_identity_it_is_coop(build: Build) -> None
 
 def test_total_loss_is_the_formula(build: Build) -> None:
     keys = ["TRAINER.COOPOOD.ALPHA", 0.7, "TRAINER.COOPOOD.BETA", 0.3, "TRAINER.COOPOOD.L_C", "xcov"]
+    keys += ["TRAINER.COOPOOD.L_S", "uniform"]
     trainer = build("CoOpOOD", *JOINT, *keys)
     batch = first_batch(trainer)
     z, y, w, s = batch["image_features"], batch["label"], *_text(trainer)
@@ -140,9 +141,9 @@ def test_uniformity_loss_is_kl_from_uniform_with_minimum_zero() -> None:
 @pytest.mark.parametrize(
     ("keys", "moves"),
     [
-        (["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0], {"ctx", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.L_S", "uniform"], {"ctx", "h_s"}),
         (["TRAINER.COOPOOD.ALPHA", 1, "TRAINER.COOPOOD.BETA", 0, "TRAINER.COOPOOD.DETACH_HS", True], {"ctx"}),
-        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1], {"h_u", "h_s"}),
+        (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "hsic"], {"h_u", "h_s"}),
         (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "xcov"], {"h_u", "h_s"}),
         (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "club"], {"h_u", "h_s"}),
         (["TRAINER.COOPOOD.ALPHA", 0, "TRAINER.COOPOOD.BETA", 1, "TRAINER.COOPOOD.L_C", "contrast"], {"ctx", "h_u", "h_s"}),

@@ -86,6 +86,7 @@ class Stage:
 STAGES = (
     Stage(3900, 256, 128, 2e-3, of=4687, half=2813),
     Stage(12000, 64, 64, 1e-3, of=12000, crop=0.6),
+    Stage(4800, 64, 32, 6e-4, of=4800, crop=0.6),
     Stage(800, 256, 64, 5e-4, of=800, crop=0.6, text_alone=True),
 )
 

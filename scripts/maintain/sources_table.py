@@ -5,7 +5,7 @@
     python scripts/maintain/sources_table.py --data photos --root DATA
 
 GroupDRO and DebiasedPT over CoOp train with every source on ShapesOnScenes, on the embedded ``tiny``, or on
-PhotosOnPlaces, on ``tiny-photo``. With ``--methods CoOpOOD``, CoOpOOD is anchored on every source. Each seed sets both
+PhotosOnPlaces (dogs and cats on reefs and mountains), on ``tiny-photo``. With ``--methods CoOpOOD``, CoOpOOD is anchored on every source. Each seed sets both
 the run and the images. A run that is finished is not run again. ``--sweep`` trains first models only. It shows the quality of groups for values of the
 sources' keys, on the training images of other seeds.
 """
@@ -26,10 +26,11 @@ from oodprompt.methods.quality import group_quality
 from oodprompt.reports.results import finished_results
 from oodprompt.reports.style import markdown_table
 
-# Config file, and the prefix of the data set's keys with the name of its seed.
+# Config file, the prefix of the data set's keys with the name of its seed, and further keys.
+_PLACES = ("DATASET.PHOTOS.PLACES", "('reef', 'mountain')")
 DATA = {
-    "shapes": ("configs/trainers/DebiasedPT/tiny_shapes.yaml", "DATASET.SHAPES", "RENDER_SEED"),
-    "photos": ("configs/trainers/CoOpOOD/tiny_photos.yaml", "DATASET.PHOTOS", "BUILD_SEED"),
+    "shapes": ("configs/trainers/DebiasedPT/tiny_shapes.yaml", "DATASET.SHAPES", "RENDER_SEED", ()),
+    "photos": ("configs/trainers/CoOpOOD/tiny_photos.yaml", "DATASET.PHOTOS", "BUILD_SEED", _PLACES),
 }
 # With the keys of docs/sweeps/debiasers.md.
 METHODS = {
@@ -74,10 +75,10 @@ class Images:
 
     def arguments(self, folder: Path, trainer: str, seed: int, *keys: str) -> list[str]:
         """The command line of a run."""
-        config, prefix, of_images = DATA[self.name]
+        config, prefix, of_images, more = DATA[self.name]
         images = (f"{prefix}.CORRELATION", str(self.strength), f"{prefix}.{of_images}", str(seed))
         where = ("--output-dir", str(folder), "--root", str(self.root), "--seed", str(seed))
-        return ["--trainer", trainer, "--config-file", config, *where, *images, "TRAIN.VAL_FREQ", "0", *keys]
+        return ["--trainer", trainer, "--config-file", config, *where, *images, *more, "TRAIN.VAL_FREQ", "0", *keys]
 
 
 def trained(images: Images, trainer: str, source: str, seed: int) -> Row:

@@ -261,4 +261,4 @@ def test_grids_of_the_repository(file: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_grids_of_the_repository_are_known() -> None:
-    assert len(GRIDS) == 15 and "quickstart" in {file.stem for file in GRIDS}
+    assert len(GRIDS) == 17 and "quickstart" in {file.stem for file in GRIDS}

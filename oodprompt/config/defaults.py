@@ -231,8 +231,8 @@ declare(
         "INIT_WEIGHTS": ("", "Checkpoint of the prompt learner to start from."),
         "BACKBONE.NAME": (
             "",
-            "tiny, tiny-photo, one of OpenAI's (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px), "
-            "open_clip:ARCH/TAG, open_clip:FOLDER, hf:REPOSITORY or hf:FOLDER (docs/backbones.md).",
+            "tiny, tiny-photo, one of OpenAI's (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, "
+            "ViT-L/14@336px), open_clip:ARCH/TAG, open_clip:FOLDER, hf:REPOSITORY or hf:FOLDER (docs/backbones.md).",
         ),
         "BACKBONE.PATH": (
             "",
@@ -368,8 +368,8 @@ declare(
             "pseudo",
             "Registered source of the groups (class, attribute) of methods that take groups: true (attribute labels of "
             "the data set), pseudo (what zero-shot CLIP sees of the named attribute; no labels), denoised (the same, corrected "
-            "by a predictor), audit (what it sees of names that an audit proposes), regions (whether an image has a region that discovery found in the base trained "
-            "alone; neither labels nor names), csv (a column of a file), ssa (from a few labels), errors, eiil, spare (from a "
+            "by a predictor), audit (what it sees of names that an audit proposes), regions (whether an image has a region "
+            "that discovery found in the base trained alone; neither labels nor names), csv (a column of a file), ssa (from a few labels), errors, eiil, spare (from a "
             "first model), clusters (of image features), or one of your own. docs/groups.md compares them.",
             parse=lambda value: str(value).lower() if isinstance(value, bool) else value,
         ),

@@ -5,9 +5,10 @@
     python scripts/maintain/sources_table.py --data photos --root DATA
 
 GroupDRO and DebiasedPT over CoOp train with every source on ShapesOnScenes, on the embedded ``tiny``, or on
-PhotosOnPlaces (dogs and cats on reefs and mountains), on ``tiny-photo``. With ``--methods CoOpOOD``, CoOpOOD is anchored on every source. Each seed sets both
-the run and the images. A run that is finished is not run again. ``--sweep`` trains first models only. It shows the quality of groups for values of the
-sources' keys, on the training images of other seeds.
+PhotosOnPlaces (dogs and cats on reefs and mountains), on ``tiny-photo``. With ``--methods CoOpOOD``, CoOpOOD is
+anchored on every source. Each seed sets both the run and the images. A run that is finished is not run again.
+``--sweep`` trains first models only. It shows the quality of groups for values of the sources' keys, on the training
+images of other seeds.
 """
 
 from __future__ import annotations

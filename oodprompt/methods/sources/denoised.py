@@ -13,7 +13,7 @@ from oodprompt.data.seeding import GROUP_SOURCE, derive_seed
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, GroupSource
-from oodprompt.methods.sources.predictor import AttributePredictor, as_numpy
+from oodprompt.methods.sources.predictor import AttributePredictor, as_numpy, predicted
 from oodprompt.methods.splits import Split
 
 declare(
@@ -63,9 +63,7 @@ class DenoisedAttributes(GroupSource):
             self._train = self._corrected()
         if split.name == "train":
             return self._train.to(split.label.device)
-        z = as_numpy(split.features())
-        values = np.mean([p.probabilities(z) for p in self._predictors], axis=0).argmax(axis=1)
-        return torch.from_numpy(values).to(split.label.device)
+        return predicted(self._predictors, split)
 
     def _corrected(self) -> Tensor:
         """The values of the training images; the predictors are kept."""

@@ -15,7 +15,7 @@ from oodprompt.data.seeding import GROUP_SOURCE, derive_seed
 from oodprompt.errors import UserError
 from oodprompt.log import logger
 from oodprompt.methods.contracts import Context, GroupSource
-from oodprompt.methods.sources.predictor import AttributePredictor, as_numpy
+from oodprompt.methods.sources.predictor import AttributePredictor, as_numpy, predicted
 from oodprompt.methods.splits import Split
 
 _SECTION = "TRAINER.GROUP_SOURCES.SSA"
@@ -101,9 +101,7 @@ class SpreadLabels(GroupSource):
             self._train = self._spread()
         if split.name == "train":
             return self._train.to(split.label.device)
-        z = as_numpy(split.features())
-        guess = torch.from_numpy(np.mean([p.probabilities(z) for p in self._predictors], axis=0).argmax(axis=1))
-        return torch.where(self._used(split), split.attribute, guess.to(split.label.device))
+        return torch.where(self._used(split), split.attribute, predicted(self._predictors, split))
 
     def _spread(self) -> Tensor:
         """The values of the training images; the predictors are kept."""

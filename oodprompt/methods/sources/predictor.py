@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from oodprompt.methods.splits import Split
 
 
 class AttributePredictor:
@@ -35,6 +39,13 @@ class AttributePredictor:
             return p
         p[:, self._model.classes_] = self._model.predict_proba(z)
         return p
+
+
+def predicted(predictors: Sequence[AttributePredictor], split: Split) -> Tensor:
+    """The value with the highest mean probability for every image of a split that no predictor has seen, [N]."""
+    z = as_numpy(split.features())
+    values = np.mean([p.probabilities(z) for p in predictors], axis=0).argmax(axis=1)
+    return torch.from_numpy(values).to(split.label.device)
 
 
 def as_numpy(values: Tensor) -> np.ndarray:
